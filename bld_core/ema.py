@@ -1,0 +1,29 @@
+"""Exponential moving average of weights, the network that is evaluated and kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averaged copies of a module's parameters and buffers.
+
+    The decay warms up as (1 + step) / (10 + step), so that early averages forget the initialisation.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move every average towards the current weights; `step` counts from 1."""
+        rate = 1 - min(self.decay, (1 + step) / (10 + step))
+        current = module.state_dict()
+        averages: list[Tensor] = []
+        targets: list[Tensor] = []
+        for name, average in self.weights.items():
+            averages.append(average)
+            targets.append(current[name])
+        torch._foreach_lerp_(averages, targets, rate)  # one fused pass over all tensors

@@ -1,0 +1,268 @@
+"""Packed latent shards: the whole data set as bits, readable by anything that reads Parquet.
+
+One Parquet file for each image shard (no compression, no dictionary) and a manifest.json, written last. Bits are in
+row-major (h, w, c) order, most significant first, as numpy.packbits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from bld_core import files
+from bld_core.autoencoder import BinaryAutoencoder, to_float
+from bld_core.bits import pack_bits, unpack_bits
+from bld_core.images import LabelledImage, stack
+from bld_core.noise import key_of, permutation, uniform
+from bld_core.quantizer import quantize
+from bld_core.training import Batch, TrainingConfig, worker_share
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The encoded data set.
+
+    Args:
+        draws: codes drawn for each image, z ~ Bernoulli(y); 0 stores the mode.
+        mirror: also encode each image mirrored left to right.
+        batch_size: images in one pass of the encoder; padded to this size, so that results never depend on a batch.
+    """
+
+    draws: int = 1
+    mirror: bool = False
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.draws <= 127:
+            raise ValueError(f"latents.draws is {self.draws}; it must be 0 (the mode) to 127")
+        if self.batch_size < 1:
+            raise ValueError(f"latents.batch_size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass
+class LatentRows:
+    """Rows of a latent shard: parallel columns, `bits` being (rows, h*w*c/8) uint8."""
+
+    key: list[str]
+    label: list[int]
+    draw: list[int]
+    view: list[int]
+    bits: Tensor
+
+
+@torch.no_grad()
+def encode_images(
+    autoencoder: BinaryAutoencoder, images: Iterable[LabelledImage], config: LatentConfig, seed: int
+) -> LatentRows:
+    """Encode the images of one shard.
+
+    The draw of a code is keyed on (seed, sample key, draw, view), and the encoder always runs at one padded batch
+    size within the shard: the same bytes come out however the work is split.
+    """
+    device = next(autoencoder.parameters()).device
+    rows = LatentRows([], [], [], [], torch.empty(0))
+    packed: list[Tensor] = []
+    for batch in _batches(images, config.batch_size):
+        pixels = stack(batch)
+        padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
+        x = to_float(torch.cat([pixels, padding]).to(device))
+        index = torch.tensor([key_of(image.key) for image in batch], device=device)
+        for view in (0, 1) if config.mirror else (0,):
+            logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)]
+            for draw in range(max(1, config.draws)):
+                u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
+                z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
+                packed.append(pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu())
+                rows.key += [image.key for image in batch]
+                rows.label += [image.label for image in batch]
+                rows.draw += [draw] * len(batch)
+                rows.view += [view] * len(batch)
+    rows.bits = torch.cat(packed)
+    return rows
+
+
+def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
+    batch: list[LabelledImage] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
+    """The Parquet file of one shard; `metadata` (JSON values) goes into the file's own metadata."""
+    width = rows.bits.shape[1]
+    bits = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(rows.key), [None, pa.py_buffer(rows.bits.contiguous().numpy())]
+    )
+    columns = {
+        "key": pa.array(rows.key, pa.string()),
+        "label": pa.array(rows.label, pa.int32()),
+        "draw": pa.array(rows.draw, pa.int8()),
+        "view": pa.array(rows.view, pa.int8()),
+        "bits": bits,
+    }
+    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata}, sort_keys=True)}
+    table = pa.table(columns).replace_schema_metadata(note)
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    return out.getvalue()
+
+
+def shard_metadata(data: bytes) -> dict[str, Any]:
+    """The metadata that `latent_shard_bytes` wrote.
+
+    Raises:
+        ValueError: not a latent shard of this format.
+    """
+    note = (pq.read_schema(io.BytesIO(data)).metadata or {}).get(b"bld_latents")
+    metadata = json.loads(note) if note else {}
+    if metadata.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"not a latent shard of format {FORMAT_VERSION} (format: {metadata.get('format')}); encode the images again"
+        )
+    return metadata
+
+
+@dataclass(frozen=True)
+class Latents:
+    """An encoded data set in memory, still packed.
+
+    Attributes:
+        packed: uint8 (rows, h*w*c/8).
+        labels: int64 (rows,); -1 is none.
+        keys: sample key of each row.
+        shape: (h, w, c).
+        manifest: the manifest that lists the files.
+        hash: sha256 of the manifest, which names every file's sha256: it identifies the data.
+    """
+
+    packed: Tensor
+    labels: Tensor
+    keys: list[str]
+    shape: tuple[int, int, int]
+    manifest: dict[str, Any]
+    hash: str
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def to(self, device: torch.device) -> Latents:
+        """The same data with its tensors on a device."""
+        return replace(self, packed=self.packed.to(device), labels=self.labels.to(device))
+
+    def codes(self, rows: Tensor) -> Tensor:
+        """The codes of the given rows as tokens: uint8 0/1, (B, h*w, c), on the device of `packed`."""
+        h, w, c = self.shape
+        return unpack_bits(self.packed[rows], (h * w, c))
+
+
+def open_latents(path: str, split: Split = "train") -> Latents:
+    """Read an encoded data set; every file is checked against the manifest.
+
+    Args:
+        path: the latents folder, a path or URL.
+        split: which part.
+
+    Raises:
+        FileNotFoundError: no manifest: the data set was not (completely) encoded.
+        ValueError: a file differs from the manifest, or the split is empty.
+    """
+    location = files.join(path, MANIFEST)
+    if not files.exists(location):
+        raise FileNotFoundError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
+    manifest_bytes = files.read_bytes(location)
+    manifest = json.loads(manifest_bytes)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{location!r} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
+    h, w, c = manifest["shape"]
+    entries = [entry for entry in manifest["files"] if entry["split"] == split]
+    if not any(entry["rows"] for entry in entries):
+        raise ValueError(f"{path!r} holds no {split} codes; set data.{split} and encode again")
+    tables = [_read_checked(files.join(path, entry["file"]), entry) for entry in entries]
+    packed = np.concatenate([_bits_column(table, h * w * c // 8) for table in tables])
+    labels = np.concatenate([table["label"].to_numpy() for table in tables])
+    keys = [key for table in tables for key in table["key"].to_pylist()]
+    return Latents(
+        torch.from_numpy(packed),
+        torch.from_numpy(labels.astype(np.int64)),
+        keys,
+        (h, w, c),
+        manifest,
+        files.sha256(manifest_bytes),
+    )
+
+
+def _read_checked(url: str, entry: dict[str, Any]) -> pa.Table:
+    data = files.read_bytes(url)
+    found = files.sha256(data)
+    if found != entry["sha256"]:
+        raise ValueError(
+            f"{url!r} has sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}: it was changed or damaged; "
+            "delete it and encode again"
+        )
+    return pq.read_table(io.BytesIO(data))
+
+
+def _bits_column(table: pa.Table, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
+        for chunk in table["bits"].chunks
+    ]
+    return np.concatenate([np.empty(0, np.uint8), *chunks]).reshape(-1, width)
+
+
+def latent_batches(
+    latents: Latents, config: TrainingConfig, seed: int, start_step: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """This worker's share of every global batch from `start_step` on, without end.
+
+    Epochs are seeded permutations laid end to end, so the batch of any step is arithmetic: a restart needs nothing
+    but the step, and the global batch is the same for any number of workers.
+    """
+    share = worker_share(config, world)
+    orders: dict[int, Tensor] = {}
+    step = start_step
+    while True:
+        index = step * config.batch_size + rank * share + torch.arange(share)
+        epochs = index // len(latents)
+        rows = torch.empty(share, dtype=torch.int64)
+        for epoch in epochs.unique().tolist():
+            if epoch not in orders:
+                orders = {e: order for e, order in orders.items() if e == epoch - 1}
+                orders[epoch] = permutation(seed, "latent order", epoch, len(latents))
+            here = epochs == epoch
+            rows[here] = orders[epoch][index[here] % len(latents)]
+        rows, index = rows.to(latents.packed.device), index.to(latents.packed.device)
+        yield Batch(latents.codes(rows), latents.labels[rows], index)
+        step += 1
+
+
+def manifest_entry(file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]) -> dict[str, Any]:
+    """What the manifest says of one file."""
+    return {
+        "file": file,
+        "split": split,
+        "rows": rows,
+        "sha256": files.sha256(data),
+        "source": source,
+        "skipped": dict(sorted(skipped.items())),
+    }

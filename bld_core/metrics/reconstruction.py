@@ -1,0 +1,106 @@
+"""How close reconstructions are to their images: PSNR and SSIM (Table 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW = 11
+_SIGMA = 1.5
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, 10 log10(255^2 / MSE), in dB.
+
+    Args:
+        images: uint8 (B, H, W, channels).
+        reconstructions: the same shape.
+
+    Returns:
+        float64 (B,); an exact copy counts as an error of half a grey level in one pixel value, not as infinity.
+    """
+    error = (images.double() - reconstructions.double()).square().flatten(1)
+    floor = 0.25 / error.shape[1]
+    return 10 * torch.log10(255.0**2 / error.mean(1).clamp_min(floor))
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004): 11x11 Gaussian window, sigma 1.5, K = .01, .03.
+
+    Args:
+        images: uint8 (B, H, W, channels); smaller images take the largest odd window that fits.
+        reconstructions: the same shape.
+
+    Returns:
+        float64 (B,), 1 for equal images; the mean over positions and channels.
+    """
+    x, y = (t.double().permute(0, 3, 1, 2) for t in (images, reconstructions))
+    side = min(_WINDOW, (min(x.shape[-2:]) - 1) // 2 * 2 + 1)
+    offset = torch.arange(side, dtype=torch.float64, device=x.device) - side // 2
+    line = torch.exp(-offset.square() / (2 * _SIGMA**2))
+    window = torch.outer(line, line)
+    kernel = (window / window.sum()).expand(x.shape[1], 1, side, side)
+
+    def blur(t: Tensor) -> Tensor:
+        return F.conv2d(t, kernel, groups=t.shape[1])
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).flatten(1).mean(1)
+
+
+@dataclass
+class Moments:
+    """Mean and standard deviation of a figure, from sums that merge: add the parts of all workers."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add the values of some images."""
+        values = values.double()
+        self.merge(Moments(len(values), float(values.sum()), float(values.square().sum())))
+
+    def merge(self, other: Moments) -> None:
+        """Add another worker's part."""
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+
+    @property
+    def mean(self) -> float:
+        """The mean; NaN over nothing."""
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over the images (n - 1); NaN below two images."""
+        if self.count < 2:
+            return math.nan
+        return math.sqrt(max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1))
+
+
+@dataclass
+class ReconstructionQuality:
+    """PSNR and SSIM over a set of images."""
+
+    psnr: Moments = field(default_factory=Moments)
+    ssim: Moments = field(default_factory=Moments)
+
+    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+        """Add a batch, uint8 (B, H, W, channels) each."""
+        self.psnr.update(psnr(images, reconstructions))
+        self.ssim.update(ssim(images, reconstructions))
+
+    def merge(self, other: ReconstructionQuality) -> None:
+        """Add another worker's part."""
+        self.psnr.merge(other.psnr)
+        self.ssim.merge(other.ssim)

@@ -1,0 +1,139 @@
+"""The transformer prior (Section 4.2): evidence logits e(z_t, t, y) over binary tokens.
+
+Shapes: z_BNC bits; h_BND features of width D. A label of -1 means none, here as in the latent shards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bld_core.noise import uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The transformer prior (Section 4.2).
+
+    Args:
+        layers: transformer blocks.
+        width: features a token.
+        heads: attention heads; they divide the width.
+        classes: number of classes; 0 makes an unconditional prior.
+        label_dropout: probability, for each sample, that training hides its class behind the learned null class.
+    """
+
+    layers: int = 24
+    width: int = 768
+    heads: int = 12
+    classes: int = 0
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1:
+            raise ValueError(f"prior.layers is {self.layers}, prior.heads {self.heads}; both must be at least 1")
+        if self.width < 2 or self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"prior.width is {self.width}; it must be even and a multiple of prior.heads ({self.heads})"
+            )
+        if self.classes < 0:
+            raise ValueError(f"prior.classes is {self.classes}; it must be 0 (unconditional) or more")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"prior.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, by PyTorch's fused kernel."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        B, N, D = h_BND.shape
+        q, k, v = self.qkv(h_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        h_BND = h_BND + self.attention(self.norm_1(h_BND))
+        return h_BND + self.mlp(self.norm_2(h_BND))
+
+
+def time_features(time: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t/T in [0, 1] at `width`/2 geometric frequencies from 1 to 1000 radians; (B, width)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000.0), width // 2, device=time.device))
+    angle = time.float()[:, None] * frequencies
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Prior(nn.Module):
+    """Bidirectional transformer over the tokens of a code, conditioned on time and, optionally, on a class.
+
+    Time enters as t/T, never as a count of sampling steps, so one model serves every grid.
+    """
+
+    def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
+        super().__init__()
+        width = config.width
+        self.classes = config.classes
+        self.embed = nn.Linear(bits, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, bits)
+        self.apply(_initialise)
+        for block in self.blocks:  # each block adds to the stream; together they keep its scale
+            assert isinstance(block, Block)
+            for linear in (block.attention.out, block.mlp[2]):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
+        nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
+
+    def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Evidence logits (B, N, C) that each bit of z_t is flipped, judged from the other bits.
+
+        Args:
+            z_BNC: z_t, float 0/1.
+            time: t/T in [0, 1], (B,).
+            labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
+        """
+        h_BND = self.embed(2 * z_BNC - 1) + self.position
+        condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full((len(z_BNC),), -1, device=z_BNC.device)
+            condition = condition + self.label(torch.where(labels < 0, self.classes, labels))
+        h_BND = h_BND + condition[:, None, :]
+        for block in self.blocks:
+            h_BND = block(h_BND)
+        return self.head(self.norm(h_BND))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def drop_labels(labels: Tensor, index: Tensor, probability: float, seed: int) -> Tensor:
+    """Label dropout for guidance: each *sample*, keyed on its global index, loses its class with `probability`."""
+    dropped = uniform(seed, "label dropout", index, 1)[:, 0] < probability
+    return labels.masked_fill(dropped, -1)

@@ -1,0 +1,1 @@
+"""cluster is many machines: everything that imports Ray or MLflow."""

@@ -1,0 +1,116 @@
+"""The encode job: every image shard, once, to a packed latent shard; the manifest last."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from bld_core import files
+from bld_core.checkpoint import read_model_config
+from bld_core.generator import AUTOENCODER, load_autoencoder
+from bld_core.images import check_shards, read_images
+from bld_core.latents import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Split,
+    encode_images,
+    latent_shard_bytes,
+    manifest_entry,
+    shard_metadata,
+)
+from cluster.experiment import Experiment
+from cluster.runtime import map_on_actors
+from cluster.stages import open_stage
+
+
+class Job(NamedTuple):
+    """One shard to encode: its source, its split, and the file, relative to the latents folder, that it becomes."""
+
+    source: str
+    split: Split
+    file: str
+
+
+def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
+    """Image shards -> <folder>/latents: a Parquet file for each shard, and manifest.json when all are there.
+
+    A shard that an interrupted run has finished is not encoded again.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+
+    Returns:
+        The latents folder.
+
+    Raises:
+        FileNotFoundError: no autoencoder yet.
+        ValueError: bad input, each with its remedy, before anything is started.
+    """
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    jobs = _jobs(experiment)
+    fingerprint = experiment.fingerprint("data", "latents") | {"autoencoder_hash": autoencoder["hash"]}
+    with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
+        if not stage.done:
+            work = map_on_actors(Encoder, (experiment, autoencoder["hash"]), "encode", jobs, experiment.cluster, "encode")
+            entries: list[dict[str, Any]] = []
+            for entry in work:
+                entries.append(entry)
+                stage.run.metrics({"rows": sum(e["rows"] for e in entries)}, len(entries))
+            skipped: Counter[str] = sum((Counter(entry["skipped"]) for entry in entries), Counter())
+            stage.run.metrics({f"skipped {reason}": count for reason, count in skipped.items()}, len(entries))
+            manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
+            files.write_json(files.join(stage.folder, MANIFEST), manifest)
+            stage.run.tags({"bld.autoencoder_hash": autoencoder["hash"]})
+        return stage.folder
+
+
+def _jobs(experiment: Experiment) -> list[Job]:
+    jobs: list[Job] = []
+    for split in ("train", "validation"):
+        for url in check_shards(experiment.data, split):
+            jobs.append(Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet"))
+    taken = Counter(job.file for job in jobs)
+    twice = [job.source for job in jobs if taken[job.file] > 1]
+    if twice:
+        raise ValueError(f"two shards of one split have the same file name: {', '.join(twice)}; rename one of them")
+    return jobs
+
+
+def _identity(experiment: Experiment, autoencoder_hash: str) -> dict[str, Any]:
+    """What every latent shard and the manifest say of how they were made."""
+    data = experiment.data
+    return {
+        "shape": list(experiment.code_shape),
+        "autoencoder_hash": autoencoder_hash,
+        "seed": experiment.seed,
+        "preprocessing": {"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
+        **asdict(experiment.latents),
+    }
+
+
+class Encoder:
+    """An actor that holds the encoder and turns image shards into latent shards."""
+
+    def __init__(self, experiment: Experiment, autoencoder_hash: str) -> None:
+        experiment.cluster.limit_threads()
+        self.experiment = experiment
+        self.identity = _identity(experiment, autoencoder_hash)
+        self.autoencoder = load_autoencoder(experiment.folder, "cuda" if experiment.cluster.gpu else "cpu").network
+
+    def encode(self, job: Job) -> dict[str, Any]:
+        """Encode one shard, unless its file is there already; returns its manifest entry."""
+        url = files.join(self.experiment.folder, "latents", job.file)
+        if files.exists(url):
+            data = files.read_bytes(url)
+            metadata = shard_metadata(data)
+            if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
+                return manifest_entry(job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"])
+        skipped: Counter[str] = Counter()
+        images = read_images(job.source, self.experiment.data, skipped)
+        rows = encode_images(self.autoencoder, images, self.experiment.latents, self.experiment.seed)
+        facts: dict[str, Any] = {"source": files.name(job.source), "rows": len(rows.key), "skipped": dict(skipped)}
+        data = latent_shard_bytes(rows, {**self.identity, **facts})
+        files.write_bytes(url, data)
+        return manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped)

@@ -1,0 +1,197 @@
+"""Evaluation of a finished experiment on a pool of actors; the driver merges their sums."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bld_core
+from bld_core import files
+from bld_core.checkpoint import read_model_config
+from bld_core.diffusion import Bound, DiffusionConfig, likelihood_bound
+from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.images import check_shards, first_images, read_images, stack
+from bld_core.latents import open_latents
+from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.pictures import grid, png, reconstruction_grid
+from cluster.experiment import Experiment
+from cluster.runtime import map_on_actors
+from cluster.stages import open_stage
+
+_PICTURE_IMAGES = 32
+_PICTURE_SAMPLES = 80
+_CLASSIFIER_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Piece of work: reconstruct the images of one validation shard."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Piece of work: draw samples `start` to `start + count`; sample i is of class i mod classes."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Piece of work: the likelihood bound of the held-out codes."""
+
+
+class Evaluator:
+    """An actor that holds the trained pair."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        experiment.cluster.limit_threads()
+        self.experiment = experiment
+        self.device = "cuda" if experiment.cluster.gpu else "cpu"
+        self.generator = bld_core.load(experiment.folder, self.device)
+
+    def work(self, piece: Reconstruct | Draw | Judge) -> ReconstructionQuality | Tensor | Bound:
+        """Do one piece: sums of reconstruction quality, images (uint8), or the bound."""
+        match piece:
+            case Reconstruct(url):
+                return self._reconstruct(url)
+            case Draw(start, count):
+                labels = sample_labels(start, count, self.generator.classes)
+                sampling = asdict(self.experiment.sampling)
+                seed = self.experiment.seed
+                return self.generator.sample(count, labels=labels, seed=seed, first_index=start, **sampling)
+            case Judge():
+                return self._judge()
+
+    def _reconstruct(self, url: str) -> ReconstructionQuality:
+        quality = ReconstructionQuality()
+        images = stack(list(read_images(url, self.experiment.data, Counter())))
+        for batch in images.split(self.experiment.latents.batch_size):
+            quality.update(batch, self.generator.decode(self.generator.encode(batch)).cpu())
+        return quality
+
+    def _judge(self) -> Bound:
+        prior = self.generator.prior
+        assert prior is not None, "evaluation starts from a finished prior"
+        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation")
+        held_out = held_out.to(torch.device(self.device))
+        codes = held_out.codes(torch.arange(len(held_out), device=self.device))
+        schedule = DiffusionConfig(**prior.config["diffusion"]).make_schedule()
+        return likelihood_bound(prior.network, codes, held_out.labels, schedule, seed=self.experiment.seed)
+
+
+def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
+    """Balanced classes: sample i is of class i mod classes; None without classes."""
+    return [i % classes for i in range(start, start + count)] if classes else None
+
+
+def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
+    """Finished experiment -> <folder>/evaluation: report.json and pictures.
+
+    Args:
+        experiment: its configuration.
+        fresh: evaluate again even if the same report is there.
+
+    Returns:
+        The report: figures by name.
+
+    Raises:
+        FileNotFoundError: a stage is not finished.
+    """
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    prior = read_model_config(files.join(experiment.folder, PRIOR))
+    identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
+    fingerprint = {**identity, **experiment.fingerprint("data", "sampling", "evaluation")}
+    with open_stage(
+        experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo"
+    ) as stage:
+        report_url = files.join(stage.folder, "report.json")
+        if stage.done:
+            return files.read_json(report_url)
+        quality, bound, samples = _measure(experiment)
+        figures = {
+            "psnr": quality.psnr.mean,
+            "psnr_std": quality.psnr.deviation,
+            "ssim": quality.ssim.mean,
+            "ssim_std": quality.ssim.deviation,
+            "bound": bound.bits_per_bit,
+            "bound_se": bound.standard_error,
+        }
+        classes = prior["prior"]["classes"]
+        if experiment.evaluation.class_accuracy and classes:
+            labels = sample_labels(0, len(samples), classes)
+            assert labels is not None, "there are classes"
+            figures |= _class_accuracy(experiment, samples, labels)
+        pictures = {"samples.png": grid(samples[:_PICTURE_SAMPLES], classes or 10), **_reconstructions(experiment)}
+        for name, picture in pictures.items():
+            files.write_bytes(files.join(stage.folder, name), png(picture))
+            stage.run.picture(picture, name)
+        stage.run.metrics(figures, 0)
+        report = {"figures": figures, "samples": len(samples), "sampling": asdict(experiment.sampling), **identity}
+        files.write_json(report_url, report)
+        return report
+
+
+def _measure(experiment: Experiment) -> tuple[ReconstructionQuality, Bound, Tensor]:
+    total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
+    pieces: list[Reconstruct | Draw | Judge] = [Judge()]
+    pieces += [Draw(start, min(batch, total - start)) for start in range(0, total, batch)]
+    pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
+    quality, bound, samples = ReconstructionQuality(), None, []
+    for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
+        match result:
+            case ReconstructionQuality():
+                quality.merge(result)
+            case Bound():
+                bound = result
+            case _:
+                samples.append(result)
+    assert bound is not None, "one of the pieces is the bound"
+    return quality, bound, torch.cat(samples)
+
+
+def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """How often a logistic regression on real pixels sees the class asked for; and how good it is itself."""
+    from sklearn.linear_model import LogisticRegression
+
+    data = experiment.data
+
+    def table(pattern: str) -> tuple[Any, list[int]]:
+        images = first_images(pattern, data, _CLASSIFIER_IMAGES)
+        return stack(images).flatten(1).numpy() / 255.0, [image.label for image in images]
+
+    classifier = LogisticRegression(max_iter=1000).fit(*table(data.train))
+    return {
+        "class_accuracy": float(classifier.score(samples.flatten(1).numpy() / 255.0, labels)),
+        "classifier_accuracy": float(classifier.score(*table(data.validation))),
+    }
+
+
+def _reconstructions(experiment: Experiment) -> dict[str, Any]:
+    pixels = stack(first_images(experiment.data.validation, experiment.data, _PICTURE_IMAGES))
+    generator = bld_core.load(experiment.folder)
+    return {"reconstructions.png": reconstruction_grid(pixels, generator.decode(generator.encode(pixels)))}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's figures as lines of text."""
+    figures = report["figures"]
+    lines = [
+        f"reconstruction PSNR     {figures['psnr']:7.2f} dB  (held-out images, sd {figures['psnr_std']:.2f})",
+        f"reconstruction SSIM     {figures['ssim']:7.3f}     (sd {figures['ssim_std']:.3f})",
+        f"likelihood bound        {figures['bound']:7.4f}     bits a bit (held-out codes, se {figures['bound_se']:.4f})",
+    ]
+    if "class_accuracy" in figures:
+        lines += [
+            f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "
+            f"{report['sampling']['steps']} steps, by logistic regression on pixels",
+            f"... which on held-out   {figures['classifier_accuracy']:7.1%}     real images is right",
+        ]
+    return "\n".join(lines)

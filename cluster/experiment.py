@@ -1,0 +1,146 @@
+"""One experiment = one file: the configuration that every stage reads, and the folder that every stage writes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bld_core import files
+from bld_core.autoencoder import AutoencoderConfig
+from bld_core.diffusion import DiffusionConfig
+from bld_core.images import ImageConfig
+from bld_core.latents import LatentConfig
+from bld_core.prior import PriorConfig
+from bld_core.sampling import SamplingConfig
+from bld_core.schedule import ScheduleName
+from bld_core.training import TrainingConfig, worker_share
+from cluster.runtime import ClusterConfig
+from cluster.tracking import TrackingConfig
+
+# How often a stage reports does not change what it makes.
+_REPORTING = ("log_every", "evaluate_every", "checkpoint_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The evaluation of a finished experiment.
+
+    Args:
+        samples: images drawn; their classes are balanced.
+        batch_size: images in one piece of work.
+        class_accuracy: also train a logistic regression on the pixels of the training images, and report the share
+            of samples that it recognises as the class asked for; for small images with classes.
+    """
+
+    samples: int = 500
+    batch_size: int = 100
+    class_accuracy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"evaluation.samples is {self.samples}, evaluation.batch_size {self.batch_size}; both must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The sweep over prior training: every combination is one trial on the cached latents.
+
+    Args:
+        vlb_weights: values of diffusion.vlb_weight (lambda).
+        schedules: values of diffusion.schedule.
+        steps: training steps of each trial.
+        concurrent: trials that run at the same time; together they must fit the cluster.
+    """
+
+    vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.1])
+    schedules: list[ScheduleName] = field(default_factory=lambda: ["linear", "cosine"])
+    steps: int = 10_000
+    concurrent: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.vlb_weights or not self.schedules:
+            raise ValueError("sweep.vlb_weights and sweep.schedules must each name at least one value")
+        if self.steps < 1 or self.concurrent < 1:
+            raise ValueError(f"sweep.steps is {self.steps}, sweep.concurrent {self.concurrent}; both must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One experiment: its images, networks, training, evaluation and machines.
+
+    Args:
+        name: of the experiment; its folder is <root>/<name>.
+        root: where experiments live, a local folder or a URL such as s3://bucket/path.
+        seed: of everything random.
+        data: the images.
+        autoencoder: the binary autoencoder.
+        autoencoder_training: stage 1.
+        latents: the encoded data set.
+        prior: the transformer prior.
+        diffusion: the Bernoulli diffusion.
+        prior_training: stage 2.
+        sampling: how samples are drawn.
+        evaluation: what is measured.
+        sweep: the sweep over prior training.
+        cluster: where and how wide the work runs.
+        tracking: MLflow.
+    """
+
+    name: str = "experiment"
+    root: str = "runs"
+    seed: int = 0
+    data: ImageConfig = field(default_factory=ImageConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder_training: TrainingConfig = field(default_factory=TrainingConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    prior_training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name is {self.name!r}; it must be a folder name without slashes")
+        # Workers have other working directories: paths are made absolute once, here.
+        shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
+        object.__setattr__(self, "root", files.absolute(self.root))
+        object.__setattr__(self, "data", replace(self.data, **shards))
+        self.autoencoder.code_shape(self.data.image_size)
+        self.diffusion.make_schedule().grid(self.sampling.steps, self.sampling.spacing)
+        for training in (self.autoencoder_training, self.prior_training):
+            worker_share(training, self.cluster.actors)
+
+    @property
+    def folder(self) -> str:
+        """<root>/<name>."""
+        return files.join(self.root, self.name)
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a code."""
+        return self.autoencoder.code_shape(self.data.image_size)
+
+    def parameters(self) -> dict[str, str]:
+        """Every field by its dotted name, as text: what MLflow shows."""
+        return {name: str(value) for name, value in _flatten(asdict(self)).items()}
+
+    def fingerprint(self, *sections: str) -> dict[str, Any]:
+        """The fields of the named sections that decide what a stage makes, by dotted name."""
+        chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
+        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _REPORTING}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,122 @@
+"""The Ray runtime: a cluster that is already there, or a local one for this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from cluster.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where and how wide the work runs.
+
+    Args:
+        address: Ray cluster to connect to, "auto" for the one on this machine; empty uses RAY_ADDRESS (set inside
+            `ray job submit`) or else starts a local one that ends with the command.
+        workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs.
+        cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
+        gpu: give each worker one GPU.
+        max_failures: times that training restarts from its last checkpoint after a worker or node has died.
+    """
+
+    address: str = ""
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpu: bool = False
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in this process")
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+
+    @property
+    def actors(self) -> int:
+        """How many actors share a batch job."""
+        return max(1, self.workers)
+
+    def limit_threads(self) -> None:
+        """Keep this worker's CPU arithmetic to the cores reserved for it."""
+        torch.set_num_threads(max(1, round(self.cpus_per_worker)))
+
+
+DECODE_CPUS = 0.25
+"""Cores reserved by one task that reads and decodes a shard."""
+
+
+def connect(config: ClusterConfig) -> None:
+    """Connect to Ray once a process, and check that the cluster can hold the work.
+
+    Raises:
+        ValueError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, logging_level=logging.WARNING)
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    have = ray.cluster_resources()
+    need = config.workers * config.cpus_per_worker + DECODE_CPUS
+    if need > have.get("CPU", 0):
+        raise ValueError(
+            f"{config.workers} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding need {need}, "
+            f"but the Ray cluster has {have.get('CPU', 0):g}: lower cluster.workers or cluster.cpus_per_worker"
+        )
+    if config.gpu and config.workers > have.get("GPU", 0):
+        raise ValueError(
+            f"{config.workers} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
+            "lower cluster.workers, or set cluster.gpu to false"
+        )
+
+
+def map_on_actors(
+    actor_class: type, arguments: tuple[Any, ...], method: str, items: Iterable[Any], config: ClusterConfig, label: str
+) -> Iterator[Any]:
+    """Call `method(item)` for every item on a pool of actors; yields the results in the order of the items.
+
+    Args:
+        actor_class: built once on each actor with `arguments`, for example loading a model.
+        items: arguments of the calls; they wait in a queue for the next free actor.
+        label: for the progress line.
+    """
+    connect(config)
+    work = list(items)
+    options = {"num_cpus": config.cpus_per_worker, "num_gpus": 1 if config.gpu else 0, "max_restarts": config.max_failures}
+    remote = ray.remote(**options)(actor_class)
+    actors = [remote.remote(*arguments) for _ in range(min(config.actors, len(work)))]
+    idle = list(actors)
+    running: dict[Any, tuple[int, Any]] = {}
+    finished: dict[int, Any] = {}
+    progress = Progress(label, len(work))
+    following = submitted = 0
+    try:
+        while following < len(work):
+            while idle and submitted < len(work):
+                actor = idle.pop()
+                call = getattr(actor, method).options(max_task_retries=config.max_failures)
+                running[call.remote(work[submitted])] = (submitted, actor)
+                submitted += 1
+            done, _ = ray.wait(list(running), num_returns=1)
+            position, actor = running.pop(done[0])
+            finished[position] = ray.get(done[0])
+            idle.append(actor)
+            while following in finished:
+                yield finished.pop(following)
+                following += 1
+                progress.update(following)
+    finally:
+        progress.close()
+        for actor in actors:
+            ray.kill(actor)

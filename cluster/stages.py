@@ -1,0 +1,125 @@
+"""A stage and its folder: done, resumed, refused or started afresh; one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bld_core import files
+from cluster.experiment import Experiment
+from cluster.tracking import Run, start_run
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An open stage: nobody else works in its folder until it is closed.
+
+    Attributes:
+        experiment: its configuration.
+        name: of the stage and of its folder.
+        run: the MLflow run.
+        done: the stage was finished earlier; there is nothing to do.
+    """
+
+    experiment: Experiment
+    name: str
+    run: Run
+    done: bool
+
+    @property
+    def folder(self) -> str:
+        """<root>/<name>/<stage>."""
+        return files.join(self.experiment.folder, self.name)
+
+
+@contextlib.contextmanager
+def open_stage(
+    experiment: Experiment,
+    name: str,
+    fingerprint: dict[str, Any],
+    result: str,
+    *,
+    fresh: bool = False,
+    on_change: Literal["refuse", "redo"] = "refuse",
+) -> Iterator[Stage]:
+    """Open a stage for work, or find it done.
+
+    Args:
+        experiment: its configuration.
+        name: of the stage, and of its folder within the experiment's.
+        fingerprint: what decides the stage's result: configuration, and hashes of what it is made from.
+        result: the file, within the stage's folder, whose presence means that the stage is finished.
+        fresh: delete what is there and start over.
+        on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
+
+    Raises:
+        ValueError: the folder cannot be written, is in use, or holds a stage of another fingerprint.
+    """
+    folder = files.join(experiment.folder, name)
+    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: lists for tuples
+    files.check_writable(experiment.folder)
+    with _lock(folder):
+        record_url = files.join(folder, RECORD)
+        record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
+        if record is not None and record["fingerprint"] != fingerprint:
+            if on_change == "refuse":
+                raise ValueError(_changes(folder, name, record["fingerprint"], fingerprint))
+            record = None
+        if record is None:
+            files.remove(folder)
+        done = record is not None and files.exists(files.join(folder, result))
+        if done:
+            print(f"{name}: already done in {folder} (--fresh makes it again)", flush=True)
+        run = start_run(experiment, name, record["run"] if record else None, reopen=not done)
+        if record is None or record["run"] != run.run_id:
+            files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
+        succeeded = False
+        try:
+            yield Stage(experiment, name, run, done)
+            succeeded = True
+        finally:
+            if not done:
+                run.end(succeeded)
+
+
+def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    fields = sorted(before.keys() | now.keys())
+    changed = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
+    return "\n".join(
+        [
+            f"{folder!r} was made with other settings or from other inputs (then -> now):",
+            *changed,
+            f"set them back to go on, choose another --name, or pass --fresh to make the stage {name!r} anew",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _lock(folder: str) -> Iterator[None]:
+    """Hold the stage's lock; the operating system lets go of it when this process ends, however it ends."""
+    if not files.is_local(folder):  # object stores have no locks
+        yield
+        return
+    path = Path(f"{files.filesystem(folder)[1]}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{folder!r} is in use by process {file.read().strip() or '?'}: wait for it, stop it, "
+                "or choose another --name"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield

@@ -1,0 +1,148 @@
+"""The two training stages as tasks: what a worker builds, reads, minimises and shows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from bld_core import files
+from bld_core.autoencoder import BinaryAutoencoder, to_float, to_uint8
+from bld_core.diffusion import likelihood_bound
+from bld_core.generator import load_autoencoder
+from bld_core.images import first_images, stack
+from bld_core.latents import Latents, Split, latent_batches, open_latents
+from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.objectives import AutoencoderObjective, PriorObjective
+from bld_core.pictures import grid, reconstruction_grid
+from bld_core.prior import Prior
+from bld_core.sampling import sample_codes
+from bld_core.training import Batch, Objective, TrainingConfig
+from cluster.experiment import Experiment
+from cluster.ingest import Position, image_batches, resume_position
+
+_VALIDATION_IMAGES = 256
+_VALIDATION_CODES = 512
+_PICTURE_IMAGES = 16
+_PICTURE_SAMPLES = 40
+
+
+class Place(NamedTuple):
+    """A worker among its peers."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Task(ABC):
+    """What differs between the two stages, on one worker.
+
+    Attributes:
+        experiment: its configuration.
+        training: the part of it that trains this stage.
+    """
+
+    experiment: Experiment
+    training: TrainingConfig
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+
+    @abstractmethod
+    def objective(self) -> Objective:
+        """What is minimised."""
+
+    @abstractmethod
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        """Batches from `step` on; `positions` are those of the checkpoint, one a worker."""
+
+    def position(self) -> list[int]:
+        """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
+        return []
+
+    @abstractmethod
+    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
+        """Figures on held-out data, a picture, and the picture's name."""
+
+
+class AutoencoderTask(Task):
+    """Stage 1."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.training = experiment.autoencoder_training
+        self._position = Position()
+        self._held_out: Tensor | None = None
+
+    def network(self) -> nn.Module:
+        return BinaryAutoencoder(self.experiment.autoencoder, self.experiment.data.channels)
+
+    def objective(self) -> Objective:
+        return AutoencoderObjective(self.experiment.code_shape, self.experiment.seed)
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        data = self.experiment.data
+        start = resume_position(positions, place.rank, place.world, len(files.expand(data.train)))
+        stream = image_batches(data, self.training, self.experiment.seed, step, start, place.rank, place.world)
+        for batch, self._position in stream:
+            yield Batch(*(part.to(place.device) for part in batch))
+
+    def position(self) -> list[int]:
+        return [self._position.visit, self._position.offset]
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
+        assert isinstance(network, BinaryAutoencoder)
+        if self._held_out is None:
+            data = self.experiment.data
+            self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
+        quality = ReconstructionQuality()
+        outputs: list[Tensor] = []
+        for images in self._held_out.split(self.experiment.latents.batch_size):
+            outputs.append(to_uint8(network(to_float(images.to(device)))).cpu())
+            quality.update(images, outputs[-1])
+        picture = reconstruction_grid(self._held_out[:_PICTURE_IMAGES], torch.cat(outputs)[:_PICTURE_IMAGES])
+        return {"val_psnr": quality.psnr.mean, "val_ssim": quality.ssim.mean}, picture, "reconstructions"
+
+
+class PriorTask(Task):
+    """Stage 2."""
+
+    def __init__(self, experiment: Experiment, source: str) -> None:
+        self.experiment = experiment
+        self.training = experiment.prior_training
+        self.source = source
+
+    def _latents(self, split: Split, device: torch.device) -> Latents:
+        return open_latents(files.join(self.source, "latents"), split).to(device)
+
+    def network(self) -> nn.Module:
+        h, w, c = self.experiment.code_shape
+        return Prior(self.experiment.prior, h * w, c)
+
+    def objective(self) -> Objective:
+        experiment = self.experiment
+        return PriorObjective(experiment.diffusion, experiment.prior.label_dropout, experiment.seed)
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        latents = self._latents("train", place.device)
+        return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
+        experiment = self.experiment
+        schedule = experiment.diffusion.make_schedule()
+        held_out = self._latents("validation", device)
+        rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
+        bound = likelihood_bound(network, held_out.codes(rows), held_out.labels[rows], schedule, seed=experiment.seed)
+        h, w, c = experiment.code_shape
+        index = torch.arange(_PICTURE_SAMPLES, device=device)
+        labels = index % experiment.prior.classes if experiment.prior.classes else None
+        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, experiment.seed)
+        autoencoder = load_autoencoder(self.source, str(device)).network
+        images = to_uint8(autoencoder.decode(z.view(-1, h, w, c).permute(0, 3, 1, 2))).cpu()
+        return {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}, grid(images, 10), "samples"

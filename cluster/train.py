@@ -1,0 +1,209 @@
+"""Ray Train: a TorchTrainer around the core training loop, for both stages."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.experimental import tqdm_ray
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bld_core import files
+from bld_core.checkpoint import CONFIG, load_state, read_model_config, save_model, save_state
+from bld_core.generator import AUTOENCODER
+from bld_core.images import check_shards
+from bld_core.latents import open_latents
+from bld_core.noise import key_of
+from bld_core.training import Report, TrainState, make_state, train
+from cluster.experiment import Experiment
+from cluster.progress import Progress, on_terminal
+from cluster.runtime import connect
+from cluster.stages import Stage, open_stage
+from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
+from cluster.tracking import Run
+
+_CHECKPOINTS_KEPT = 2
+_FINAL = "final"
+
+
+def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
+    """Stage 1: image shards -> <folder>/autoencoder/final.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        ValueError: bad input, each with its remedy, before anything is started.
+    """
+    for split in ("train", "validation"):
+        check_shards(experiment.data, split)
+    fingerprint = experiment.fingerprint("data", "autoencoder", "autoencoder_training")
+    with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
+        if not stage.done:
+            config = {
+                "autoencoder": asdict(experiment.autoencoder),
+                "code_shape": experiment.code_shape,
+                "image_size": experiment.data.image_size,
+                "channels": experiment.data.channels,
+            }
+            _fit(stage, AutoencoderTask(experiment), config)
+        return files.join(stage.folder, _FINAL)
+
+
+def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -> str:
+    """Stage 2: cached latents -> <folder>/prior/final.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+        source: experiment folder of the latents and their autoencoder; by default the experiment's own.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        FileNotFoundError: no autoencoder or no latents yet.
+        ValueError: latents of another autoencoder, or other bad input, before anything is started.
+    """
+    source = source or experiment.folder
+    autoencoder = read_model_config(files.join(source, AUTOENCODER))
+    latents = open_latents(files.join(source, "latents"))
+    open_latents(files.join(source, "latents"), "validation")
+    made_by = latents.manifest["autoencoder_hash"]
+    if made_by != autoencoder["hash"]:
+        raise ValueError(
+            f"the latents in {source!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
+            f"{autoencoder['hash'][:12]}: encode again with --fresh"
+        )
+    classes = experiment.prior.classes
+    if int(latents.labels.max()) >= classes > 0:
+        raise ValueError(f"the latents hold class {int(latents.labels.max())}; prior.classes is {classes}: raise it")
+    fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
+    with open_stage(experiment, "prior", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
+        if not stage.done:
+            config = {
+                "prior": asdict(experiment.prior),
+                "diffusion": asdict(experiment.diffusion),
+                "sampling": asdict(experiment.sampling),
+                "autoencoder_hash": made_by,
+                "latents_hash": latents.hash,
+            }
+            _fit(stage, PriorTask(experiment, source), config)
+        return files.join(stage.folder, _FINAL)
+
+
+def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
+    """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights."""
+    cluster = stage.experiment.cluster
+    connect(cluster)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task, "label": stage.name, "run": stage.run, "bar": on_terminal()},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name=stage.name,
+            storage_path=stage.experiment.folder,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+        ),
+    )
+    checkpoint = trainer.fit().checkpoint
+    assert checkpoint is not None, "the last step always saves one"
+    with checkpoint.as_directory() as folder:
+        weights = load_file(f"{folder}/ema.safetensors")
+        metrics = files.read_json(f"{folder}/meta.json")["metrics"]
+    final = files.join(stage.folder, _FINAL)
+    digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
+    stage.run.tags({"bld.hash": digest})
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One training worker."""
+    task: Task = config["task"]
+    training = task.training
+    task.experiment.cluster.limit_threads()
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
+    network = task.network()
+    state = make_state(network, training, ray.train.torch.prepare_model(network))
+    positions: list[list[int]] = []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            positions = load_state(folder, state)["positions"]
+    run: Run | None = config["run"] if place.rank == 0 else None
+    bar = tqdm_ray.tqdm if config["bar"] else None
+    progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
+    batches = task.batches(state.step, positions, place)
+    for report in train(state, batches, task.objective(), training):
+        last = report.step == training.steps
+        if last or report.step % training.log_every == 0:
+            figures = _figures(report, place)
+            if run is not None and progress is not None:
+                run.metrics({f"train_{name}": value for name, value in figures.items()}, report.step)
+                progress.update(report.step, figures)
+        if last or report.step % training.evaluate_every == 0 or report.step % training.checkpoint_every == 0:
+            _save(task, state, run, place)
+    if progress is not None:
+        progress.close()
+
+
+def _figures(report: Report, place: Place) -> dict[str, float]:
+    """The step's losses, the mean over all workers.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    values = torch.stack([*report.terms.values()]).double()
+    if place.world > 1:
+        torch.distributed.all_reduce(values)
+    figures = dict(zip(report.terms, (values / place.world).tolist(), strict=True))
+    if not all(math.isfinite(value) for value in figures.values()):
+        raise FloatingPointError(
+            f"step {report.step}: {figures}; training has diverged: lower learning_rate or clip_norm and start --fresh"
+        )
+    return figures | {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+
+
+def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:
+    """Evaluate the averaged weights and report with a checkpoint: rank 0 works, all ranks meet in the report."""
+    positions = _gather(task.position(), place)
+    if run is None:
+        ray.train.report({"step": state.step})
+        return
+    averaged = copy.deepcopy(state.module)
+    averaged.load_state_dict(state.ema.weights)
+    with torch.no_grad():
+        metrics, picture, name = task.evaluate(averaged.eval(), place.device)
+    run.metrics(metrics, state.step)
+    run.picture(picture, f"{name}/step-{state.step:07d}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(folder, state, {"positions": positions, "metrics": metrics})
+        ray.train.report({"step": state.step, **metrics}, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _gather(position: list[int], place: Place) -> list[list[int]]:
+    """Every worker's position, in the order of the ranks."""
+    if place.world == 1:
+        return [position]
+    mine = torch.tensor(position, dtype=torch.int64, device=place.device)
+    everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(place.world)]
+    torch.distributed.all_gather(everyone, mine)
+    return [other.tolist() for other in everyone]

@@ -1,0 +1,67 @@
+"""What every command shares: its flags are the experiment's fields, its errors one line, its end the next command."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cluster.experiment import Experiment
+
+
+class Parser(ArgumentParser):
+    """A parser that names the nearest right flag where one is unknown."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        unknown = re.search(r"(?:option '|arguments: -*)([\w.]+)", message)
+        if unknown:
+            known = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+            by_leaf = {name.split(".")[-1]: name for name in sorted(known)}
+            near = difflib.get_close_matches(unknown[1], known, 1)
+            near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(unknown[1].split(".")[-1], by_leaf, 1)]
+            message += f"; the nearest is {near[0]!r}" if near else ""
+        super().error(message, *args, **kwargs)
+
+
+def command(
+    description: str | None,
+    work: Callable[[Any, Namespace], None],
+    settings: type = Experiment,
+    extras: Callable[[Parser], None] = lambda made: None,
+) -> None:
+    """Parse the command line, do the work; a user's mistake ends in one message and exit code 2, not a traceback.
+
+    Args:
+        description: what --help says first.
+        work: called with the settings and with all flags.
+        settings: the dataclass whose fields are the flags.
+        extras: adds flags of this command alone.
+    """
+    # ${...} in a configuration file refers to its other fields and to the environment.
+    made = Parser(description=description, parser_mode="omegaconf+", allow_abbrev=False)
+    made.add_argument("--config", action="config", help="settings file; flags after it override its fields")
+    made.add_class_arguments(settings)
+    extras(made)
+    try:
+        flags = made.instantiate(made.parse_args())
+        work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def fresh_flag(made: Parser) -> None:
+    """--fresh, for stages that would otherwise resume or say that they are done."""
+    made.add_argument("--fresh", action="store_true", help="start over: delete what this stage made before")
+
+
+def next_command(script: str) -> None:
+    """Say which command follows, with the flags of this one."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--fresh"]
+    print(f"next: {shlex.join(['python', f'pipelines/{script}', *flags])}")

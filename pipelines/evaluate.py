@@ -1,0 +1,17 @@
+"""Evaluate a finished experiment: reconstruction, likelihood bound, samples; <root>/<name>/evaluation/report.json."""
+
+from argparse import Namespace
+
+from cluster.evaluate import evaluate, table
+from cluster.experiment import Experiment
+from pipelines.command import command, fresh_flag, next_command
+
+
+def main(experiment: Experiment, flags: Namespace) -> None:
+    print(table(evaluate(experiment, flags.fresh)))
+    print(f"report: {experiment.folder}/evaluation/report.json")
+    next_command("register.py")
+
+
+if __name__ == "__main__":
+    command(__doc__, main, extras=fresh_flag)
