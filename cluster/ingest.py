@@ -7,6 +7,7 @@ all the way, so a position in the stream is two numbers and a restart goes on wi
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from bld_core import files
 from bld_core.images import ImageConfig, decode_samples, read_samples
@@ -23,11 +25,25 @@ from bld_core.noise import permutation
 from bld_core.training import Batch, TrainingConfig, worker_share
 from cluster.runtime import DECODE_CPUS
 
-_IMAGES_PER_BLOCK = 64
 _VISITS_PER_STREAM = 256
-_BYTES_AHEAD = 256 << 20
+_BATCHES_AHEAD = 32
+_MIN_BYTES_AHEAD = 4 << 20
+_BLOCK_BYTES = 8 << 20
+_EXECUTOR_PAUSE_S = 0.01
 
 Columns = dict[str, NDArray[Any]]
+
+
+class Breathe(ExecutionCallback):
+    """A short pause in each turn of Ray Data's scheduling loop.
+
+    While its output waits to be consumed, that loop (a thread of the training worker) spins without one, and takes
+    half a core and the interpreter lock from the training step.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called by Ray Data once a turn."""
+        time.sleep(_EXECUTOR_PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,14 @@ def _share(shards: int, rank: int, world: int) -> int:
 
 
 def image_batches(
-    data: ImageConfig, training: TrainingConfig, seed: int, start_step: int, start: Position, rank: int, world: int
+    data: ImageConfig,
+    training: TrainingConfig,
+    seed: int,
+    start_step: int,
+    start: Position,
+    rank: int,
+    world: int,
+    decode_tasks: int,
 ) -> Iterator[tuple[Batch, Position]]:
     """This worker's batches from `start` on, without end, each with the position behind it.
 
@@ -76,64 +99,90 @@ def image_batches(
         )
     share = worker_share(training, world)
     step = start_step
-    for columns, position in _rebatch(_stream(urls, data, seed, start, rank, world), share):
+    stream = Stream(urls, data, seed, rank, world, share, decode_tasks)
+    for columns, position in _rebatch(stream.blocks(start), share):
         index = step * training.batch_size + rank * share + torch.arange(share)
         pixels, labels = (torch.from_numpy(columns[name]) for name in ("pixels", "label"))
         yield Batch(pixels, labels, index), position
         step += 1
 
 
-def _stream(
-    urls: list[str], data: ImageConfig, seed: int, start: Position, rank: int, world: int
-) -> Iterator[Columns]:
-    """Blocks of decoded images from `start` on: columns pixels, label, visit, offset."""
-    first = start.visit
-    while True:
-        visits = range(first, first + _VISITS_PER_STREAM)
-        items = [_visit(urls, seed, visit, rank, world) for visit in visits]
-        for block in _run(items, data, seed):
-            columns = {name: np.asarray(values) for name, values in block.items()}
-            if columns["visit"][0] == start.visit:  # every block comes from one visit
-                new = columns["offset"] >= start.offset
-                columns = {name: values[new] for name, values in columns.items()}
-            if len(columns["label"]):
-                yield columns
-        first += _VISITS_PER_STREAM
+@dataclass(frozen=True)
+class Stream:
+    """One worker's endless stream of decoded images.
+
+    Attributes:
+        urls: all shards of the data set.
+        data: the form of the images.
+        seed: of the order of shards and samples.
+        rank: this worker.
+        world: all workers.
+        share: this worker's batch size, by which it reads ahead.
+        decode_tasks: shards that are read and decoded at the same time.
+    """
+
+    urls: list[str]
+    data: ImageConfig
+    seed: int
+    rank: int
+    world: int
+    share: int
+    decode_tasks: int
+
+    def blocks(self, start: Position) -> Iterator[Columns]:
+        """Blocks of decoded images from `start` on: columns pixels, label, visit, offset; each of one visit."""
+        first = start.visit
+        while True:
+            for columns in self._execute(range(first, first + _VISITS_PER_STREAM)):
+                if columns["visit"][0] == start.visit:
+                    new = columns["offset"] >= start.offset
+                    columns = {name: values[new] for name, values in columns.items()}
+                if len(columns["label"]):
+                    yield columns
+            first += _VISITS_PER_STREAM
+
+    def _visit(self, visit: int) -> dict[str, Any]:
+        epoch, i = divmod(visit, _share(len(self.urls), self.rank, self.world))
+        order = permutation(self.seed, "shard order", epoch, len(self.urls))[self.rank :: self.world]
+        return {"visit": visit, "epoch": epoch, "url": self.urls[int(order[i])]}
+
+    def _execute(self, visits: range) -> Iterator[Columns]:
+        """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
+        image_bytes = self.data.image_size**2 * self.data.channels
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.custom_execution_callback_classes = [Breathe]
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ray.data.ExecutionResources(
+            object_store_memory=max(_MIN_BYTES_AHEAD, _BATCHES_AHEAD * self.share * image_bytes)
+        )
+        items = [self._visit(visit) for visit in visits]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _decode_shard,
+            batch_size=1,
+            num_cpus=DECODE_CPUS,
+            concurrency=self.decode_tasks,
+            fn_kwargs={"data": self.data, "seed": self.seed, "block": max(1, _BLOCK_BYTES // image_bytes)},
+        )
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            yield {name: np.asarray(values) for name, values in block.items()}
 
 
-def _visit(urls: list[str], seed: int, visit: int, rank: int, world: int) -> dict[str, Any]:
-    share = _share(len(urls), rank, world)
-    epoch, i = divmod(visit, share)
-    order = permutation(seed, "shard order", epoch, len(urls))[rank::world]
-    return {"visit": visit, "epoch": epoch, "url": urls[int(order[i])]}
-
-
-def _run(items: list[dict[str, Any]], data: ImageConfig, seed: int) -> Iterator[Columns]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=_BYTES_AHEAD)
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _decode_shard, batch_size=1, num_cpus=DECODE_CPUS, fn_kwargs={"data": data, "seed": seed}
-    )
-    yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4)
-
-
-def _decode_shard(item: Columns, data: ImageConfig, seed: int) -> Iterator[Columns]:
+def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> Iterator[Columns]:
     """One visit to a shard, as a Ray Data task: read it, order its samples by (seed, epoch, shard), decode."""
     url, epoch, visit = str(item["url"][0]), int(item["epoch"][0]), int(item["visit"][0])
     samples = list(read_samples(url, data.extensions))
     order = permutation(seed, f"sample order {files.name(url)}", epoch, len(samples)).tolist()
     images = decode_samples((samples[i] for i in order), data, Counter())
     offset = 0
-    while block := list(itertools.islice(images, _IMAGES_PER_BLOCK)):
+    while some := list(itertools.islice(images, block)):
         yield {
-            "pixels": np.stack([image.pixels for image in block]),
-            "label": np.asarray([image.label for image in block], np.int64),
-            "visit": np.full(len(block), visit, np.int64),
-            "offset": np.arange(offset, offset + len(block), dtype=np.int64),
+            "pixels": np.stack([image.pixels for image in some]),
+            "label": np.asarray([image.label for image in some], np.int64),
+            "visit": np.full(len(some), visit, np.int64),
+            "offset": np.arange(offset, offset + len(some), dtype=np.int64),
         }
-        offset += len(block)
+        offset += len(some)
 
 
 def _rebatch(blocks: Iterable[Columns], size: int) -> Iterator[tuple[Columns, Position]]:

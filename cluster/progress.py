@@ -51,7 +51,8 @@ class Progress:
             rate = (done - self.start) / max(now - self._began, 1e-9)
             left = (self.total - done) / max(rate, 1e-9)
             line = f"{self.label}  {done}/{self.total}  {rate:.3g}/s  {_duration(left)} left  {shown}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            sys.stderr.write(line.rstrip() + "\n")  # not print, which Ray Train would repeat in its own log
+            sys.stderr.flush()
 
     def close(self) -> None:
         """End the bar."""

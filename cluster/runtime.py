@@ -23,6 +23,7 @@ class ClusterConfig:
             `ray job submit`) or else starts a local one that ends with the command.
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
+        decode_tasks: shards that are read and decoded at the same time for each training worker of stage 1.
         gpu: give each worker one GPU.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died.
     """
@@ -30,12 +31,15 @@ class ClusterConfig:
     address: str = ""
     workers: int = 1
     cpus_per_worker: float = 1.0
+    decode_tasks: int = 2
     gpu: bool = False
     max_failures: int = 3
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in this process")
+        if self.decode_tasks < 1:
+            raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
 
