@@ -104,6 +104,8 @@ class Prior(nn.Module):
             assert isinstance(block, Block)
             for linear in (block.attention.out, block.mlp[2]):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
+        if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
+            nn.init.normal_(self.label.weight, std=0.2)
         nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
 
     def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:

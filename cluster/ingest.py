@@ -7,6 +7,7 @@ all the way, so a position in the stream is two numbers and a restart goes on wi
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -149,6 +150,7 @@ class Stream:
     def _execute(self, visits: range) -> Iterator[Columns]:
         """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
         image_bytes = self.data.image_size**2 * self.data.channels
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.custom_execution_callback_classes = [Breathe]
@@ -161,7 +163,7 @@ class Stream:
             _decode_shard,
             batch_size=1,
             num_cpus=DECODE_CPUS,
-            concurrency=self.decode_tasks,
+            compute=ray.data.TaskPoolStrategy(size=self.decode_tasks),
             fn_kwargs={"data": self.data, "seed": self.seed, "block": max(1, _BLOCK_BYTES // image_bytes)},
         )
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):

@@ -70,7 +70,8 @@ def connect(config: ClusterConfig) -> None:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+            # With its dashboard: Ray Train asks its state API every second whether the training is still alive.
+            ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING)
     have = ray.cluster_resources()
     need = config.workers * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):

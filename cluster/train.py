@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.experimental import tqdm_ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -121,6 +121,7 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
             storage_path=stage.experiment.folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     checkpoint = trainer.fit().checkpoint
