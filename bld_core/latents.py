@@ -123,7 +123,7 @@ def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
     note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata}, sort_keys=True)}
     table = pa.table(columns).replace_schema_metadata(note)
     out = io.BytesIO()
-    pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False, store_schema=False)
+    pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False)
     return out.getvalue()
 
 

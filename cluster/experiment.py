@@ -114,7 +114,7 @@ class Experiment:
         self.autoencoder.code_shape(self.data.image_size)
         self.diffusion.make_schedule().grid(self.sampling.steps, self.sampling.spacing)
         for training in (self.autoencoder_training, self.prior_training):
-            worker_share(training, self.cluster.actors)
+            worker_share(training, self.cluster.workers)
 
     @property
     def folder(self) -> str:

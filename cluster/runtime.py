@@ -36,17 +36,12 @@ class ClusterConfig:
     max_failures: int = 3
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in this process")
+        if self.workers < 1:
+            raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1")
         if self.decode_tasks < 1:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
-
-    @property
-    def actors(self) -> int:
-        """How many actors share a batch job."""
-        return max(1, self.workers)
 
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""
@@ -100,7 +95,7 @@ def map_on_actors(
     work = list(items)
     options = {"num_cpus": config.cpus_per_worker, "num_gpus": 1 if config.gpu else 0, "max_restarts": config.max_failures}
     remote = ray.remote(**options)(actor_class)
-    actors = [remote.remote(*arguments) for _ in range(min(config.actors, len(work)))]
+    actors = [remote.remote(*arguments) for _ in range(min(config.workers, len(work)))]
     idle = list(actors)
     running: dict[Any, tuple[int, Any]] = {}
     finished: dict[int, Any] = {}

@@ -86,10 +86,10 @@ def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
 def test_training_reduces_the_loss() -> None:
     images = toy_images(16)
     flat = torch.stack([torch.full((8, 8, 1), 40 * (i % 6)) for i in range(len(images))]).to(torch.uint8)
-    config = TrainingConfig(steps=40, batch_size=16, learning_rate=3e-3, warmup=5)
+    config = TrainingConfig(steps=80, batch_size=16, learning_rate=3e-3, warmup=5)
     state = make_state(tiny_autoencoder().train(), config)
     objective = AutoencoderObjective(TINY_AUTOENCODER.code_shape(8), seed=0)
     batches = (Batch(flat, torch.full((16,), -1), torch.arange(16) + 16 * step) for step in itertools.count())
     losses = [float(report.terms["loss"]) for report in train(state, batches, objective, config)]
-    assert len(losses) == 40
+    assert len(losses) == 80
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

@@ -222,7 +222,7 @@ def expected_loss(evidence: Tensor, p: float, schedule: NoiseSchedule, loss: Los
     for z_0, weight in ((0, 1 - p), (1, p)):
         one = transition(torch.tensor(float(z_0), dtype=torch.float64), 1.0, k_t)
         q = torch.cat([1 - one, one], dim=1)  # (T, z_t)
-        flip = (z_0 != BITS).double().expand_as(evidence)
+        flip = (BITS - z_0).abs().expand_as(evidence)
         total = total + weight * (q * loss(evidence, flip, k_t)).sum(1)
     return total
 

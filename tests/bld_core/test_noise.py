@@ -11,6 +11,8 @@ import torch
 from bld_core.noise import key_of, permutation, uniform
 
 MASK = (1 << 64) - 1
+GOLDEN = [[97530, 3729431, 15274214], [701902, 6334506, 982235]]  # in units of 2^-24; indices 0 and 1
+GOLDEN_KEY = -4944689159812287110
 
 
 def splitmix(x: int) -> int:

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from bld_core import files
+from bld_core.images import (
+    ImageConfig,
+    Sample,
+    check_shards,
+    decode,
+    decode_samples,
+    first_images,
+    read_images,
+    read_samples,
+    stack,
+    write_shard,
+)
+from tests.bld_core.toys import png_of, toy_images, toy_samples
+
+
+def gradient(width: int, height: int, channels: int = 3) -> NDArray[np.uint8]:
+    """An image in which every pixel tells its place."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x, y, x + y][:channels], axis=-1).astype(np.uint8)
+
+
+def test_shards_have_deterministic_bytes(tmp_path: Path) -> None:
+    digests = set[str]()
+    for name in ("a.tar", "b.tar"):
+        assert write_shard(str(tmp_path / name), toy_samples(10)) == 10
+        digests.add(files.sha256((tmp_path / name).read_bytes()))
+    assert len(digests) == 1
+
+
+def test_samples_survive_the_way_into_a_shard_and_back(tmp_path: Path) -> None:
+    samples = toy_samples(10)
+    assert {sample.label for sample in samples} == {-1, 0, 1, 2}
+    for url in (str(tmp_path / "a.tar"), f"memory://images/{tmp_path.name}.tar"):
+        write_shard(url, samples)
+        assert list(read_samples(url, ["jpg", "png"])) == samples
+
+
+def test_a_shard_that_fails_half_way_does_not_exist(tmp_path: Path) -> None:
+    def broken() -> list[Sample]:
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        write_shard(
+            str(tmp_path / "a.tar"), (sample for part in (toy_samples, lambda _: broken()) for sample in part(3))
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_wanted_extension_is_taken_and_others_are_passed_over(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.tar")
+    write_shard(url, [Sample("0", "txt", b"hello", 1), *toy_samples(2)])
+    assert [sample.key for sample in read_samples(url, ["png"])] == ["0000", "0001"]
+
+
+def test_a_shard_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.tar")
+    write_shard(url, [Sample("0", "tiff", b"II", 1)])
+    with pytest.raises(ValueError, match=r"looked for jpg, png, found cls, tiff; set data\.extensions"):
+        list(read_samples(url, ["jpg", "png"]))
+    write_shard(url, [])
+    with pytest.raises(ValueError, match="found nothing"):
+        list(read_samples(url, ["png"]))
+
+
+def test_pixels_of_the_right_size_are_untouched() -> None:
+    for image in toy_images(3, channels=3) + toy_images(3, channels=1):
+        channels = image.pixels.shape[-1]
+        config = ImageConfig(image_size=8, channels=3 if channels == 3 else 1)
+        np.testing.assert_array_equal(decode(png_of(image.pixels), config), image.pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 8), (8, 21), (40, 16), (16, 16), (5, 4), (4, 9)])
+def test_crop_scales_the_short_side_and_takes_the_centre(width: int, height: int) -> None:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, :, 0] = (np.arange(width) * 255 // (width - 1))[None]
+    pixels[:, :, 1] = (np.arange(height) * 255 // (height - 1))[:, None]
+    square = decode(png_of(pixels), ImageConfig(image_size=8)).astype(int)
+    assert square.shape == (8, 8, 3)
+    for axis, channel in ((1, 0), (0, 1)):  # the centre of the image stays in the centre
+        line = square[:, :, channel].mean(1 - axis)
+        assert abs(line.mean() - 127) <= 255 / 2 / 8 + 2  # half a pixel of rounding
+        assert (np.diff(line) > 0).all()
+
+
+def test_crop_of_an_unscaled_image_is_a_plain_cut() -> None:
+    pixels = gradient(20, 8)
+    np.testing.assert_array_equal(decode(png_of(pixels), ImageConfig(image_size=8)), pixels[:, 6:14])
+
+
+def test_pad_centres_the_image_on_black() -> None:
+    pixels = gradient(4, 6) + 1
+    padded = decode(png_of(pixels), ImageConfig(image_size=8, fit="pad"))
+    np.testing.assert_array_equal(padded[1:7, 2:6], pixels)
+    assert padded.sum() == pixels.sum()
+    grey = decode(png_of(pixels[:, :, :1]), ImageConfig(image_size=8, channels=1, fit="pad"))
+    np.testing.assert_array_equal(grey[1:7, 2:6], pixels[:, :, :1])
+
+
+def test_pad_refuses_a_larger_image_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match=r"\(9, 4\) pixels does not fit data\.image_size 8; set data\.fit to crop"):
+        decode(png_of(gradient(9, 4)), ImageConfig(image_size=8, fit="pad"))
+
+
+def test_grey_becomes_rgb_and_rgb_grey() -> None:
+    grey = gradient(8, 8, 1) * 20
+    as_rgb = decode(png_of(grey), ImageConfig(image_size=8, channels=3))
+    np.testing.assert_array_equal(as_rgb, np.repeat(grey, 3, axis=2))
+    np.testing.assert_array_equal(decode(png_of(as_rgb), ImageConfig(image_size=8, channels=1)), grey)
+    palette = io.BytesIO()
+    Image.fromarray(as_rgb).convert("P").save(palette, format="PNG")
+    assert decode(palette.getvalue(), ImageConfig(image_size=8)).shape == (8, 8, 3)
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.tar")
+    good, bad = toy_samples(6), (1, 4)
+    samples = [sample._replace(data=sample.data[:60]) if i in bad else sample for i, sample in enumerate(good)]
+    samples.append(Sample("text", "png", b"not an image", -1))
+    write_shard(url, samples)
+    skipped = Counter[str]()
+    images = list(read_images(url, ImageConfig(image_size=8, channels=1), skipped))
+    assert [image.key for image in images] == ["0000", "0002", "0003", "0005"]
+    assert skipped == {"unreadable image": 3}
+    for image, truth in zip(images, (toy_images(6)[i] for i in (0, 2, 3, 5)), strict=True):
+        assert image.label == truth.label
+        np.testing.assert_array_equal(image.pixels, truth.pixels)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="Pillow raises more than OSError on damaged headers")
+def test_a_damaged_header_is_an_unreadable_image_too() -> None:
+    header = b"IHDR" + bytes(5)  # 13 bytes are wanted
+    data = b"\x89PNG\r\n\x1a\n" + (5).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    skipped = Counter[str]()
+    assert list(decode_samples([Sample("0", "png", data, -1)], ImageConfig(image_size=8), skipped)) == []
+    assert skipped == {"unreadable image": 1}
+
+
+def test_first_images_cross_shards_in_order(tmp_path: Path) -> None:
+    samples = toy_samples(10)
+    write_shard(str(tmp_path / "s-0.tar"), samples[:4])
+    write_shard(str(tmp_path / "s-1.tar"), samples[4:])
+    images = first_images(str(tmp_path / "s-*.tar"), ImageConfig(image_size=8, channels=1), 6)
+    assert [image.key for image in images] == [sample.key for sample in samples[:6]]
+    assert stack(images).shape == (6, 8, 8, 1)
+    np.testing.assert_array_equal(stack(images)[5].numpy(), toy_images(6)[5].pixels)
+
+
+def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> None:
+    good, empty = str(tmp_path / "good.tar"), str(tmp_path / "empty.tar")
+    write_shard(good, toy_samples(2))
+    write_shard(empty, [Sample("0", "txt", b"", 1)])
+    assert check_shards(ImageConfig(train=good), "train") == [good]
+    with pytest.raises(ValueError, match=r"data\.validation is empty"):
+        check_shards(ImageConfig(train=good), "validation")
+    with pytest.raises(FileNotFoundError, match=r"none\.tar"):
+        check_shards(ImageConfig(train=str(tmp_path / "none.tar")), "train")
+    with pytest.raises(ValueError, match=r"empty\.tar.*found cls, txt"):
+        check_shards(ImageConfig(validation=str(tmp_path / "{good,empty}.tar")), "validation")
+
+
+def test_a_bad_field_is_named() -> None:
+    with pytest.raises(ValueError, match=r"image_size is 0.*at least 1"):
+        ImageConfig(image_size=0)
+    with pytest.raises(ValueError, match=r"data\.extensions is empty"):
+        ImageConfig(extensions=[])

@@ -1,0 +1,66 @@
+"""Ray Data ingest: deterministic, resumable anywhere, every image once an epoch; from a path and from S3."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bld_core.images import ImageConfig, first_images
+from bld_core.training import Batch, TrainingConfig
+from cluster.experiment import Experiment
+from cluster.ingest import Position, image_batches, resume_position
+from cluster.shards import ShardConfig, make_shards
+
+TRAINING = TrainingConfig(batch_size=100)
+
+
+def stream(
+    data: ImageConfig, start: Position = Position(), step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Batch, Position]]:
+    return image_batches(data, TRAINING, 0, step, start, rank, world, decode_tasks=2)
+
+
+def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
+    whole = list(itertools.islice(stream(encoded.data), 20))  # an epoch is 16.17 batches
+    for stop in (3, 16):
+        rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1), 3)
+        for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
+            assert position == expected
+            assert all(torch.equal(a, b) for a, b in zip(resumed, original, strict=True))
+
+
+def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
+    images: Counter[bytes] = Counter()
+    for rank, world in ((0, 2), (1, 2)):
+        for batch, position in stream(encoded.data, rank=rank, world=world):
+            if position.visit >= 2:  # four shards: two visits an epoch for each of two workers
+                break
+            images.update(pixels.numpy().tobytes() for pixels in batch.data)
+    known = Counter(image.pixels.tobytes() for image in first_images(encoded.data.train, encoded.data, 2000))
+    assert not images - known, "an image was seen twice in an epoch"
+    assert sum(images.values()) >= 1617 - 2 * 2 * 50, "more is missing than the last, unfinished batches"
+
+
+def test_another_number_of_workers_goes_on_at_the_start_of_the_slowest_epoch() -> None:
+    saved = [[4, 17], [5, 3]]  # two shards each: epoch 2
+    assert resume_position(saved, 1, 2, 4) == Position(5, 3)
+    assert resume_position(saved, 0, 1, 4) == Position(8)
+    assert resume_position([], 0, 1, 4) == Position()
+
+
+def test_fewer_shards_than_workers_are_refused(encoded: Experiment) -> None:
+    with pytest.raises(ValueError, match="4 shards cannot feed 5 workers"):
+        next(stream(encoded.data, world=5))
+
+
+def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_path: Path) -> None:
+    patterns = make_shards(ShardConfig(output=f"{s3}/digits", images_per_shard=405))
+    remote = ImageConfig(**patterns, image_size=32, channels=1, extensions=["png"])
+    assert remote.train.startswith("s3://")
+    for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote), 3), stream(encoded.data), strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,87 @@
+"""What comes after the prior: samples, evaluation, sweep, registry; each from the finished small experiment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bld_core
+from cluster.evaluate import evaluate, table
+from cluster.experiment import Experiment
+from cluster.sample import GridConfig, draw_grid
+from cluster.sweep import sweep_prior
+from cluster.tracking import fetch_model, register
+from cluster.train import train_prior
+
+
+@pytest.fixture(scope="module")
+def finished(encoded: Experiment) -> Experiment:
+    train_prior(encoded)
+    return encoded
+
+
+def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment) -> None:
+    grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5)))
+    assert Image.open(grid).size == (3 * 66 + 2, 2 * 66 + 2)
+    with np.load(grid.with_name("samples.npz")) as arrays:
+        assert arrays["arr_0"].shape == (6, 32, 32, 1)
+        assert arrays["arr_1"].tolist() == [3, 7, -1, 3, 7, -1]
+        again = bld_core.load(finished.folder).sample(labels=[3, 7, -1] * 2, seed=5, steps=4, guidance=1.0)
+        assert np.array_equal(arrays["arr_0"], again.numpy())
+
+
+def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experiment) -> None:
+    report = evaluate(finished)
+    figures = report["figures"]
+    assert 0 < figures["bound"] < 1.5
+    assert 0 <= figures["class_accuracy"] <= 1
+    assert figures["classifier_accuracy"] > 0.95
+    one = evaluate(replace(finished, cluster=replace(finished.cluster, workers=1)), fresh=True)["figures"]
+    assert one == pytest.approx(figures, rel=1e-12)
+    assert "dB" in table(report)
+
+
+def test_a_new_prior_makes_samples_and_evaluation_again(
+    finished: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(finished)
+    assert "already done" in capsys.readouterr().out
+    config = Path(finished.folder, "prior/final/config.json")
+    original = config.read_text()
+    config.write_text(json.dumps(json.loads(original) | {"run": "another"}))
+    try:
+        draw_grid(finished, GridConfig(rows=1))
+        evaluate(finished)
+    finally:
+        config.write_text(original)
+    assert "already done" not in capsys.readouterr().out
+
+
+def test_a_registered_pair_gives_the_same_samples(finished: Experiment, tmp_path: Path) -> None:
+    name, version = register(finished)
+    assert (name, version) == ("small", "1")
+    assert register(finished) == (name, version), "the same pair was registered twice"
+    uri = finished.tracking.resolve(finished.root)
+    folder = fetch_model(uri, name, finished.tracking.alias, str(tmp_path))
+    before, after = (bld_core.load(place).sample(labels=[1, 2], seed=3) for place in (finished.folder, folder))
+    assert torch.equal(before, after)
+
+
+def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment) -> None:
+    rows = sweep_prior(encoded)
+    assert [(row["vlb_weight"], row["schedule"]) for row in sorted(rows, key=lambda row: row["trial"])] == [
+        (0.0, "cosine"),
+        (0.0, "linear"),
+        (0.1, "cosine"),
+        (0.1, "linear"),
+    ]
+    bounds = [row["bound"] for row in rows]
+    assert len(set(bounds)) == 4
+    assert bounds == sorted(bounds)
+    assert rows[0]["schedule"] in Path(encoded.folder, "sweep/best.yaml").read_text()

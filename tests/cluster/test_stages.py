@@ -1,0 +1,122 @@
+"""Stages: done, refused, locked; and every kind of bad input before any work is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from bld_core.autoencoder import AutoencoderConfig
+from bld_core.images import ImageConfig
+from cluster.experiment import Experiment
+from cluster.runtime import ClusterConfig, connect
+from cluster.stages import open_stage
+from cluster.tracking import start_run
+from cluster.train import train_autoencoder
+from tests.conftest import small_experiment
+
+
+def test_a_finished_stage_says_so_and_does_nothing(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    final = Path(encoded.folder, "autoencoder/final/model.safetensors")
+    written = final.stat().st_mtime_ns
+    train_autoencoder(encoded)
+    assert "already done" in capsys.readouterr().out
+    assert final.stat().st_mtime_ns == written
+
+
+def test_changed_settings_are_refused_with_the_fields_that_differ(encoded: Experiment) -> None:
+    changed = replace(encoded, autoencoder=replace(encoded.autoencoder, channels=6))
+    with pytest.raises(ValueError, match=r"autoencoder.channels: 4 -> 6[\s\S]*--fresh"):
+        train_autoencoder(changed)
+
+
+def test_reporting_more_often_is_no_change(encoded: Experiment) -> None:
+    often = replace(encoded, autoencoder_training=replace(encoded.autoencoder_training, log_every=3))
+    train_autoencoder(often)
+
+
+def test_an_interrupted_stage_reopens_its_run_and_a_cheap_one_is_made_again(
+    tmp_path: Path, digits: dict[str, str]
+) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    with pytest.raises(RuntimeError, match="power cut"), open_stage(experiment, "x", {"a": 1}, "result") as stage:
+        first = stage.run
+        raise RuntimeError("power cut")
+    assert first.client.get_run(first.run_id).info.status == "FAILED"
+    with open_stage(experiment, "x", {"a": 1}, "result") as stage:
+        assert stage.run == first
+        assert not stage.done
+        Path(stage.folder, "result").touch()
+    assert first.client.get_run(first.run_id).info.status == "FINISHED"
+    with open_stage(experiment, "x", {"a": 2}, "result", on_change="redo") as stage:
+        assert stage.run != first
+        assert not Path(stage.folder, "result").exists()
+
+
+def test_parameters_and_the_tree_of_runs_are_in_mlflow(tmp_path: Path, digits: dict[str, str]) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    one, two = (start_run(experiment, stage, None) for stage in ("autoencoder", "prior"))
+    runs = [run.client.get_run(run.run_id) for run in (one, two)]
+    parents = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert len(parents) == 1
+    assert runs[0].data.params["autoencoder.bits"] == "8"
+    assert runs[0].data.tags["mlflow.source.git.commit"]
+
+
+def test_a_second_start_is_refused_while_one_is_running(tmp_path: Path, digits: dict[str, str]) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('4321', file=file, flush=True); print('locked', flush=True); time.sleep(60)"
+    )
+    lock = tmp_path / experiment.name / "autoencoder.lock"
+    lock.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="in use by process 4321"):
+            train_autoencoder(experiment)
+        holder.kill()
+    with open_stage(experiment, "autoencoder", {}, "result"):
+        pass  # a dead holder holds nothing
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": "{root}/none-{{0000..0001}}.tar"}, "no file at .*none-0000.tar"),
+        ({"train": ""}, "data.train is empty"),
+        ({"extensions": ["jpg"]}, "looked for jpg, found cls, png; set data.extensions"),
+        ({"validation": ""}, "data.validation is empty"),
+    ],
+)
+def test_bad_shards_stop_before_ray_and_before_anything_is_written(
+    tmp_path: Path, digits: dict[str, str], data: dict[str, object], message: str
+) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    data = {name: value.format(root=tmp_path) if isinstance(value, str) else value for name, value in data.items()}
+    experiment = replace(experiment, data=replace(experiment.data, **data))  # pyright: ignore[reportArgumentType]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_autoencoder(experiment)
+    assert not Path(experiment.folder).exists()
+
+
+def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.image_size is 100; 5 levels .* multiple of 16"):
+        Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
+
+
+def test_a_run_folder_without_write_permission_is_refused(digits: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="cannot write to '/proc/"):
+        train_autoencoder(small_experiment(Path("/proc/nowhere"), digits))
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(ray_session: None) -> None:
+    connect(ClusterConfig(cpus_per_worker=0.25))
+    cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(ValueError, match=f"the Ray cluster has {cpus:g}: lower cluster.workers"):
+        connect(ClusterConfig(workers=1000))

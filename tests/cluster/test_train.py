@@ -1,0 +1,113 @@
+"""Training under Ray Train: replicas agree, worker counts agree, interruptions leave no trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bld_core import files
+from bld_core.checkpoint import read_model_config
+from bld_core.noise import key_of
+from bld_core.training import Batch
+from cluster import train as cluster_train
+from cluster.experiment import Experiment
+from cluster.runtime import ClusterConfig
+from cluster.stages import open_stage
+from cluster.tasks import AutoencoderTask, Place, PriorTask
+from cluster.tracking import Run
+from cluster.train import train_autoencoder, train_prior
+from tests.conftest import small_training
+
+
+class FingerprintTask(PriorTask):
+    """Stage 2, each worker adding a fingerprint of its own weights to the checkpoint."""
+
+    def network(self) -> nn.Module:
+        self.built = super().network()
+        return self.built
+
+    def position(self) -> list[int]:
+        return [key_of(*(tensor.double().sum().item() for tensor in self.built.state_dict().values()))]
+
+
+def fit(experiment: Experiment, task: Any) -> tuple[dict[str, Any], list[float]]:
+    """Train a task in a stage of its own; its last meta.json and its loss curve from MLflow."""
+    with open_stage(experiment, "prior", {}, "never", fresh=True) as stage:
+        cluster_train._fit(stage, task, {})
+        run: Run = stage.run
+    checkpoint = max(Path(experiment.folder, "prior").glob("checkpoint_2*"))
+    history = run.client.get_metric_history(run.run_id, "train_loss")
+    return files.read_json(str(checkpoint / "meta.json")), [m.value for m in sorted(history, key=lambda m: m.step)]
+
+
+def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(encoded: Experiment, tmp_path: Path) -> None:
+    curves: list[list[float]] = []
+    for workers in (1, 2):
+        experiment = replace(
+            encoded,
+            root=str(tmp_path),
+            name=f"workers{workers}",
+            cluster=replace(encoded.cluster, workers=workers),
+        )
+        meta, curve = fit(experiment, FingerprintTask(experiment, encoded.folder))
+        assert len(meta["positions"]) == workers
+        assert all(position == meta["positions"][0] for position in meta["positions"]), "replicas differ"
+        curves.append(curve)
+    one, two = torch.tensor(curves)
+    assert len(one) == 20
+    assert one[-1] < one[0]
+    assert (one - two).abs().max() <= 1e-4
+
+
+class DyingTask(AutoencoderTask):
+    """Stage 1, its worker killed once, in the middle of an epoch, some steps after a checkpoint."""
+
+    def __init__(self, experiment: Experiment, flag: Path) -> None:
+        super().__init__(experiment)
+        self.flag = flag
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, place):
+            if int(batch.index[0]) // self.training.batch_size == 7 and not self.flag.exists():
+                self.flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+def test_a_killed_worker_leaves_no_trace_in_the_weights(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes: list[str] = []
+    for name in ("undisturbed", "killed"):
+        experiment = replace(
+            encoded,
+            root=str(tmp_path),
+            name=name,
+            autoencoder_training=small_training(9, batch_size=100, checkpoint_every=5),  # an epoch is 17 steps
+            cluster=ClusterConfig(workers=1, cpus_per_worker=0.25, decode_tasks=1),
+        )
+        flag = tmp_path / "died"
+        if name == "killed":
+            monkeypatch.setattr(cluster_train, "AutoencoderTask", lambda experiment: DyingTask(experiment, flag))
+        hashes.append(read_model_config(train_autoencoder(experiment))["hash"])
+    assert flag.exists(), "the worker was never killed"
+    assert hashes[0] == hashes[1]
+
+
+def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Experiment, tmp_path: Path) -> None:
+    from tests.conftest import copy_of
+
+    experiment = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")))
+    config_url = files.join(experiment.folder, "autoencoder/final/config.json")
+    config = files.read_json(config_url)
+    files.write_json(config_url, config | {"hash": "f" * 64})
+    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff.*--fresh"):
+        train_prior(experiment)

@@ -1,0 +1,137 @@
+"""Fixtures of the whole session: one Ray cluster, one S3 server, one small finished experiment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from bld_core.autoencoder import AutoencoderConfig
+from bld_core.images import ImageConfig
+from bld_core.latents import LatentConfig
+from bld_core.prior import PriorConfig
+from bld_core.sampling import SamplingConfig
+from bld_core.training import TrainingConfig
+from cluster.encode import encode_latents
+from cluster.experiment import EvaluationConfig, Experiment, SweepConfig
+from cluster.runtime import ClusterConfig
+from cluster.shards import ShardConfig, make_shards
+from cluster.train import train_autoencoder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Shards of the demo digits: brace patterns of both splits."""
+    output = str(tmp_path_factory.mktemp("data") / "digits")
+    return make_shards(ShardConfig(output=output, images_per_shard=405))
+
+
+def small_training(steps: int, **fields: object) -> TrainingConfig:
+    settings: dict[str, object] = {
+        "steps": steps,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "warmup": 2,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "evaluate_every": 100,
+        "checkpoint_every": 100,
+    }
+    return TrainingConfig(**(settings | fields))  # pyright: ignore[reportArgumentType]
+
+
+def small_experiment(root: Path, digits: dict[str, str], name: str = "small") -> Experiment:
+    """An experiment of which every stage takes seconds."""
+    return Experiment(
+        name=name,
+        root=str(root),
+        data=ImageConfig(**digits, image_size=32, channels=1, extensions=["png"]),
+        autoencoder=AutoencoderConfig(bits=8, channels=4, multipliers=[1, 2, 2, 2], blocks=1),
+        autoencoder_training=small_training(6),
+        latents=LatentConfig(draws=1),
+        prior=PriorConfig(layers=1, width=32, heads=2, classes=10),
+        prior_training=small_training(20),
+        sampling=SamplingConfig(steps=4, guidance=1.0),
+        evaluation=EvaluationConfig(samples=40, batch_size=20, class_accuracy=True),
+        sweep=SweepConfig(steps=4, concurrent=2),
+        cluster=ClusterConfig(workers=2, cpus_per_worker=0.25, decode_tasks=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: str) -> Iterator[None]:
+    """The one local Ray cluster, which the first stage starts (with the S3 settings); it ends with the session."""
+    os.environ.pop("RAY_ADDRESS", None)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def encoded(ray_session: None, digits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A small experiment whose autoencoder is trained (two workers) and whose images are encoded."""
+    experiment = small_experiment(tmp_path_factory.mktemp("runs"), digits)
+    train_autoencoder(experiment)
+    encode_latents(experiment)
+    return experiment
+
+
+def copy_of(experiment: Experiment, root: Path, *stages: str) -> Path:
+    """Copy some stages of an experiment, to spoil or redo them; returns the new root."""
+    for stage in stages:
+        shutil.copytree(Path(experiment.folder, stage), root / experiment.name / stage)
+    return root
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server on a free loopback port, with one bucket; yields its URL, s3://bucket."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    settings = {
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "testsecret",
+        "AWS_ENDPOINT_URL": f"http://{address}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }
+    command = [
+        str(Path(sys.executable).with_name("rclone")),
+        "serve",
+        "s3",
+        "--addr",
+        address,
+        "--auth-key",
+        "tester,testsecret",
+        str(folder),
+    ]
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield "s3://bucket"
+    finally:
+        server.terminate()
+        server.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
