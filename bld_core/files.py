@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,14 +98,10 @@ def commit(url: str) -> Iterator[IO[bytes]]:
         finally:
             Path(temporary).unlink(missing_ok=True)
     else:
-        file = fs.open(path, "wb", autocommit=False)
-        try:
+        with tempfile.NamedTemporaryFile() as file:
             yield file
-            file.close()
-            file.commit()
-        except BaseException:
-            file.discard()
-            raise
+            file.flush()
+            fs.put_file(file.name, path)  # one upload, which an object store shows only when it is complete
 
 
 def read_bytes(url: str) -> bytes:

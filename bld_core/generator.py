@@ -145,9 +145,10 @@ class Generator:
         if count is None or count < 1 or (labels is not None and len(labels) != count):
             given = None if labels is None else len(labels)
             raise ValueError(f"count is {count} with {given} labels; ask for at least 1 image, and one label for each")
-        if labels is not None and not all(-1 <= label < max(self.classes, 0) for label in labels):
-            bad = next(label for label in labels if not -1 <= label < self.classes)
-            raise ValueError(f"class {bad} asked for; this prior knows {self.classes} classes: 0..{self.classes - 1}")
+        for label in labels or ():
+            if not -1 <= label < self.classes:
+                known = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
+                raise ValueError(f"class {label} asked for; the classes of this prior: {known}")
         config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
         schedule = DiffusionConfig(**self.prior.config["diffusion"]).make_schedule()
         h, w, c = self.autoencoder.code_shape

@@ -101,7 +101,10 @@ def decode(data: bytes, config: ImageConfig) -> NDArray[np.uint8]:
         OSError: the bytes are not a whole image.
         ValueError: `fit: pad`, and the image is larger than the square.
     """
-    image = Image.open(io.BytesIO(data)).convert("L" if config.channels == 1 else "RGB")
+    try:
+        image = Image.open(io.BytesIO(data)).convert("L" if config.channels == 1 else "RGB")
+    except (ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders say of damaged headers
+        raise OSError(f"damaged image: {error}") from error
     size = config.image_size
     if image.size != (size, size):
         image = _pad(image, size) if config.fit == "pad" else _crop(image, size)
@@ -124,9 +127,7 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def decode_samples(
-    samples: Iterable[Sample], config: ImageConfig, skipped: Counter[str]
-) -> Iterator[LabelledImage]:
+def decode_samples(samples: Iterable[Sample], config: ImageConfig, skipped: Counter[str]) -> Iterator[LabelledImage]:
     """Decode samples in order; an unreadable image is left out and counted by reason in `skipped`."""
     for sample in samples:
         try:
@@ -149,7 +150,7 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
     """The shards of a split, after a look at the first image of each (of the first 64).
 
     Raises:
-        ValueError: none configured, or a shard without a readable image.
+        ValueError: none configured, or a shard without an image of the configured extensions.
         FileNotFoundError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
@@ -178,13 +179,11 @@ def write_shard(url: str, samples: Iterable[Sample]) -> int:
     from webdataset.writer import TarWriter
 
     count = 0
-    with files.commit(url) as file:
-        writer = TarWriter(file, encoder=False, mtime=0)
+    with files.commit(url) as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for sample in samples:
             fields = {"__key__": sample.key, sample.extension: sample.data}
             if sample.label >= 0:
                 fields["cls"] = str(sample.label).encode()
             writer.write(fields)
             count += 1
-        writer.close()
     return count

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -73,6 +72,9 @@ def encode_images(
 
     The draw of a code is keyed on (seed, sample key, draw, view), and the encoder always runs at one padded batch
     size within the shard: the same bytes come out however the work is split.
+
+    Raises:
+        ValueError: no images.
     """
     device = next(autoencoder.parameters()).device
     rows = LatentRows([], [], [], [], torch.empty(0))
@@ -92,6 +94,8 @@ def encode_images(
                 rows.label += [image.label for image in batch]
                 rows.draw += [draw] * len(batch)
                 rows.view += [view] * len(batch)
+    if not packed:
+        raise ValueError("none of the shard's images could be read; look at a few of them, or leave the shard out")
     rows.bits = torch.cat(packed)
     return rows
 
@@ -256,7 +260,9 @@ def latent_batches(
         step += 1
 
 
-def manifest_entry(file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]) -> dict[str, Any]:
+def manifest_entry(
+    file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]
+) -> dict[str, Any]:
     """What the manifest says of one file."""
     return {
         "file": file,

@@ -20,11 +20,11 @@ class TrainingConfig:
     Args:
         steps: optimizer steps in all.
         batch_size: samples a step, over all workers together.
-        learning_rate: of AdamW, after the warm-up.
+        learning_rate: step size of AdamW, reached after the warm-up.
         warmup: steps of linear warm-up.
         decay: "constant" after the warm-up, or "cosine" to 0 at the last step.
-        betas: AdamW's two moment decays.
-        weight_decay: AdamW's.
+        betas: decay of AdamW's two moments.
+        weight_decay: decoupled weight decay of AdamW.
         clip_norm: largest gradient norm; a larger one is scaled down to it.
         ema_decay: decay a step of the averaged weights, which are the ones evaluated and kept.
         log_every: steps between two reports.
@@ -104,7 +104,11 @@ def make_state(module: nn.Module, config: TrainingConfig, replica: nn.Module | N
     """A fresh state around a network; `replica` is its DistributedDataParallel, if there is one."""
     first, second = config.betas
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, betas=(first, second), weight_decay=config.weight_decay, fused=True
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=(first, second),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     return TrainState(module, module if replica is None else replica, optimizer, Ema(module, config.ema_decay))
 

@@ -53,7 +53,9 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
     fingerprint = experiment.fingerprint("data", "latents") | {"autoencoder_hash": autoencoder["hash"]}
     with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
         if not stage.done:
-            work = map_on_actors(Encoder, (experiment, autoencoder["hash"]), "encode", jobs, experiment.cluster, "encode")
+            work = map_on_actors(
+                Encoder, (experiment, autoencoder["hash"]), "encode", jobs, experiment.cluster, "encode"
+            )
             entries: list[dict[str, Any]] = []
             for entry in work:
                 entries.append(entry)
@@ -106,7 +108,9 @@ class Encoder:
             data = files.read_bytes(url)
             metadata = shard_metadata(data)
             if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
-                return manifest_entry(job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"])
+                return manifest_entry(
+                    job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"]
+                )
         skipped: Counter[str] = Counter()
         images = read_images(job.source, self.experiment.data, skipped)
         rows = encode_images(self.autoencoder, images, self.experiment.latents, self.experiment.seed)

@@ -109,9 +109,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
     fingerprint = {**identity, **experiment.fingerprint("data", "sampling", "evaluation")}
-    with open_stage(
-        experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo"
-    ) as stage:
+    with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
             return files.read_json(report_url)

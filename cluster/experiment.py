@@ -63,7 +63,9 @@ class SweepConfig:
         if not self.vlb_weights or not self.schedules:
             raise ValueError("sweep.vlb_weights and sweep.schedules must each name at least one value")
         if self.steps < 1 or self.concurrent < 1:
-            raise ValueError(f"sweep.steps is {self.steps}, sweep.concurrent {self.concurrent}; both must be at least 1")
+            raise ValueError(
+                f"sweep.steps is {self.steps}, sweep.concurrent {self.concurrent}; both must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

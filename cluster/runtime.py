@@ -93,7 +93,11 @@ def map_on_actors(
     """
     connect(config)
     work = list(items)
-    options = {"num_cpus": config.cpus_per_worker, "num_gpus": 1 if config.gpu else 0, "max_restarts": config.max_failures}
+    options = {
+        "num_cpus": config.cpus_per_worker,
+        "num_gpus": 1 if config.gpu else 0,
+        "max_restarts": config.max_failures,
+    }
     remote = ray.remote(**options)(actor_class)
     actors = [remote.remote(*arguments) for _ in range(min(config.workers, len(work)))]
     idle = list(actors)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import bld_core
 import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL.Image import Image
 
+import bld_core
 from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
 from bld_core.generator import AUTOENCODER, PRIOR
@@ -155,7 +155,11 @@ def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     found = client.search_runs([mlflow_experiment], query, max_results=1)
     if found:
         return found[0].info.run_id
-    tags = {"mlflow.runName": experiment.name, "bld.folder": experiment.folder, "mlflow.source.git.commit": git_commit()}
+    tags = {
+        "mlflow.runName": experiment.name,
+        "bld.folder": experiment.folder,
+        "mlflow.source.git.commit": git_commit(),
+    }
     run = client.create_run(mlflow_experiment, tags=tags)
     client.set_terminated(run.info.run_id)
     return run.info.run_id

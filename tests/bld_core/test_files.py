@@ -64,7 +64,6 @@ def test_a_block_that_raises_leaves_nothing_under_the_name(tmp_path: Path) -> No
     assert files.listing(str(tmp_path)) == ["file.bin"]
 
 
-@pytest.mark.xfail(strict=True, reason="fsspec's memory file system ignores autocommit=False and commits when it opens")
 def test_a_block_that_raises_leaves_nothing_under_the_name_in_memory() -> None:
     url = f"memory://{uuid.uuid4().hex}/file.bin"
     with pytest.raises(InterruptionError):

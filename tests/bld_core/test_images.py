@@ -139,7 +139,6 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image.pixels, truth.pixels)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="Pillow raises more than OSError on damaged headers")
 def test_a_damaged_header_is_an_unreadable_image_too() -> None:
     header = b"IHDR" + bytes(5)  # 13 bytes are wanted
     data = b"\x89PNG\r\n\x1a\n" + (5).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")

@@ -1,0 +1,107 @@
+"""The commands as a user meets them: help, mistakes, and a whole run on other images."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+COMMANDS = [path.name for path in sorted(PIPELINES.glob("*.py")) if path.stem not in ("__init__", "command")]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *flags: str) -> int:
+    """Run a command as `python pipelines/<script> <flags>` would; its exit code."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    try:
+        runpy.run_path(str(PIPELINES / script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_explains_every_field(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, script, "--help") == 0
+    text = capsys.readouterr().out
+    fields = re.findall(r"^ +--([\w.]+) \S.*?\n?(.*\(type: .*)$", text, re.M)
+    assert len(fields) >= 5
+    for name, explanation in fields:
+        words = explanation.split("(type:")[0].split()
+        assert len(words) >= 2, f"--{name} of {script} is not explained"
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_commands_are_short(script: str) -> None:
+    assert len((PIPELINES / script).read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_read_without_a_mistake(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "stage1_ae.py", "--config", str(config), "--print_config") == 0
+    assert "${" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prior.layer", "3"], "the nearest is 'prior.layers'"),
+        (["--prior.layers", "0"], "prior.layers is 0"),
+        (["--prior.layers", "many"], "prior.layers"),
+        (["--data.image_size", "36"], "multiple of 8"),
+        (["--data.train", "nowhere-{0000..0001}.tar"], "nowhere-0000.tar"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--root", str(tmp_path)]
+    assert run(monkeypatch, "stage1_ae.py", "--config", str(CONFIGS[0].with_name("demo.yaml")), *root, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text("prior: {layer: 4}\n")
+    assert run(monkeypatch, "stage1_ae.py", "--config", str(config)) == 2
+    assert "'layer'; the nearest is 'prior.layers'" in capsys.readouterr().err
+
+
+def test_the_whole_order_of_work_on_fashion_images(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = os.environ.get("BLD_REAL_DATA")
+    if not data:
+        pytest.skip("BLD_REAL_DATA does not name a folder of real image shards")
+    flags = [
+        *("--config", str(CONFIGS[0].with_name("demo.yaml"))),
+        *("--name", "fashion", "--root", str(tmp_path)),
+        *("--data.train", f"{data}/fashion-mnist/train-{{0000..0001}}.tar"),
+        *("--data.validation", f"{data}/fashion-mnist/test-0000.tar", "--data.fit", "pad"),
+        *("--autoencoder_training.steps", "4", "--prior_training.steps", "4"),
+        *("--evaluation.samples", "40", "--evaluation.class_accuracy", "false", "--cluster.cpus_per_worker", "0.25"),
+    ]
+    assert run(monkeypatch, "run_all.py", *flags) == 0
+    said = capsys.readouterr().out
+    assert "reconstruction PSNR" in said
+    assert "next: python pipelines/register.py --config" in said
+    assert (tmp_path / "fashion/evaluation/reconstructions.png").is_file()
+    assert run(monkeypatch, "run_all.py", *flags) == 0
+    assert capsys.readouterr().out.count("already done") == 5
+    assert run(monkeypatch, "register.py", *flags) == 0
+    assert "models:/fashion@latest-trained is version 1" in capsys.readouterr().out

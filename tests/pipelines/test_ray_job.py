@@ -1,0 +1,82 @@
+"""`ray job submit` on a cluster with token authentication."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head of its own, which has to be asked with a token; yields the job address and the environment."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "BLD_ROOT": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    port = free_port()
+    command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
+    with open(tmp_path / "head.log", "wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/version", timeout=5)
+                break
+            except urllib.error.HTTPError:
+                break  # it answers: without the token, a refusal
+            except OSError:
+                time.sleep(0.5)
+        yield address, environment
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+
+
+def test_the_first_stage_trains_as_a_ray_job(
+    head: tuple[str, dict[str, str]], tmp_path: Path, digits: dict[str, str]
+) -> None:
+    address, environment = head
+    (tmp_path / "digits").symlink_to(Path(digits["train"]).parent)
+    submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    job = ["python", "pipelines/stage1_ae.py", "--config", "configs/demo.yaml"]
+    short = ["--autoencoder_training.steps", "3", "--cluster.workers", "1"]
+    refused = subprocess.run(
+        [*submit, *job, *short],
+        cwd=REPOSITORY,
+        env=environment | {"RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode != 0
+    done = subprocess.run(
+        [*submit, *job, *short], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "demo/autoencoder/final/config.json").is_file()
+    assert "next: python pipelines/encode_latents.py --config configs/demo.yaml" in done.stdout
