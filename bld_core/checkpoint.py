@@ -24,6 +24,7 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
 
     Args:
         folder: local path or URL.
+        state: what is saved.
         extra: JSON values that the caller wants back, for example the position in the data.
     """
     names = _parameter_names(state)
@@ -69,7 +70,7 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
     return meta
 
 
-def _parameter_names(state: TrainState) -> dict[nn.Parameter, str]:
+def _parameter_names(state: TrainState) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in state.module.named_parameters()}
 
 

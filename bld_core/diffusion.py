@@ -87,6 +87,8 @@ def reverse_flip_probability(r: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
 
     Args:
         r: probability that each bit of z_t differs from the clean one.
+        k_s: signal at s.
+        k_t: signal at t.
 
     Returns:
         Probability, shaped like r, that the bit changes between t and s. At s = 0 it is r itself.
@@ -153,6 +155,7 @@ def diffusion_terms(
         labels: int64 (B,) or None.
         t: int64 (B,), values 1..T.
         u: uniforms in [0, 1), shaped like z_0: they decide the flips.
+        schedule: gives the signal at every t.
         balance: which residual loss.
 
     Returns:
@@ -178,7 +181,13 @@ def diffusion_loss(
     """Eq. 13: L = L_residual + lambda L_vlb, t ~ Uniform{1..T}, means over batch, tokens and bits.
 
     Args:
+        denoiser: evidence network.
+        z_0: clean code, float 0/1, (B, N, C).
+        labels: int64 (B,) or None.
         index: int64 (B,): the global sample index, on which t and the flips are keyed.
+        schedule: of the noise.
+        config: lambda and the residual loss.
+        seed: of t and the flips.
 
     Returns:
         {"loss", "residual", "vlb"}: scalars, in nats a bit.
@@ -213,7 +222,11 @@ def likelihood_bound(
     samples together. The flips are keyed on (seed, sample, repeat): two priors are judged on the same noise.
 
     Args:
+        denoiser: evidence network.
         z_0: clean codes, 0/1, (M, N, C).
+        labels: int64 (M,) or None.
+        schedule: of the noise.
+        seed: of the flips.
         repeats: noise levels a sample.
         batch_size: codes in one forward pass; changes nothing but memory.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
@@ -19,11 +20,11 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move every average towards the current weights; `step` counts from 1."""
-        rate = 1 - min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))
         current = module.state_dict()
         averages: list[Tensor] = []
         targets: list[Tensor] = []
         for name, average in self.weights.items():
             averages.append(average)
             targets.append(current[name])
-        torch._foreach_lerp_(averages, targets, rate)  # one fused pass over all tensors
+        get_ema_multi_avg_fn(decay)(averages, targets, step)  # one fused pass over all tensors

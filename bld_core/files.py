@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,7 +83,7 @@ def expand(pattern: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def commit(url: str) -> Iterator[IO[bytes]]:
+def commit(url: str) -> Generator[IO[bytes]]:
     """Open for writing in binary; the file takes its name only if the block ends without an error."""
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
@@ -107,7 +107,9 @@ def commit(url: str) -> Iterator[IO[bytes]]:
 def read_bytes(url: str) -> bytes:
     """The whole file."""
     fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    data = fs.cat_file(path)
+    assert isinstance(data, bytes), "a file is read as binary"
+    return data
 
 
 def write_bytes(url: str, data: bytes) -> None:

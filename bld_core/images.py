@@ -179,7 +179,10 @@ def write_shard(url: str, samples: Iterable[Sample]) -> int:
     from webdataset.writer import TarWriter
 
     count = 0
-    with files.commit(url) as file, TarWriter(file, encoder=False, mtime=0) as writer:
+    with (
+        files.commit(url) as file,
+        TarWriter(file, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]  # any IO[bytes] will do
+    ):
         for sample in samples:
             fields = {"__key__": sample.key, sample.extension: sample.data}
             if sample.label >= 0:

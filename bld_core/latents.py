@@ -237,7 +237,7 @@ def _bits_column(table: pa.Table, width: int) -> np.ndarray[Any, np.dtype[np.uin
 def latent_batches(
     latents: Latents, config: TrainingConfig, seed: int, start_step: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """This worker's share of every global batch from `start_step` on, without end.
+    """One worker's share of every global batch from `start_step` on, without end.
 
     Epochs are seeded permutations laid end to end, so the batch of any step is arithmetic: a restart needs nothing
     but the step, and the global batch is the same for any number of workers.

@@ -29,7 +29,7 @@ class AutoencoderObjective:
 
     def __call__(self, autoencoder: nn.Module, batch: Batch) -> dict[str, Tensor]:
         x = to_float(batch.data)
-        u = uniform(self.seed, "autoencoder draw", batch.index, math.prod(self.code_shape))
+        u = uniform(self.seed, "autoencoder draw", batch.sample_index, math.prod(self.code_shape))
         loss = F.l1_loss(autoencoder(x, u), x)
         return {"loss": loss, "l1": loss}
 
@@ -44,6 +44,6 @@ class PriorObjective:
         self.seed = seed
 
     def __call__(self, prior: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        labels = drop_labels(batch.labels, batch.index, self.label_dropout, self.seed)
+        labels = drop_labels(batch.labels, batch.sample_index, self.label_dropout, self.seed)
         z_0 = batch.data.float()
-        return diffusion_loss(prior, z_0, labels, batch.index, self.schedule, self.diffusion, self.seed)
+        return diffusion_loss(prior, z_0, labels, batch.sample_index, self.schedule, self.diffusion, self.seed)

@@ -103,6 +103,7 @@ class Prior(nn.Module):
         for block in self.blocks:  # each block adds to the stream; together they keep its scale
             assert isinstance(block, Block)
             for linear in (block.attention.out, block.mlp[2]):
+                assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
         if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
             nn.init.normal_(self.label.weight, std=0.2)

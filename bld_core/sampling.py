@@ -75,6 +75,8 @@ def sample_codes(
         shape: (tokens, bits) of a code.
         labels: int64 (B,) class indices, -1 for none; or None.
         index: int64 (B,): sample i is keyed on (seed, index[i], step) and does not depend on its batch.
+        schedule: of the noise.
+        config: the grid and the settings of the reverse process.
         seed: of the noise.
 
     Returns:

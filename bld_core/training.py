@@ -61,12 +61,12 @@ class Batch(NamedTuple):
 
     data: uint8 images (B, H, W, channels), or codes 0/1 (B, N, C).
     labels: int64 (B,); -1 is none.
-    index: int64 (B,): global sample index, step * global batch size + position: what all noise is keyed on.
+    sample_index: int64 (B,): global index, step * global batch size + position: what all noise is keyed on.
     """
 
     data: Tensor
     labels: Tensor
-    index: Tensor
+    sample_index: Tensor
 
 
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -128,8 +128,10 @@ def train(
     """Take steps until `config.steps`; yields after each, when `state` is whole and may be saved or evaluated.
 
     Args:
+        state: changed in place.
         batches: must start with the batch that follows `state.step`.
         objective: (network, batch) -> {"loss": ..., and its terms}.
+        config: of the stage.
     """
     parameters = list(state.module.parameters())
     while state.step < config.steps:

@@ -69,10 +69,12 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
 
 
 def _jobs(experiment: Experiment) -> list[Job]:
-    jobs: list[Job] = []
-    for split in ("train", "validation"):
-        for url in check_shards(experiment.data, split):
-            jobs.append(Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet"))
+    splits: tuple[Split, ...] = ("train", "validation")
+    jobs = [
+        Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet")
+        for split in splits
+        for url in check_shards(experiment.data, split)
+    ]
     taken = Counter(job.file for job in jobs)
     twice = [job.source for job in jobs if taken[job.file] > 1]
     if twice:

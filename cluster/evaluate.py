@@ -184,7 +184,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"reconstruction PSNR     {figures['psnr']:7.2f} dB  (held-out images, sd {figures['psnr_std']:.2f})",
         f"reconstruction SSIM     {figures['ssim']:7.3f}     (sd {figures['ssim_std']:.3f})",
-        f"likelihood bound        {figures['bound']:7.4f}     bits a bit (held-out codes, se {figures['bound_se']:.4f})",
+        f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
+        f"(held-out codes, se {figures['bound_se']:.4f})",
     ]
     if "class_accuracy" in figures:
         lines += [

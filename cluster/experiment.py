@@ -39,7 +39,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
             raise ValueError(
-                f"evaluation.samples is {self.samples}, evaluation.batch_size {self.batch_size}; both must be at least 1"
+                f"evaluation.samples is {self.samples}, evaluation.batch_size {self.batch_size}; "
+                "both must be at least 1"
             )
 
 

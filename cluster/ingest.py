@@ -88,7 +88,7 @@ def image_batches(
     world: int,
     decode_tasks: int,
 ) -> Iterator[tuple[Batch, Position]]:
-    """This worker's batches from `start` on, without end, each with the position behind it.
+    """One worker's batches from `start` on, without end, each with the position behind it.
 
     Raises:
         ValueError: fewer shards than workers.
@@ -160,13 +160,14 @@ class Stream:
         )
         items = [self._visit(visit) for visit in visits]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _decode_shard,
+            _decode_shard,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_kwargs and batch_format
             batch_size=1,
             num_cpus=DECODE_CPUS,
             compute=ray.data.TaskPoolStrategy(size=self.decode_tasks),
             fn_kwargs={"data": self.data, "seed": self.seed, "block": max(1, _BLOCK_BYTES // image_bytes)},
         )
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            assert isinstance(block, dict), "NumPy batches are dictionaries of columns"
             yield {name: np.asarray(values) for name, values in block.items()}
 
 

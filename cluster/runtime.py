@@ -71,8 +71,9 @@ def connect(config: ClusterConfig) -> None:
     need = config.workers * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
         raise ValueError(
-            f"{config.workers} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding need {need}, "
-            f"but the Ray cluster has {have.get('CPU', 0):g}: lower cluster.workers or cluster.cpus_per_worker"
+            f"{config.workers} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
+            f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
+            "lower cluster.workers or cluster.cpus_per_worker"
         )
     if config.gpu and config.workers > have.get("GPU", 0):
         raise ValueError(
@@ -88,17 +89,17 @@ def map_on_actors(
 
     Args:
         actor_class: built once on each actor with `arguments`, for example loading a model.
+        arguments: of its constructor.
+        method: name of the method to call.
         items: arguments of the calls; they wait in a queue for the next free actor.
+        config: how many actors, and what each may use.
         label: for the progress line.
     """
     connect(config)
     work = list(items)
-    options = {
-        "num_cpus": config.cpus_per_worker,
-        "num_gpus": 1 if config.gpu else 0,
-        "max_restarts": config.max_failures,
-    }
-    remote = ray.remote(**options)(actor_class)
+    remote = ray.remote(
+        num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0, max_restarts=config.max_failures
+    )(actor_class)
     actors = [remote.remote(*arguments) for _ in range(min(config.workers, len(work)))]
     idle = list(actors)
     running: dict[Any, tuple[int, Any]] = {}
@@ -123,4 +124,4 @@ def map_on_actors(
     finally:
         progress.close()
         for actor in actors:
-            ray.kill(actor)
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]  # Ray types a handle as its class, too

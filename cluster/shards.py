@@ -118,8 +118,10 @@ def _folder(source: Path) -> list[SourceImage]:
 
 def _digits() -> list[SourceImage]:
     from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
 
     digits = load_digits()
+    assert isinstance(digits, Bunch), "a tuple comes only with return_X_y"
     return [SourceImage(pixels, int(label)) for pixels, label in zip(digits.images, digits.target, strict=True)]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ def open_stage(
     *,
     fresh: bool = False,
     on_change: Literal["refuse", "redo"] = "refuse",
-) -> Iterator[Stage]:
+) -> Generator[Stage]:
     """Open a stage for work, or find it done.
 
     Args:
@@ -103,7 +103,7 @@ def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]
 
 
 @contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
+def _lock(folder: str) -> Generator[None]:
     """Hold the stage's lock; the operating system lets go of it when this process ends, however it ends."""
     if not files.is_local(folder):  # object stores have no locks
         yield

@@ -62,6 +62,15 @@ def fresh_flag(made: Parser) -> None:
 
 
 def next_command(script: str) -> None:
-    """Say which command follows, with the flags of this one."""
-    flags = [flag for flag in sys.argv[1:] if flag != "--fresh"]
-    print(f"next: {shlex.join(['python', f'pipelines/{script}', *flags])}")
+    """Say which command follows, with those flags of this one that it knows too: the experiment's."""
+    kept: list[str] = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word == "--fresh":
+            continue
+        if word.startswith("--grid."):
+            if "=" not in word:
+                next(words, None)
+            continue
+        kept.append(word)
+    print(f"next: {shlex.join(['python', f'pipelines/{script}', *kept])}")

@@ -53,7 +53,9 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
     return Experiment(
         name=name,
         root=str(root),
-        data=ImageConfig(**digits, image_size=32, channels=1, extensions=["png"]),
+        data=ImageConfig(
+            train=digits["train"], validation=digits["validation"], image_size=32, channels=1, extensions=["png"]
+        ),
         autoencoder=AutoencoderConfig(bits=8, channels=4, multipliers=[1, 2, 2, 2], blocks=1),
         autoencoder_training=small_training(6),
         latents=LatentConfig(draws=1),

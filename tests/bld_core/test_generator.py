@@ -106,7 +106,7 @@ def test_no_labels_are_the_null_class(generator: Generator) -> None:
 def test_an_unknown_class_is_named_with_what_is_known(generator: Generator) -> None:
     assert generator.classes == CLASSES
     for bad in (3, -2):
-        with pytest.raises(ValueError, match=rf"class {bad} asked for.*3 classes: 0\.\.2"):
+        with pytest.raises(ValueError, match=rf"class {bad} asked for; the classes of this prior: 0\.\.2"):
             generator.sample(labels=[0, bad])
 
 
@@ -144,7 +144,7 @@ def test_an_unconditional_prior_knows_no_class(tmp_path: Path) -> None:
     save_prior(tmp_path, save_autoencoder(tmp_path), classes=0)
     generator = bld_core.load(str(tmp_path))
     assert torch.equal(generator.sample(labels=[-1, -1]), generator.sample(2))
-    with pytest.raises(ValueError, match="class 0 asked for; .* it is unconditional"):
+    with pytest.raises(ValueError, match=r"class 0 asked for; the classes of this prior: none, it is unconditional"):
         generator.sample(labels=[0])
 
 

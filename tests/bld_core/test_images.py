@@ -49,13 +49,11 @@ def test_samples_survive_the_way_into_a_shard_and_back(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_fails_half_way_does_not_exist(tmp_path: Path) -> None:
-    def broken() -> list[Sample]:
+    def broken(count: int) -> list[Sample]:
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        write_shard(
-            str(tmp_path / "a.tar"), (sample for part in (toy_samples, lambda _: broken()) for sample in part(3))
-        )
+        write_shard(str(tmp_path / "a.tar"), (sample for part in (toy_samples, broken) for sample in part(3)))
     assert list(tmp_path.iterdir()) == []
 
 

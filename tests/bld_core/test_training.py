@@ -135,7 +135,7 @@ def test_batches_restart_anywhere_and_their_index_counts_samples() -> None:
     for start in (1, 5, 11):
         again = next(latent_batches(latents, config, 0, start))
         assert all(torch.equal(a, b) for a, b in zip(again, whole[start], strict=True))
-    assert torch.equal(torch.cat([batch.index for batch in whole]), torch.arange(96))
+    assert torch.equal(torch.cat([batch.sample_index for batch in whole]), torch.arange(96))
 
 
 def test_every_epoch_visits_each_row_once_in_another_order() -> None:

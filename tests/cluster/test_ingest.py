@@ -17,10 +17,11 @@ from cluster.ingest import Position, image_batches, resume_position
 from cluster.shards import ShardConfig, make_shards
 
 TRAINING = TrainingConfig(batch_size=100)
+START = Position()
 
 
 def stream(
-    data: ImageConfig, start: Position = Position(), step: int = 0, rank: int = 0, world: int = 1
+    data: ImageConfig, start: Position = START, step: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Batch, Position]]:
     return image_batches(data, TRAINING, 0, step, start, rank, world, decode_tasks=2)
 
@@ -60,7 +61,9 @@ def test_fewer_shards_than_workers_are_refused(encoded: Experiment) -> None:
 
 def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_path: Path) -> None:
     patterns = make_shards(ShardConfig(output=f"{s3}/digits", images_per_shard=405))
-    remote = ImageConfig(**patterns, image_size=32, channels=1, extensions=["png"])
+    remote = ImageConfig(
+        train=patterns["train"], validation=patterns["validation"], image_size=32, channels=1, extensions=["png"]
+    )
     assert remote.train.startswith("s3://")
     for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote), 3), stream(encoded.data), strict=False):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

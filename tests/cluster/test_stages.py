@@ -15,7 +15,7 @@ from bld_core.images import ImageConfig
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig, connect
 from cluster.stages import open_stage
-from cluster.tracking import start_run
+from cluster.tracking import Run, start_run
 from cluster.train import train_autoencoder
 from tests.conftest import small_experiment
 
@@ -43,9 +43,16 @@ def test_an_interrupted_stage_reopens_its_run_and_a_cheap_one_is_made_again(
     tmp_path: Path, digits: dict[str, str]
 ) -> None:
     experiment = small_experiment(tmp_path, digits)
-    with pytest.raises(RuntimeError, match="power cut"), open_stage(experiment, "x", {"a": 1}, "result") as stage:
-        first = stage.run
-        raise RuntimeError("power cut")
+    runs: list[Run] = []
+
+    def interrupted() -> None:
+        with open_stage(experiment, "x", {"a": 1}, "result") as stage:
+            runs.append(stage.run)
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        interrupted()
+    [first] = runs
     assert first.client.get_run(first.run_id).info.status == "FAILED"
     with open_stage(experiment, "x", {"a": 1}, "result") as stage:
         assert stage.run == first
@@ -106,7 +113,7 @@ def test_bad_shards_stop_before_ray_and_before_anything_is_written(
 
 
 def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.image_size is 100; 5 levels .* multiple of 16"):
+    with pytest.raises(ValueError, match=r"data.image_size is 100; 5 levels .* multiple of 16"):
         Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
 
 

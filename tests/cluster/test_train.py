@@ -1,11 +1,14 @@
 """Training under Ray Train: replicas agree, worker counts agree, interruptions leave no trace."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,7 @@ class DyingTask(AutoencoderTask):
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         for batch in super().batches(step, positions, place):
-            if int(batch.index[0]) // self.training.batch_size == 7 and not self.flag.exists():
+            if int(batch.sample_index[0]) // self.training.batch_size == 7 and not self.flag.exists():
                 self.flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
@@ -96,7 +99,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
         )
         flag = tmp_path / "died"
         if name == "killed":
-            monkeypatch.setattr(cluster_train, "AutoencoderTask", lambda experiment: DyingTask(experiment, flag))
+            monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
         hashes.append(read_model_config(train_autoencoder(experiment))["hash"])
     assert flag.exists(), "the worker was never killed"
     assert hashes[0] == hashes[1]
