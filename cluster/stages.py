@@ -73,21 +73,26 @@ def open_stage(
             if on_change == "refuse":
                 raise ValueError(_changes(folder, name, record["fingerprint"], fingerprint))
             record = None
+        elif record is None and not fresh and files.exists(folder) and files.listing(folder):
+            raise ValueError(
+                f"{folder!r} holds files but no {RECORD}, so it was not made here: move them away, choose another "
+                "--name, or pass --fresh to delete them"
+            )
         if record is None:
             files.remove(folder)
-        done = record is not None and files.exists(files.join(folder, result))
-        if done:
+        elif files.exists(files.join(folder, result)):
             print(f"{name}: already done in {folder} (--fresh makes it again)", flush=True)
-        run = start_run(experiment, name, record["run"] if record else None, reopen=not done)
+            yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
+            return
+        run = start_run(experiment, name, record["run"] if record else None)
         if record is None or record["run"] != run.run_id:
             files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
         succeeded = False
         try:
-            yield Stage(experiment, name, run, done)
+            yield Stage(experiment, name, run, done=False)
             succeeded = True
         finally:
-            if not done:
-                run.end(succeeded)
+            run.end(succeeded)
 
 
 def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

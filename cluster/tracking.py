@@ -110,14 +110,13 @@ def git_commit() -> str:
     return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 
-def start_run(experiment: Experiment, stage: str, run_id: str | None, reopen: bool = True) -> Run:
+def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     """The MLflow run of a stage: the recorded one, reopened, or a new child of the experiment's parent run.
 
     Args:
         experiment: names the MLflow experiment, and is logged as its parameters.
         stage: name of the child run.
         run_id: of an earlier start of this stage, or None.
-        reopen: mark an earlier run as running again.
     """
     uri = experiment.tracking.resolve(experiment.root)
     client = MlflowClient(uri)
@@ -127,8 +126,7 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None, reopen: bo
         except MlflowException:
             run_id = None  # another tracking server than before: begin a new run there
     if run_id is not None:
-        if reopen:
-            client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         return Run(uri, run_id)
     parent = _parent_run(client, experiment)
     tags = {"mlflow.runName": stage, "mlflow.parentRunId": parent, "mlflow.source.git.commit": git_commit()}

@@ -127,3 +127,13 @@ def test_more_workers_than_the_cluster_holds_are_refused(ray_session: None) -> N
     cpus = ray.cluster_resources()["CPU"]
     with pytest.raises(ValueError, match=f"the Ray cluster has {cpus:g}: lower cluster.workers"):
         connect(ClusterConfig(workers=1000))
+
+
+def test_files_that_no_stage_made_are_not_deleted(tmp_path: Path, digits: dict[str, str]) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    precious = tmp_path / experiment.name / "autoencoder/final/model.safetensors"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(ValueError, match=r"holds files but no stage.json.*--fresh"):
+        train_autoencoder(experiment)
+    assert precious.exists()
