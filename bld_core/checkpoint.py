@@ -64,8 +64,7 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
     for name, value in moments.items():
         parameter_name, kind = name.split("|")
         parameter = by_name[parameter_name]
-        # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-        state.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+        state.optimizer.state[parameter][kind] = value.to(parameter.device)
     state.step = meta["step"]
     return meta
 

@@ -32,6 +32,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
     """Rows of images, each above the row of its reconstructions; uint8 (B, H, W, channels) each."""
+    columns = min(columns, len(images))
     pairs = [
         torch.cat([images[i : i + columns], reconstructions[i : i + columns]])
         for i in range(0, len(images) // columns * columns, columns)

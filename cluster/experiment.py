@@ -108,8 +108,8 @@ class Experiment:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name is {self.name!r}; it must be a folder name without slashes")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}; it must be a folder name without slashes or a leading dot")
         # Workers have other working directories: paths are made absolute once, here.
         shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
         object.__setattr__(self, "root", files.absolute(self.root))

@@ -35,6 +35,8 @@ class GridConfig:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise ValueError(f"grid.rows is {self.rows}; it must be at least 1")
+        if "/" in self.file or self.file.startswith("."):
+            raise ValueError(f"grid.file is {self.file!r}; it must be a file name without slashes or a leading dot")
 
 
 def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False) -> str:
