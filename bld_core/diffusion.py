@@ -33,7 +33,7 @@ class DiffusionConfig:
     Args:
         steps: T, the number of noise levels in training.
         schedule: how the signal k_t falls with t/T.
-        vlb_weight: lambda of Eq. 13, the weight of the variational term beside the residual term; 0 leaves it out.
+        vlb_weight: lambda of Eq. 13, the weight of the variational term beside the residual term; 0 gives it no weight.
         balance: "flip" balances the two classes of the residual term, which gives low noise levels less weight.
     """
 
