@@ -82,6 +82,15 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
+def fingerprint(urls: list[str]) -> str:
+    """A hash of the names and sizes of files, which changes when one is added, removed or replaced by another size."""
+    sizes: list[str] = []
+    for url in urls:
+        fs, path = filesystem(url)
+        sizes.append(f"{name(url)} {fs.size(path)}")
+    return sha256("\n".join(sizes).encode())
+
+
 @contextlib.contextmanager
 def commit(url: str) -> Generator[IO[bytes]]:
     """Open for writing in binary; the file takes its name only if the block ends without an error."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,8 @@ def decode(data: bytes, config: ImageConfig) -> NDArray[np.uint8]:
     """
     try:
         image = Image.open(io.BytesIO(data)).convert("L" if config.channels == 1 else "RGB")
-    except (ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders say of damaged headers
+    except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # What Pillow's decoders say of damaged headers, and of images of absurd size.
         raise OSError(f"damaged image: {error}") from error
     size = config.image_size
     if image.size != (size, size):
@@ -144,13 +146,15 @@ def read_images(url: str, config: ImageConfig, skipped: Counter[str]) -> Iterato
 
 
 _SHARDS_PROBED = 64
+_log = logging.getLogger(__name__)
 
 
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
     """The shards of a split, after a look at the first image of each (of the first 64).
 
     Raises:
-        ValueError: none configured, or a shard without an image of the configured extensions.
+        ValueError: none configured, a shard without an image of the configured extensions, or an image that the
+            configuration cannot take.
         FileNotFoundError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
@@ -158,7 +162,11 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
         raise ValueError(f"data.{split} is empty; give shards, for example data/{split}-{{0000..0003}}.tar")
     urls = files.expand(pattern)
     for url in urls[:_SHARDS_PROBED]:
-        next(read_samples(url, config.extensions))
+        first = next(read_samples(url, config.extensions))
+        try:
+            decode(first.data, config)
+        except OSError as error:
+            _log.warning("shard %s: its first image cannot be read (%s)", url, error)
     return urls
 
 

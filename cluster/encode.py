@@ -49,8 +49,13 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
         ValueError: bad input, each with its remedy, before anything is started.
     """
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    experiment.check_autoencoder(autoencoder)
     jobs = _jobs(experiment)
-    fingerprint = experiment.fingerprint("data", "latents") | {"autoencoder_hash": autoencoder["hash"]}
+    fingerprint = {
+        **experiment.fingerprint("data", "latents"),
+        "shards": files.fingerprint([job.source for job in jobs]),
+        "autoencoder_hash": autoencoder["hash"],
+    }
     with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
         if not stage.done:
             work = map_on_actors(
@@ -101,7 +106,13 @@ class Encoder:
         experiment.cluster.limit_threads()
         self.experiment = experiment
         self.identity = _identity(experiment, autoencoder_hash)
-        self.autoencoder = load_autoencoder(experiment.folder, "cuda" if experiment.cluster.gpu else "cpu").network
+        trained = load_autoencoder(experiment.folder, experiment.cluster.device)
+        if trained.config["hash"] != autoencoder_hash:
+            raise ValueError(
+                f"the autoencoder in {experiment.folder!r} is {trained.config['hash'][:12]}, but this job began with "
+                f"{autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
+            )
+        self.autoencoder = trained.network
 
     def encode(self, job: Job) -> dict[str, Any]:
         """Encode one shard, unless its file is there already; returns its manifest entry."""

@@ -21,6 +21,7 @@ from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
+from cluster.sample import Draw, Sampler
 from cluster.stages import open_stage
 
 _PICTURE_IMAGES = 32
@@ -36,37 +37,20 @@ class Reconstruct:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Piece of work: draw samples `start` to `start + count`; sample i is of class i mod classes."""
-
-    start: int
-    count: int
-
-
-@dataclass(frozen=True)
 class Judge:
     """Piece of work: the likelihood bound of the held-out codes."""
 
 
-class Evaluator:
-    """An actor that holds the trained pair."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        experiment.cluster.limit_threads()
-        self.experiment = experiment
-        self.device = "cuda" if experiment.cluster.gpu else "cpu"
-        self.generator = bld_core.load(experiment.folder, self.device)
+class Evaluator(Sampler):
+    """An actor that draws samples, and judges reconstructions and the bound."""
 
     def work(self, piece: Reconstruct | Draw | Judge) -> ReconstructionQuality | Tensor | Bound:
         """Do one piece: sums of reconstruction quality, images (uint8), or the bound."""
         match piece:
             case Reconstruct(url):
                 return self._reconstruct(url)
-            case Draw(start, count):
-                labels = sample_labels(start, count, self.generator.classes)
-                sampling = asdict(self.experiment.sampling)
-                seed = self.experiment.seed
-                return self.generator.sample(count, labels=labels, seed=seed, first_index=start, **sampling)
+            case Draw():
+                return self.draw(piece)
             case Judge():
                 return self._judge()
 
@@ -81,8 +65,9 @@ class Evaluator:
         prior = self.generator.prior
         assert prior is not None, "evaluation starts from a finished prior"
         held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation")
-        held_out = held_out.to(torch.device(self.device))
-        codes = held_out.codes(torch.arange(len(held_out), device=self.device))
+        device = self.generator.device
+        held_out = held_out.to(device)
+        codes = held_out.codes(torch.arange(len(held_out), device=device))
         schedule = DiffusionConfig(**prior.config["diffusion"]).make_schedule()
         return likelihood_bound(prior.network, codes, held_out.labels, schedule, seed=self.experiment.seed)
 
@@ -107,13 +92,15 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     """
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     prior = read_model_config(files.join(experiment.folder, PRIOR))
+    experiment.check_autoencoder(autoencoder)
     identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
     fingerprint = {**identity, **experiment.fingerprint("data", "sampling", "evaluation")}
     with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
             return files.read_json(report_url)
-        quality, bound, samples = _measure(experiment)
+        classes = prior["prior"]["classes"]
+        quality, bound, samples = _measure(experiment, classes)
         figures = {
             "psnr": quality.psnr.mean,
             "psnr_std": quality.psnr.deviation,
@@ -122,7 +109,6 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             "bound": bound.bits_per_bit,
             "bound_se": bound.standard_error,
         }
-        classes = prior["prior"]["classes"]
         if experiment.evaluation.class_accuracy and classes:
             labels = sample_labels(0, len(samples), classes)
             assert labels is not None, "there are classes"
@@ -137,10 +123,12 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
-def _measure(experiment: Experiment) -> tuple[ReconstructionQuality, Bound, Tensor]:
+def _measure(experiment: Experiment, classes: int) -> tuple[ReconstructionQuality, Bound, Tensor]:
     total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
     pieces: list[Reconstruct | Draw | Judge] = [Judge()]
-    pieces += [Draw(start, min(batch, total - start)) for start in range(0, total, batch)]
+    for start in range(0, total, batch):
+        count = min(batch, total - start)
+        pieces.append(Draw(sample_labels(start, count, classes), count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
     quality, bound, samples = ReconstructionQuality(), None, []
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -128,6 +129,28 @@ class Experiment:
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of a code."""
         return self.autoencoder.code_shape(self.data.image_size)
+
+    def check_autoencoder(self, trained: Mapping[str, Any]) -> None:
+        """Compare a trained autoencoder's config.json with this configuration.
+
+        Raises:
+            ValueError: it was trained for other images or another code.
+        """
+        expected = {
+            "code_shape": list(self.code_shape),
+            "image_size": self.data.image_size,
+            "channels": self.data.channels,
+        }
+        wrong = [
+            f"{name} {trained[name]} (configured: {value})"
+            for name, value in expected.items()
+            if trained[name] != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"the trained autoencoder {trained['hash'][:12]} has {', '.join(wrong)}: set data and autoencoder back to "
+                "what it was trained with, or train another one under another --name"
+            )
 
     def parameters(self) -> dict[str, str]:
         """Every field by its dotted name, as text: what MLflow shows."""

@@ -30,9 +30,10 @@ _VISITS_PER_STREAM = 256
 _BATCHES_AHEAD = 32
 _MIN_BYTES_AHEAD = 64 << 20  # with much less, Ray Data starves a fast consumer: 4 MiB stalled, 64 gave 4,000 images/s
 _BLOCK_BYTES = 8 << 20
-_EXECUTOR_PAUSE_S = 0.01
+_EXECUTOR_PAUSE_S = 0.05
 
 Columns = dict[str, NDArray[Any]]
+_log = logging.getLogger(__name__)
 
 
 class Breathe(ExecutionCallback):
@@ -78,6 +79,18 @@ def _share(shards: int, rank: int, world: int) -> int:
     return len(range(rank, shards, world))
 
 
+def check_feed(urls: list[str], workers: int) -> None:
+    """Every worker streams shards of its own.
+
+    Raises:
+        ValueError: fewer shards than workers.
+    """
+    if len(urls) < workers:
+        raise ValueError(
+            f"{len(urls)} shards cannot feed {workers} workers: use fewer workers (cluster.workers), or smaller shards"
+        )
+
+
 def image_batches(
     data: ImageConfig,
     training: TrainingConfig,
@@ -88,16 +101,9 @@ def image_batches(
     world: int,
     decode_tasks: int,
 ) -> Iterator[tuple[Batch, Position]]:
-    """One worker's batches from `start` on, without end, each with the position behind it.
-
-    Raises:
-        ValueError: fewer shards than workers.
-    """
+    """One worker's batches from `start` on, without end, each with the position behind it."""
     urls = files.expand(data.train)
-    if len(urls) < world:
-        raise ValueError(
-            f"{len(urls)} shards cannot feed {world} workers: use fewer workers (cluster.workers), or smaller shards"
-        )
+    check_feed(urls, world)
     share = worker_share(training, world)
     step = start_step
     stream = Stream(urls, data, seed, rank, world, share, decode_tasks)
@@ -172,11 +178,18 @@ class Stream:
 
 
 def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> Iterator[Columns]:
-    """One visit to a shard, as a Ray Data task: read it, order its samples by (seed, epoch, shard), decode."""
+    """One visit to a shard, as a Ray Data task: read it, order its samples by (seed, epoch, shard), decode.
+
+    Unreadable images are left out, and their number is said in the log.
+
+    Raises:
+        ValueError: none of the shard's images can be read.
+    """
     url, epoch, visit = str(item["url"][0]), int(item["epoch"][0]), int(item["visit"][0])
     samples = list(read_samples(url, data.extensions))
     order = permutation(seed, f"sample order {files.name(url)}", epoch, len(samples)).tolist()
-    images = decode_samples((samples[i] for i in order), data, Counter())
+    skipped: Counter[str] = Counter()
+    images = decode_samples((samples[i] for i in order), data, skipped)
     offset = 0
     while some := list(itertools.islice(images, block)):
         yield {
@@ -186,6 +199,11 @@ def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> It
             "offset": np.arange(offset, offset + len(some), dtype=np.int64),
         }
         offset += len(some)
+    if skipped:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        if not offset:
+            raise ValueError(f"shard {url!r} holds no image that can be used ({left_out}): mend it, or leave it out")
+        _log.warning("shard %s: %s left out of %d", url, left_out, len(samples))
 
 
 def _rebatch(blocks: Iterable[Columns], size: int) -> Iterator[tuple[Columns, Position]]:

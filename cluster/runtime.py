@@ -43,6 +43,11 @@ class ClusterConfig:
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
 
+    @property
+    def device(self) -> str:
+        """Where a worker's networks run."""
+        return "cuda" if self.gpu else "cpu"
+
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""
         torch.set_num_threads(max(1, round(self.cpus_per_worker)))
@@ -95,7 +100,6 @@ def map_on_actors(
         config: how many actors, and what each may use.
         label: for the progress line.
     """
-    connect(config)
     work = list(items)
     remote = ray.remote(
         num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0, max_restarts=config.max_failures

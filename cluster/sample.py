@@ -6,6 +6,8 @@ import io
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import bld_core
 from bld_core import files
@@ -13,7 +15,36 @@ from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import grid, png
 from cluster.experiment import Experiment
+from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
+
+_IMAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Piece of work: draw the samples `first_index`, `first_index` + 1, ..., one for each label."""
+
+    labels: list[int] | None
+    count: int
+    first_index: int
+    seed: int
+
+
+class Sampler:
+    """An actor that holds the trained pair."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        experiment.cluster.limit_threads()
+        self.experiment = experiment
+        self.generator = bld_core.load(experiment.folder, experiment.cluster.device)
+
+    def draw(self, piece: Draw) -> Tensor:
+        """The images, uint8 (count, H, W, channels)."""
+        settings = asdict(self.experiment.sampling)
+        return self.generator.sample(
+            piece.count, labels=piece.labels, seed=piece.seed, first_index=piece.first_index, **settings
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +55,7 @@ class GridConfig:
         classes: class of each column, -1 for none; empty takes every class, or ten columns where there are none.
         rows: rows of the grid.
         seed: of the noise; another seed gives other images.
-        file: name of the PNG and npz files, without ending; empty makes one from the settings.
+        file: name of the grid's folder; empty makes one from the settings.
     """
 
     classes: list[int] = field(default_factory=list)
@@ -36,7 +67,7 @@ class GridConfig:
         if self.rows < 1:
             raise ValueError(f"grid.rows is {self.rows}; it must be at least 1")
         if "/" in self.file or self.file.startswith("."):
-            raise ValueError(f"grid.file is {self.file!r}; it must be a file name without slashes or a leading dot")
+            raise ValueError(f"grid.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False) -> str:
@@ -60,8 +91,9 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     known = prior["prior"]["classes"]
     columns = settings.classes or list(range(known)) or [-1] * 10
     sampling = experiment.sampling
+    shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
     name = settings.file or (
-        f"seed{settings.seed}-steps{sampling.steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}"
+        f"seed{settings.seed}-steps{sampling.steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     )
     fingerprint = {
         "autoencoder_hash": read_model_config(files.join(experiment.folder, AUTOENCODER))["hash"],
@@ -76,8 +108,13 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         picture_url = files.join(stage.folder, "grid.png")
         if not stage.done:
             labels = columns * settings.rows
-            generator = bld_core.load(experiment.folder, "cuda" if experiment.cluster.gpu else "cpu")
-            images = generator.sample(labels=labels, seed=settings.seed, **asdict(sampling))
+            starts = range(0, len(labels), _IMAGES_AT_ONCE)
+            pieces = [
+                Draw(some, len(some), start, settings.seed)
+                for start in starts
+                if (some := labels[start : start + _IMAGES_AT_ONCE])
+            ]
+            images = torch.cat(list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw")))
             picture = grid(images, len(columns))
             stage.run.picture(picture, "grid.png")
             files.write_bytes(picture_url, png(picture))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +55,20 @@ class SourceImage:
     label: int
 
 
-def make_shards(config: ShardConfig) -> dict[str, str]:
-    """Write <output>/train-NNNN.tar and <output>/validation-NNNN.tar, and shards.json when all are there.
+class ShardSet(NamedTuple):
+    """Finished shards.
 
-    Returns:
-        A brace pattern for each split: the values of data.train and data.validation.
+    Attributes:
+        patterns: a brace pattern for each split that has images: the values of data.train and data.validation.
+        classes: number of classes, 0 where the images have none: the value of prior.classes.
+    """
+
+    patterns: dict[str, str]
+    classes: int
+
+
+def make_shards(config: ShardConfig) -> ShardSet:
+    """Write <output>/train-NNNN.tar and <output>/validation-NNNN.tar, and shards.json when all are there.
 
     Raises:
         ValueError: no images in the source, or an output that holds something else or cannot be written.
@@ -72,7 +82,7 @@ def make_shards(config: ShardConfig) -> dict[str, str]:
                 "choose another --output, or delete that folder"
             )
         print(f"shards: already done in {config.output}")
-        return record["patterns"]
+        return ShardSet(record["patterns"], record["classes"])
     if files.exists(config.output) and files.listing(config.output):
         raise ValueError(
             f"{config.output!r} is not empty and has no {_RECORD}: it was interrupted or holds other files; "
@@ -94,8 +104,9 @@ def make_shards(config: ShardConfig) -> dict[str, str]:
         progress.close()
         if chosen:
             patterns[split] = files.join(config.output, f"{split}-{{0000..{len(starts) - 1:04d}}}.tar")
-    files.write_json(record_url, {"config": asdict(config), "patterns": patterns})
-    return patterns
+    made = ShardSet(patterns, 1 + max(image.label for image in images))
+    files.write_json(record_url, {"config": asdict(config), **made._asdict()})
+    return made
 
 
 def _sample(image: SourceImage, number: int) -> Sample:

@@ -13,9 +13,17 @@ from typing import Any, Literal
 
 from bld_core import files
 from cluster.experiment import Experiment
+from cluster.runtime import connect
 from cluster.tracking import Run, start_run
 
 RECORD = "stage.json"
+_COMMANDS = {
+    "autoencoder": "stage1_ae.py",
+    "latents": "encode_latents.py",
+    "prior": "stage2_prior.py",
+    "samples": "sample.py",
+    "evaluation": "evaluate.py",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def open_stage(
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
 
     Raises:
-        ValueError: the folder cannot be written, is in use, or holds a stage of another fingerprint.
+        ValueError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
+            is too small for the work. Nothing is deleted then.
     """
     folder = files.join(experiment.folder, name)
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: lists for tuples
@@ -76,15 +85,16 @@ def open_stage(
         elif record is None and not fresh and files.exists(folder) and files.listing(folder):
             raise ValueError(
                 f"{folder!r} holds files but no {RECORD}, so it was not made here: move them away, choose another "
-                "--name, or pass --fresh to delete them"
+                f"--name, or delete them with {_anew(name)}"
             )
-        if record is None:
-            files.remove(folder)
-        elif files.exists(files.join(folder, result)):
-            print(f"{name}: already done in {folder} (--fresh makes it again)", flush=True)
+        if record is not None and files.exists(files.join(folder, result)):
+            print(f"{name}: already done in {folder}", flush=True)
             yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
             return
+        connect(experiment.cluster)
         run = start_run(experiment, name, record["run"] if record else None)
+        if record is None:  # only now, when nothing else can refuse the start
+            files.remove(folder)
         if record is None or record["run"] != run.run_id:
             files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
         succeeded = False
@@ -95,6 +105,12 @@ def open_stage(
             run.end(succeeded)
 
 
+def _anew(name: str) -> str:
+    """The one command that makes a stage again."""
+    stage = name.split("/")[0]
+    return f"pipelines/{_COMMANDS.get(stage, stage)} --fresh"
+
+
 def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     fields = sorted(before.keys() | now.keys())
     changed = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
@@ -102,7 +118,7 @@ def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]
         [
             f"{folder!r} was made with other settings or from other inputs (then -> now):",
             *changed,
-            f"set them back to go on, choose another --name, or pass --fresh to make the stage {name!r} anew",
+            f"set them back to go on, choose another --name, or make the stage anew: {_anew(name)}",
         ]
     )
 

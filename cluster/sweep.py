@@ -19,10 +19,14 @@ from cluster.runtime import connect
 from cluster.train import train_prior
 
 
-def sweep_prior(experiment: Experiment) -> list[dict[str, Any]]:
+def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, Any]]:
     """Train a short prior for every combination of `sweep`; <folder>/sweep/table.json and best.yaml.
 
     Each trial is an experiment of its own in <folder>/sweep/<trial>, so a sweep that is run again resumes.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting the trials that were made before.
 
     Returns:
         One row a trial, best first: trial, vlb_weight, schedule, bound, bound_se.
@@ -43,6 +47,8 @@ def sweep_prior(experiment: Experiment) -> list[dict[str, Any]]:
         ray.tune.report({"bound": final["metrics"]["val_bound"], "bound_se": final["metrics"]["val_bound_se"]})
 
     folder = files.join(experiment.folder, "sweep")
+    if fresh:
+        files.remove(folder)
     tuner = Tuner(
         ray.tune.with_resources(run_trial, {"CPU": 0.01}),  # the training workers reserve their own
         param_space={"trial": ray.tune.grid_search(list(trials))},
@@ -80,7 +86,9 @@ def _trials(experiment: Experiment) -> list[Experiment]:
             diffusion=replace(experiment.diffusion, vlb_weight=weight, schedule=schedule),
             prior_training=replace(experiment.prior_training, steps=sweep.steps),
             tracking=replace(
-                experiment.tracking, uri=experiment.tracking.resolve(experiment.root), experiment=experiment.name
+                experiment.tracking,
+                uri=experiment.tracking.resolve(experiment.root),
+                experiment=experiment.tracking.experiment or experiment.name,
             ),
         )
         for weight, schedule in itertools.product(sweep.vlb_weights, sweep.schedules)

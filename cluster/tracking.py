@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import LifecycleStage, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL.Image import Image
 
@@ -116,18 +116,20 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     Args:
         experiment: names the MLflow experiment, and is logged as its parameters.
         stage: name of the child run.
-        run_id: of an earlier start of this stage, or None.
+        run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
     """
     uri = experiment.tracking.resolve(experiment.root)
     client = MlflowClient(uri)
     if run_id is not None:
         try:
-            client.get_run(run_id)
-        except MlflowException:
-            run_id = None  # another tracking server than before: begin a new run there
-    if run_id is not None:
-        client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-        return Run(uri, run_id)
+            alive = client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            alive = False  # another tracking server than before
+        if alive:
+            client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+            return Run(uri, run_id)
     parent = _parent_run(client, experiment)
     tags = {"mlflow.runName": stage, "mlflow.parentRunId": parent, "mlflow.source.git.commit": git_commit()}
     run = client.create_run(_mlflow_experiment(client, experiment), tags=tags)
@@ -142,14 +144,17 @@ def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
     if found is not None:
         return found.experiment_id
     # A server keeps artifacts where it was told to; beside a SQLite file we say where.
-    location = None if experiment.tracking.uri else files.join(experiment.root, "mlflow-artifacts")
+    database = experiment.tracking.resolve(experiment.root)
+    beside = database.removeprefix("sqlite:///").rpartition("/")[0]
+    location = files.join(beside, "mlflow-artifacts") if database.startswith("sqlite:") else None
     return client.create_experiment(name, artifact_location=location)
 
 
 def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     """The run that the stages of one experiment folder hang from."""
     mlflow_experiment = _mlflow_experiment(client, experiment)
-    query = f"tags.`bld.folder` = '{experiment.folder}'"
+    folder = experiment.folder.replace("'", "\\'")
+    query = f"tags.`bld.folder` = '{folder}'"
     found = client.search_runs([mlflow_experiment], query, max_results=1)
     if found:
         return found[0].info.run_id

@@ -26,8 +26,8 @@ from bld_core.latents import open_latents
 from bld_core.noise import key_of
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
+from cluster.ingest import check_feed
 from cluster.progress import Progress, on_terminal
-from cluster.runtime import connect
 from cluster.stages import Stage, open_stage
 from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
 from cluster.tracking import Run
@@ -49,9 +49,13 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     Raises:
         ValueError: bad input, each with its remedy, before anything is started.
     """
-    for split in ("train", "validation"):
-        check_shards(experiment.data, split)
-    fingerprint = experiment.fingerprint("data", "autoencoder", "autoencoder_training")
+    shards = check_shards(experiment.data, "train")
+    check_feed(shards, experiment.cluster.workers)
+    check_shards(experiment.data, "validation")
+    fingerprint = {
+        **experiment.fingerprint("data", "autoencoder", "autoencoder_training"),
+        "shards": files.fingerprint(shards),
+    }
     with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
             config = {
@@ -81,13 +85,19 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
     """
     source = source or experiment.folder
     autoencoder = read_model_config(files.join(source, AUTOENCODER))
+    experiment.check_autoencoder(autoencoder)
     latents = open_latents(files.join(source, "latents"))
-    open_latents(files.join(source, "latents"), "validation")
+    held_out = len(open_latents(files.join(source, "latents"), "validation"))
+    if held_out < 2:
+        raise ValueError(
+            f"{held_out} validation codes in {source!r}; the likelihood bound and its error need at least 2: add "
+            "images to data.validation and encode again with --fresh"
+        )
     made_by = latents.manifest["autoencoder_hash"]
     if made_by != autoencoder["hash"]:
         raise ValueError(
             f"the latents in {source!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
-            f"{autoencoder['hash'][:12]}: encode again with --fresh"
+            f"{autoencoder['hash'][:12]}: run encode_latents.py --fresh"
         )
     classes = experiment.prior.classes
     if int(latents.labels.max()) >= classes > 0:
@@ -109,7 +119,6 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
 def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights."""
     cluster = stage.experiment.cluster
-    connect(cluster)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task, "label": stage.name, "run": stage.run, "bar": on_terminal()},

@@ -6,13 +6,17 @@ import difflib
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from cluster.experiment import Experiment
+
+_PROJECT = Path(__file__).parents[1]
 
 
 class Parser(ArgumentParser):
@@ -37,6 +41,8 @@ def command(
 ) -> None:
     """Parse the command line, do the work; a user's mistake ends in one message and exit code 2, not a traceback.
 
+    A ValueError is a user's mistake where this project raised it; one of a library is a fault, and keeps its traceback.
+
     Args:
         description: what --help says first.
         work: called with the settings and with all flags.
@@ -52,8 +58,16 @@ def command(
         flags = made.instantiate(made.parse_args())
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
     except (ValueError, FileNotFoundError) as error:
+        if not _is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_ours(error: ValueError | FileNotFoundError) -> bool:
+    """Whether this project found the mistake, or a file that the user named is missing."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, FileNotFoundError) or raised_in.is_relative_to(_PROJECT)
 
 
 def fresh_flag(made: Parser) -> None:
@@ -61,8 +75,8 @@ def fresh_flag(made: Parser) -> None:
     made.add_argument("--fresh", action="store_true", help="start over: delete what this stage made before")
 
 
-def next_command(script: str) -> None:
-    """Say which command follows, with those flags of this one that it knows too: the experiment's."""
+def next_command(script: str, *more: str) -> None:
+    """Say which command follows: with those flags of this one that it knows too, the experiment's, and `more`."""
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
@@ -73,4 +87,4 @@ def next_command(script: str) -> None:
                 next(words, None)
             continue
         kept.append(word)
-    print(f"next: {shlex.join(['python', f'pipelines/{script}', *kept])}")
+    print(f"next: {shlex.join(['python', f'pipelines/{script}', *kept, *more])}")

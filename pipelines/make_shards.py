@@ -8,9 +8,14 @@ from pipelines.command import command
 
 
 def main(config: ShardConfig, _: Namespace) -> None:
-    flags = [f"--data.{split} {shlex.quote(pattern)}" for split, pattern in make_shards(config).items()]
+    made = make_shards(config)
+    if config.source == "digits":
+        flags = ["--config", "configs/demo.yaml"]
+    else:
+        flags = ["--name", config.output.rstrip("/").rsplit("/", 1)[-1], f"--prior.classes={made.classes}"]
+    flags += [f"--data.{split}={pattern}" for split, pattern in sorted(made.patterns.items())]
     print(f"shards: {config.output}")
-    print(f"next: python pipelines/run_all.py --config configs/demo.yaml {' '.join(sorted(flags))}")
+    print(f"next: {shlex.join(['python', 'pipelines/run_all.py', *flags])}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
 from cluster.sample import GridConfig, draw_grid
 from cluster.train import train_autoencoder, train_prior
-from pipelines.command import command, fresh_flag, next_command
+from pipelines.command import command, next_command
 
 
-def main(experiment: Experiment, flags: Namespace) -> None:
-    print(f"autoencoder: {train_autoencoder(experiment, flags.fresh)}")
-    print(f"latents: {encode_latents(experiment, flags.fresh)}")
-    print(f"prior: {train_prior(experiment, flags.fresh)}")
-    samples = draw_grid(experiment, GridConfig(), flags.fresh)
-    print(table(evaluate(experiment, flags.fresh)))
+def main(experiment: Experiment, _: Namespace) -> None:
+    print(f"autoencoder: {train_autoencoder(experiment)}")
+    print(f"latents: {encode_latents(experiment)}")
+    print(f"prior: {train_prior(experiment)}")
+    samples = draw_grid(experiment, GridConfig())
+    print(table(evaluate(experiment)))
     print(f"samples: {samples}\nreconstructions: {experiment.folder}/evaluation/reconstructions.png")
     next_command("register.py")
 
 
 if __name__ == "__main__":
-    command(__doc__, main, extras=fresh_flag)
+    command(__doc__, main)

@@ -4,15 +4,15 @@ from argparse import Namespace
 
 from cluster.experiment import Experiment
 from cluster.sweep import sweep_prior, table
-from pipelines.command import command
+from pipelines.command import command, fresh_flag, next_command
 
 
-def main(experiment: Experiment, _: Namespace) -> None:
-    print(table(sweep_prior(experiment)))
+def main(experiment: Experiment, flags: Namespace) -> None:
+    print(table(sweep_prior(experiment, flags.fresh)))
     best = f"{experiment.folder}/sweep/best.yaml"
     print(f"best: {best}")
-    print(f"next: python pipelines/stage2_prior.py with your flags and then --config {best} --name NEW_NAME")
+    next_command("stage2_prior.py", "--config", best)
 
 
 if __name__ == "__main__":
-    command(__doc__, main)
+    command(__doc__, main, extras=fresh_flag)

@@ -31,7 +31,7 @@ from cluster.train import train_autoencoder
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Shards of the demo digits: brace patterns of both splits."""
     output = str(tmp_path_factory.mktemp("data") / "digits")
-    return make_shards(ShardConfig(output=output, images_per_shard=405))
+    return make_shards(ShardConfig(output=output, images_per_shard=405)).patterns
 
 
 def small_training(steps: int, **fields: object) -> TrainingConfig:

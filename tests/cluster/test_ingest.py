@@ -60,7 +60,7 @@ def test_fewer_shards_than_workers_are_refused(encoded: Experiment) -> None:
 
 
 def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_path: Path) -> None:
-    patterns = make_shards(ShardConfig(output=f"{s3}/digits", images_per_shard=405))
+    patterns = make_shards(ShardConfig(output=f"{s3}/digits", images_per_shard=405)).patterns
     remote = ImageConfig(
         train=patterns["train"], validation=patterns["validation"], image_size=32, channels=1, extensions=["png"]
     )

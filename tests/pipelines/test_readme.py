@@ -46,7 +46,7 @@ def test_a_folder_of_images_becomes_shards(
         Image.fromarray(np.full((8, 10, 3), i, np.uint8)).save(folder / f"{i}.png")
     assert run(monkeypatch, "make_shards.py", *words[2:]) == 0
     said = capsys.readouterr().out
-    patterns = dict(re.findall(r"--data\.(\w+) (\S+)", said.replace("'", "")))
+    patterns = dict(re.findall(r"--data\.(\w+)=(\S+)", said.replace("'", "")))
     images = [
         image
         for split in ("train", "validation")
