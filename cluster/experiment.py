@@ -148,8 +148,8 @@ class Experiment:
         ]
         if wrong:
             raise ValueError(
-                f"the trained autoencoder {trained['hash'][:12]} has {', '.join(wrong)}: set data and autoencoder back to "
-                "what it was trained with, or train another one under another --name"
+                f"the trained autoencoder {trained['hash'][:12]} has {', '.join(wrong)}: set data and autoencoder "
+                "back to what it was trained with, or train another one under another --name"
             )
 
     def parameters(self) -> dict[str, str]:
