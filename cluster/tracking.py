@@ -153,8 +153,8 @@ def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
 def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     """The run that the stages of one experiment folder hang from."""
     mlflow_experiment = _mlflow_experiment(client, experiment)
-    folder = experiment.folder.replace("'", "\\'")
-    query = f"tags.`bld.folder` = '{folder}'"
+    quote = '"' if "'" in experiment.folder else "'"  # MLflow's filters have no escapes
+    query = f"tags.`bld.folder` = {quote}{experiment.folder}{quote}"
     found = client.search_runs([mlflow_experiment], query, max_results=1)
     if found:
         return found[0].info.run_id

@@ -1,19 +1,24 @@
 """Ray Data ingest: deterministic, resumable anywhere, every image once an epoch; from a path and from S3."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
+import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bld_core.images import ImageConfig, first_images
+from bld_core.images import ImageConfig, Sample, first_images, write_shard
 from bld_core.training import Batch, TrainingConfig
 from cluster.experiment import Experiment
-from cluster.ingest import Position, image_batches, resume_position
+from cluster.ingest import Position, _decode_shard, image_batches, resume_position
 from cluster.shards import ShardConfig, make_shards
 
 TRAINING = TrainingConfig(batch_size=100)
@@ -67,3 +72,20 @@ def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_pa
     assert remote.train.startswith("s3://")
     for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote), 3), stream(encoded.data), strict=False):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_unreadable_images_are_left_out_and_a_shard_of_nothing_else_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = io.BytesIO()
+    Image.new("L", (8, 8), 200).save(good, "PNG")
+    data = ImageConfig(image_size=8, channels=1)
+    item = {"url": np.asarray([f"{tmp_path}/a.tar"]), "epoch": np.asarray([0]), "visit": np.asarray([0])}
+    contents = [good.getvalue(), b"no image", good.getvalue()[:40], good.getvalue()]
+    write_shard(f"{tmp_path}/a.tar", [Sample(str(i), "png", content, -1) for i, content in enumerate(contents)])
+    [block] = _decode_shard(item, data, 0, 100)
+    assert block["pixels"].shape == (2, 8, 8, 1)
+    assert "2 unreadable image left out of 4" in caplog.text
+    write_shard(f"{tmp_path}/a.tar", [Sample("0", "png", b"no image", -1)])
+    with pytest.raises(ValueError, match=r"a.tar' holds no image that can be used \(1 unreadable image\)"):
+        list(_decode_shard(item, data, 0, 100))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +15,13 @@ import ray
 
 from bld_core.autoencoder import AutoencoderConfig
 from bld_core.images import ImageConfig
+from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig, connect
 from cluster.stages import open_stage
 from cluster.tracking import Run, start_run
-from cluster.train import train_autoencoder
-from tests.conftest import small_experiment
+from cluster.train import train_autoencoder, train_prior
+from tests.conftest import copy_of, small_experiment
 
 
 def test_a_finished_stage_says_so_and_does_nothing(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +141,51 @@ def test_files_that_no_stage_made_are_not_deleted(tmp_path: Path, digits: dict[s
     with pytest.raises(ValueError, match=r"holds files but no stage.json.*--fresh"):
         train_autoencoder(experiment)
     assert precious.exists()
+
+
+def test_nothing_is_deleted_before_every_check_has_passed(encoded: Experiment, tmp_path: Path) -> None:
+    root = copy_of(encoded, tmp_path, "autoencoder")
+    experiment = replace(encoded, root=str(root), cluster=replace(encoded.cluster, cpus_per_worker=1000))
+    with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.cpus_per_worker"):
+        train_autoencoder(experiment, fresh=True)
+    experiment = replace(experiment, cluster=replace(encoded.cluster, workers=8))
+    with pytest.raises(ValueError, match="4 shards cannot feed 8 workers"):
+        train_autoencoder(experiment, fresh=True)
+    assert (root / experiment.name / "autoencoder/final/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", [encode_latents, train_prior])
+def test_images_of_another_size_than_the_autoencoders_are_refused(
+    encoded: Experiment, stage: Callable[[Experiment], str]
+) -> None:
+    larger = replace(encoded, data=replace(encoded.data, image_size=64))
+    with pytest.raises(ValueError, match=r"code_shape \[4, 4, 8\] \(configured: \[8, 8, 8\]\), image_size 32"):
+        stage(larger)
+
+
+def test_an_added_shard_is_a_change(encoded: Experiment, digits: dict[str, str], tmp_path: Path) -> None:
+    root = copy_of(encoded, tmp_path, "autoencoder", "latents")
+    shards = tmp_path / "shards"
+    shutil.copytree(Path(digits["train"]).parent, shards)
+    data = replace(encoded.data, train=f"{shards}/train-*.tar")
+    experiment = replace(encoded, root=str(root), data=data)
+    record = root / experiment.name / "latents/stage.json"
+    made = json.loads(record.read_text())
+    record.write_text(json.dumps(made | {"fingerprint": made["fingerprint"] | {"data.train": data.train}}))
+    encode_latents(experiment)  # the same files under another name: done
+    shutil.copy(shards / "train-0000.tar", shards / "train-0004.tar")
+    with pytest.raises(ValueError, match=r"shards: '\w+' -> '\w+'[\s\S]*pipelines/encode_latents.py --fresh"):
+        encode_latents(experiment)
+
+
+def test_a_deleted_run_is_replaced_and_a_quote_in_the_folder_is_no_trouble(
+    tmp_path: Path, digits: dict[str, str]
+) -> None:
+    experiment = small_experiment(tmp_path / "it's here", digits)
+    first = start_run(experiment, "prior", None)
+    assert start_run(experiment, "prior", first.run_id) == first
+    first.client.delete_run(first.run_id)
+    second = start_run(experiment, "prior", first.run_id)
+    assert second.run_id != first.run_id
+    parents = [first.client.get_run(run.run_id).data.tags["mlflow.parentRunId"] for run in (first, second)]
+    assert parents[0] == parents[1]

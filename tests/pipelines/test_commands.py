@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pipelines.command import command
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -71,6 +74,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["any.py"])
+    with pytest.raises(ValueError, match="Expecting value"):
+        command("", lambda *_: json.loads(""))
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest(
