@@ -77,9 +77,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 
 
 def test_a_fault_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(settings: object, flags: object) -> None:
+        json.loads("")
+
     monkeypatch.setattr(sys, "argv", ["any.py"])
     with pytest.raises(ValueError, match="Expecting value"):
-        command("", lambda *_: json.loads(""))
+        command("", work)
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest(
