@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.quantizer import quantize
+from bld_core.baselines.continuous import GaussianBottleneck
+from bld_core.baselines.vector import VectorBottleneck
+from bld_core.layers import Layers
+from bld_core.quantizer import BernoulliBottleneck
+
+Bottleneck = BernoulliBottleneck | VectorBottleneck | GaussianBottleneck
+
+_HEAD_CHANNELS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +29,25 @@ class AutoencoderConfig:
 
     Args:
         bits: c, the number of bits at each position of the code.
+        latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes each position's
+            c numbers to the nearest entry of a code book, "continuous" keeps c/2 real numbers.
+        entries: size of the code book of `latent: vector`.
+        entropy: weight of the quantizer's entropy regulariser: surer bits, each used half of the time; 0 is none.
         channels: feature channels at full resolution.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
-        blocks: residual blocks a level in the encoder; the decoder has one more.
+        blocks: residual blocks a level.
+        attention: down-samplings (1, 2, 4, ...) at which every residual block is followed by self-attention; if there
+            are any, the middle of both networks has one, too. 16 is a map of 16 x 16 for images of 256 pixels.
     """
 
     bits: int = 32
+    latent: Literal["binary", "vector", "continuous"] = "binary"
+    entries: int = 1024
+    entropy: float = 0.0
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     blocks: int = 2
+    attention: list[int] = field(default_factory=lambda: [16])
 
     def __post_init__(self) -> None:
         for name in ("bits", "channels", "blocks"):
@@ -38,6 +56,12 @@ class AutoencoderConfig:
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(
                 f"autoencoder.multipliers is {self.multipliers}; it needs one whole number of 1 or more for each level"
+            )
+
+        known = [2**level for level in range(len(self.multipliers))]
+        if not set(self.attention) <= set(known):
+            raise ValueError(
+                f"autoencoder.attention is {self.attention}; {len(known)} levels have the down-samplings {known}"
             )
 
     @property
@@ -98,6 +122,24 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.body(x)
 
 
+class Attention(nn.Module):
+    """Self-attention over all positions, by PyTorch's fused kernel, in heads of 64 channels, beside a skip connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // _HEAD_CHANNELS)
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
+        return x + self.out(mixed)
+
+
 class Upsample(nn.Module):
     """Nearest neighbour, then a convolution: no checkerboard."""
 
@@ -109,51 +151,90 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _encoder(config: AutoencoderConfig, image_channels: int) -> nn.Sequential:
-    """Psi: images to code logits."""
+def _middle(config: AutoencoderConfig, width: int) -> list[nn.Module]:
+    attention: list[nn.Module] = [Attention(width)] if config.attention else []
+    return [ResidualBlock(width, width), *attention, ResidualBlock(width, width)]
+
+
+def _level(config: AutoencoderConfig, level: int, width: int) -> list[nn.Module]:
+    """The residual blocks of one resolution, whichever way the image is going."""
+    layers: list[nn.Module] = []
+    for _ in range(config.blocks):
+        layers.append(ResidualBlock(width, config.channels * config.multipliers[level]))
+        width = config.channels * config.multipliers[level]
+        if 2**level in config.attention:
+            layers.append(Attention(width))
+    return layers
+
+
+def _encoder(config: AutoencoderConfig, image_channels: int, outputs: int) -> Layers:
+    """Psi: images to what the bottleneck takes."""
     width = config.channels
     layers: list[nn.Module] = [nn.Conv2d(image_channels, width, 3, padding=1)]
     for level, multiplier in enumerate(config.multipliers):
         if level:
             layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-        for _ in range(config.blocks):
-            layers.append(ResidualBlock(width, config.channels * multiplier))
-            width = config.channels * multiplier
-    layers += [ResidualBlock(width, width), _norm(width), nn.SiLU(), nn.Conv2d(width, config.bits, 1)]
-    return nn.Sequential(*layers)
+        layers += _level(config, level, width)
+        width = config.channels * multiplier
+    layers += [*_middle(config, width), _norm(width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+    return Layers(*layers, nn.Conv2d(width, outputs, 1))
 
 
-def _decoder(config: AutoencoderConfig, image_channels: int) -> nn.Sequential:
-    """Phi: bits to images. The first layer sums the code book vectors of the bits that are 1 (Fig. 5)."""
+def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Layers:
+    """Phi: what the bottleneck gives to images. The first layer sums the code book vectors of the 1 bits (Fig. 5)."""
     width = config.channels * config.multipliers[-1]
-    layers: list[nn.Module] = [nn.Conv2d(config.bits, width, 1), ResidualBlock(width, width)]
+    layers: list[nn.Module] = [nn.Conv2d(inputs, width, 1), nn.Conv2d(width, width, 3, padding=1)]
+    layers += _middle(config, width)
     for level, multiplier in reversed(list(enumerate(config.multipliers))):
-        for _ in range(config.blocks + 1):
-            layers.append(ResidualBlock(width, config.channels * multiplier))
-            width = config.channels * multiplier
+        layers += _level(config, level, width)
+        width = config.channels * multiplier
         if level:
             layers.append(Upsample(width))
-    layers += [_norm(width), nn.SiLU(), nn.Conv2d(width, image_channels, 3, padding=1)]
-    return nn.Sequential(*layers)
+    return Layers(*layers, _norm(width), nn.SiLU(), nn.Conv2d(width, image_channels, 3, padding=1))
 
 
-class BinaryAutoencoder(nn.Module):
-    """Encoder, Bernoulli quantizer and decoder of images of any size that the down-sampling divides."""
+def _bottleneck(config: AutoencoderConfig) -> Bottleneck:
+    if config.latent == "binary":
+        return BernoulliBottleneck(config.bits, config.entropy)
+    if config.latent == "vector":
+        return VectorBottleneck(config.entries, config.bits)
+    return GaussianBottleneck(config.bits // 2)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, bottleneck and decoder of images of any size that the down-sampling divides."""
 
     def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
-        self.encoder = _encoder(config, image_channels)
-        self.decoder = _decoder(config, image_channels)
+        self.bottleneck = _bottleneck(config)
+        self.encoder = _encoder(config, image_channels, self.bottleneck.inputs)
+        self.decoder = _decoder(config, image_channels, self.bottleneck.outputs)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the decoder's last convolution, by which the adversarial term is balanced."""
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Conv2d), "the decoder ends in a convolution"
+        return last.weight
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Code *logits* (B, c, H/k, W/k) of images in [-1, 1]; their sigmoid is the probability of a 1."""
+        """Code *logits* (B, c, H/k, W/k) of images in [-1, 1]; their sigmoid is the probability of a 1.
+
+        What comes out for a `latent` that is not binary is what its bottleneck takes.
+        """
         return self.encoder(x_BCHW)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Images (B, channels, H, W), about [-1, 1], of bits (B, c, H/k, W/k)."""
         return self.decoder(z_BCHW)
 
-    def forward(self, x_BCHW: Tensor, u: Tensor | None = None) -> Tensor:
-        """Reconstruction through quantized bits: drawn with the uniforms u, or the mode without them."""
-        logits = self.encode(x_BCHW)
-        return self.decode(quantize(logits, None if u is None else u.view_as(logits)))
+    def forward(self, x_BCHW: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction through the bottleneck, and the bottleneck's own loss terms, weighted.
+
+        Args:
+            x_BCHW: images in [-1, 1].
+            u: uniforms, (B, c*h*w), that decide the draw; the mode without them.
+        """
+        features = self.encode(x_BCHW)
+        z_BCHW, terms = self.bottleneck(features, None if u is None else u.view_as(features))
+        return self.decode(z_BCHW), terms

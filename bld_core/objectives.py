@@ -1,37 +1,70 @@
-"""The two objectives: what stage 1 and stage 2 minimise, as functions of (network, batch)."""
+"""The two objectives: what stage 1 and stage 2 minimise, as functions of (state, batch)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
-from bld_core.autoencoder import to_float
+from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.diffusion import DiffusionConfig, diffusion_loss
+from bld_core.losses import (
+    LossConfig,
+    Perceptual,
+    adaptive_weight,
+    hinge_critic_loss,
+    hinge_generator_loss,
+)
 from bld_core.noise import uniform
 from bld_core.prior import drop_labels
-from bld_core.training import Batch
+from bld_core.training import Batch, TrainState
 
 
-@dataclass(frozen=True)
 class AutoencoderObjective:
-    """Eq. 2, its reconstruction term: mean absolute error through drawn bits, images in [-1, 1].
+    """Eq. 2 through drawn bits, images in [-1, 1]: a weighted sum of reconstruction, perceptual and adversarial terms."""
 
-    Attributes:
-        code_shape: (h, w, c).
-        seed: of the draws, which are keyed on the global sample index.
-    """
+    def __init__(
+        self, losses: LossConfig, code_shape: tuple[int, int, int], seed: int, perceptual: Perceptual | None = None
+    ) -> None:
+        """The draws are keyed on (seed, global sample index); `perceptual` is needed where `losses` gives it a weight."""
+        self.losses = losses
+        self.code_size = math.prod(code_shape)
+        self.seed = seed
+        self.perceptual = perceptual
 
-    code_shape: tuple[int, int, int]
-    seed: int
-
-    def __call__(self, autoencoder: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+        """The terms, each without its weight, and "loss", their weighted sum; "critic" is the critic's own loss."""
+        losses = self.losses
         x = to_float(batch.data)
-        u = uniform(self.seed, "autoencoder draw", batch.sample_index, math.prod(self.code_shape))
-        loss = F.l1_loss(autoencoder(x, u), x)
-        return {"loss": loss, "l1": loss}
+        u = uniform(self.seed, "autoencoder draw", batch.sample_index, self.code_size)
+        x_hat, latent_terms = state(x, u)
+        x_hat = x_hat.float()
+        terms = {"l1": F.l1_loss(x_hat, x), "mse": F.mse_loss(x_hat, x)}
+        loss = losses.l1 * terms["l1"] + losses.mse * terms["mse"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x, x_hat).mean()
+            loss = loss + losses.perceptual * terms["perceptual"]
+        if state.critic is not None and state.step >= losses.adversarial_start:
+            loss = loss + self._adversarial(state, state.critic, x, x_hat, loss, terms)
+        loss = loss + sum(latent_terms.values())
+        return {"loss": loss, **terms, **latent_terms}
+
+    def _adversarial(
+        self, state: TrainState, critic: TrainState, x: Tensor, x_hat: Tensor, loss: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """The weighted adversarial term; adds it, its weight and the critic's loss to `terms`."""
+        # The critic is a fixed judge here: its weights take part as constants, and its replicas do not meet.
+        judge = {name: weight.detach() for name, weight in critic.module.named_parameters()}
+        terms["adversarial"] = hinge_generator_loss(functional_call(critic.module, judge, (x_hat,)))
+        assert isinstance(state.module, Autoencoder), "stage 1 trains an autoencoder"
+        limit = self.losses.adversarial_limit
+        terms["adaptive"] = adaptive_weight(loss, terms["adversarial"], state.module.last_layer, limit)
+        real, fake = critic(torch.cat([x, x_hat.detach()])).float().chunk(2)
+        terms["critic"] = hinge_critic_loss(real, fake)
+        return self.losses.adversarial * terms["adaptive"] * terms["adversarial"]
 
 
 class PriorObjective:
@@ -43,7 +76,8 @@ class PriorObjective:
         self.label_dropout = label_dropout
         self.seed = seed
 
-    def __call__(self, prior: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+        """{"loss", "residual", "vlb"}, in nats a bit."""
         labels = drop_labels(batch.labels, batch.sample_index, self.label_dropout, self.seed)
         z_0 = batch.data.float()
-        return diffusion_loss(prior, z_0, labels, batch.sample_index, self.schedule, self.diffusion, self.seed)
+        return diffusion_loss(state, z_0, labels, batch.sample_index, self.schedule, self.diffusion, self.seed)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.ema import Ema
+from bld_core.layers import Layers
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +25,20 @@ class TrainingConfig:
     Args:
         steps: optimizer steps in all.
         batch_size: samples a step, over all workers together.
+        accumulate: passes that a worker's share of the batch is split into, one after the other, to save memory.
         learning_rate: step size of AdamW, reached after the warm-up.
         warmup: steps of linear warm-up.
         decay: "constant" after the warm-up, or "cosine" to 0 at the last step.
         betas: decay of AdamW's two moments.
-        weight_decay: decoupled weight decay of AdamW.
+        weight_decay: decoupled weight decay of AdamW; 0 makes it Adam.
         clip_norm: largest gradient norm; a larger one is scaled down to it.
         ema_decay: decay a step of the averaged weights, which are the ones evaluated and kept.
+        non_finite: what a gradient that is not finite does: "stop" with the samples to blame, or "skip" the step and
+            count it.
+        precision: of the forward pass; weights, sums and losses are float32 in any case.
+        compile: compile the network with torch.compile; the first steps take minutes, the others less.
+        channels_last: keep feature maps with their channels innermost, which convolutions like.
+        checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
         log_every: steps between two reports.
         evaluate_every: steps between two evaluations on held-out data, with pictures; the last step always has one.
         checkpoint_every: steps between two checkpoints; the last step always has one.
@@ -34,6 +46,7 @@ class TrainingConfig:
 
     steps: int = 100_000
     batch_size: int = 256
+    accumulate: int = 1
     learning_rate: float = 2e-4
     warmup: int = 1000
     decay: Literal["constant", "cosine"] = "constant"
@@ -41,12 +54,17 @@ class TrainingConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
+    non_finite: Literal["stop", "skip"] = "stop"
+    precision: Precision = "float32"
+    compile: bool = False
+    channels_last: bool = False
+    checkpointing: bool = False
     log_every: int = 50
     evaluate_every: int = 5000
     checkpoint_every: int = 5000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a training stage is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "clip_norm"):
@@ -62,26 +80,42 @@ class Batch(NamedTuple):
     data: uint8 images (B, H, W, channels), or codes 0/1 (B, N, C).
     labels: int64 (B,); -1 is none.
     sample_index: int64 (B,): global index, step * global batch size + position: what all noise is keyed on.
+    keys: the samples' names in their shards.
     """
 
     data: Tensor
     labels: Tensor
     sample_index: Tensor
+    keys: Sequence[str]
 
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` equal parts, in order."""
+        size = len(self.keys) // count
+        return [self.slice(start, start + size) for start in range(0, size * count, size)]
 
-Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+    def slice(self, start: int, stop: int) -> Batch:
+        """The samples `start` to `stop` (exclusive)."""
+        rows = slice(start, stop)
+        return Batch(self.data[rows], self.labels[rows], self.sample_index[rows], self.keys[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return Batch(self.data.to(device), self.labels.to(device), self.sample_index.to(device), self.keys)
 
 
 @dataclass
 class TrainState:
-    """Everything that training changes.
+    """Everything that training changes. Called as a function, it is the network's forward pass in training.
 
     Attributes:
         module: the network.
-        replica: what is called in the forward pass: the network itself, or its DistributedDataParallel.
+        replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
         optimizer: over the network's parameters.
         ema: averaged weights.
         step: optimizer steps taken.
+        skipped: steps left out because a gradient was not finite.
+        precision: of the forward pass; weights and losses are float32.
+        critic: the discriminator that stage 1 is trained against, a state of its own.
     """
 
     module: nn.Module
@@ -89,10 +123,26 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Ema
     step: int = 0
+    skipped: int = 0
+    precision: Precision = "float32"
+    critic: TrainState | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The forward pass, under autocast where the precision asks for it."""
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.replica(*inputs)
+
+    def players(self) -> list[TrainState]:
+        """The state, and its critic's where it has one."""
+        return [self] if self.critic is None else [self, self.critic]
+
+
+Objective = Callable[[TrainState, Batch], dict[str, Tensor]]
 
 
 class Report(NamedTuple):
-    """What one step has to say: `terms` are this worker's losses, scalars, detached; "loss" is their sum."""
+    """What one step has to say: `terms` are this worker's losses, scalars, detached."""
 
     step: int
     learning_rate: float
@@ -100,8 +150,22 @@ class Report(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def make_state(module: nn.Module, config: TrainingConfig, replica: nn.Module | None = None) -> TrainState:
-    """A fresh state around a network; `replica` is its DistributedDataParallel, if there is one."""
+def make_state(
+    module: nn.Module, config: TrainingConfig, wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> TrainState:
+    """A fresh state around a network.
+
+    Args:
+        module: changed in place by `checkpointing` and `channels_last`.
+        config: of the stage.
+        wrap: makes the replica, for example moves the network to a GPU and into its DistributedDataParallel.
+    """
+    for part in module.modules():
+        if isinstance(part, Layers):
+            part.checkpointing = config.checkpointing
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
+    replica = wrap(torch.compile(module) if config.compile else module)
     first, second = config.betas
     optimizer = torch.optim.AdamW(
         module.parameters(),
@@ -110,7 +174,7 @@ def make_state(module: nn.Module, config: TrainingConfig, replica: nn.Module | N
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return TrainState(module, module if replica is None else replica, optimizer, Ema(module, config.ema_decay))
+    return TrainState(module, replica, optimizer, Ema(module, config.ema_decay), precision=config.precision)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -130,23 +194,66 @@ def train(
     Args:
         state: changed in place.
         batches: must start with the batch that follows `state.step`.
-        objective: (network, batch) -> {"loss": ..., and its terms}.
+        objective: (state, batch) -> {"loss": ..., its terms, and "critic": the critic's own loss where there is one}.
         config: of the stage.
+
+    Raises:
+        FloatingPointError: a gradient is not finite and `config.non_finite` is "stop"; names the step, the terms and
+            the samples. No weight has been touched by it.
     """
-    parameters = list(state.module.parameters())
     while state.step < config.steps:
         batch = next(batches)
         rate = learning_rate(config, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        state.optimizer.zero_grad(set_to_none=True)
-        terms = objective(state.replica, batch)
-        terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        state.optimizer.step()
-        state.step += 1
-        state.ema.update(state.module, state.step)
-        yield Report(state.step, rate, norm, {name: value.detach() for name, value in terms.items()})
+        terms = _gradients(state, batch, objective, config.accumulate)
+        moved = [player for player in state.players() if any(p.grad is not None for p in player.module.parameters())]
+        norms = [nn.utils.clip_grad_norm_(player.module.parameters(), config.clip_norm) for player in moved]
+        if torch.stack(norms).isfinite().all():
+            for player in moved:
+                player.optimizer.step()
+        elif config.non_finite == "stop":
+            raise FloatingPointError(_blame(state, batch, objective))
+        else:
+            state.skipped += 1
+        for player in moved:
+            player.step += 1
+            player.ema.update(player.module, player.step)
+        yield Report(state.step, rate, norms[0], terms)
+
+
+def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
+    """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
+    for player in state.players():
+        player.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(batch.parts(parts), 1):
+        with contextlib.ExitStack() as alone:
+            for player in state.players():
+                if number < parts and isinstance(player.replica, DistributedDataParallel):
+                    alone.enter_context(player.replica.no_sync())
+            terms = objective(state, part)
+            loss = terms["loss"] + terms["critic"] if "critic" in terms else terms["loss"]
+            (loss / parts).backward()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / parts
+    return sums
+
+
+def _blame(state: TrainState, batch: Batch, objective: Objective) -> str:
+    """Which samples of a batch give a loss that is not finite, and in which term."""
+    alone = replace(state, replica=state.module, critic=None)
+    found: list[str] = []
+    for i, key in enumerate(batch.keys):
+        terms = objective(alone, batch.slice(i, i + 1))
+        wrong = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
+        if wrong:
+            found.append(f"sample {key!r}: {', '.join(wrong)}")
+    who = "; ".join(found) or "every sample of this worker has finite losses by itself"
+    return (
+        f"step {state.step + 1}: the gradient is not finite ({who}): mend these samples, lower learning_rate or "
+        'clip_norm, or set non_finite to "skip"; the last checkpoint is good'
+    )
 
 
 def worker_share(config: TrainingConfig, world: int) -> int:
@@ -155,8 +262,9 @@ def worker_share(config: TrainingConfig, world: int) -> int:
     Raises:
         ValueError: the batch does not divide.
     """
-    if config.batch_size % world:
+    if config.batch_size % (world * config.accumulate):
         raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {world} workers; make it a multiple of {world}"
+            f"batch_size {config.batch_size} does not divide over {world} workers in {config.accumulate} parts "
+            f"(accumulate); make it a multiple of {world * config.accumulate}"
         )
     return config.batch_size // world

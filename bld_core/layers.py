@@ -1,0 +1,18 @@
+"""Layers one after the other: what both networks are made of."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Layers(nn.Sequential):
+    """Layers one after the other; with `checkpointing`, training keeps none of their inner activations."""
+
+    checkpointing: bool = False
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # named as its parent's
+        x = input
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and x.requires_grad else layer(x)
+        return x
