@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "fsspec", "safetensors", "webdataset", "braceexpand"}
-CORE |= {"lpips", "torchvision"}  # imported only where the perceptual loss is built
+OPTIONAL = {"lpips", "torchvision"}  # imported only where they are used
+CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "fsspec", "safetensors", "webdataset", "braceexpand"} | OPTIONAL
 CLUSTER = CORE | {"cluster", "ray", "mlflow", "sklearn", "tqdm", "yaml", "torch_fidelity"}
 PIPELINES = {"pipelines", "cluster", "jsonargparse"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
