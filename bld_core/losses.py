@@ -128,8 +128,10 @@ def vgg16_file(path: str, sha256: str) -> Path:
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al. 2018), version 0.1, VGG16: weighted squared distance between unit feature vectors.
 
-    The values are those of the package lpips, from which the layer weights come. Its code is not used, because its
-    gradient is NaN wherever all features of a position are 0 (the derivative of a square root at 0).
+    The values are those of the package lpips, which brings the layer weights. Its constructor is not used: it draws a
+    whole VGG16, 138M weights, from the global random stream before the trunk can be filled, and asks torchvision for it
+    by a keyword that is to be removed. No NaN arises in the backward pass either where all features of a position are
+    0, so anomaly detection stays usable.
 
     Frozen, always in evaluation mode, always in float32. It is a yardstick, not a part of the network: keep it out of
     what is trained, averaged and saved.
