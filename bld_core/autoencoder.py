@@ -32,7 +32,6 @@ class AutoencoderConfig:
         latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes each position's
             c numbers to the nearest entry of a code book, "continuous" keeps c/2 real numbers.
         entries: size of the code book of `latent: vector`.
-        entropy: weight of the quantizer's entropy regulariser: surer bits, each used half of the time; 0 is none.
         channels: feature channels at full resolution.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
         blocks: residual blocks a level.
@@ -43,7 +42,6 @@ class AutoencoderConfig:
     bits: int = 32
     latent: Literal["binary", "vector", "continuous"] = "binary"
     entries: int = 1024
-    entropy: float = 0.0
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     blocks: int = 2
@@ -193,9 +191,9 @@ def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Lay
     return Layers(*layers, _norm(width), nn.SiLU(), nn.Conv2d(width, image_channels, 3, padding=1))
 
 
-def _bottleneck(config: AutoencoderConfig) -> Bottleneck:
+def _bottleneck(config: AutoencoderConfig, entropy: float) -> Bottleneck:
     if config.latent == "binary":
-        return BernoulliBottleneck(config.bits, config.entropy)
+        return BernoulliBottleneck(config.bits, entropy)
     if config.latent == "vector":
         return VectorBottleneck(config.entries, config.bits)
     return GaussianBottleneck(config.bits // 2)
@@ -204,9 +202,10 @@ def _bottleneck(config: AutoencoderConfig) -> Bottleneck:
 class Autoencoder(nn.Module):
     """Encoder, bottleneck and decoder of images of any size that the down-sampling divides."""
 
-    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+    def __init__(self, config: AutoencoderConfig, image_channels: int, entropy: float = 0.0) -> None:
+        """`entropy` weighs the regulariser of binary codes, which counts in training alone."""
         super().__init__()
-        self.bottleneck = _bottleneck(config)
+        self.bottleneck = _bottleneck(config, entropy)
         self.encoder = _encoder(config, image_channels, self.bottleneck.inputs)
         self.decoder = _decoder(config, image_channels, self.bottleneck.outputs)
 

@@ -17,16 +17,19 @@ FORMAT_VERSION = 1
 META = "meta.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_CRITIC = "critic"
 
 
 def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
-    """Write network, averages and optimizer; meta.json, with the step and `extra`, is written last.
+    """Write network, averages and optimizer, and the critic's, if there is one; meta.json, with the step and `extra`, is written last.
 
     Args:
         folder: local path or URL.
         state: what is saved.
         extra: JSON values that the caller wants back, for example the position in the data.
     """
+    if state.critic is not None:
+        save_state(files.join(folder, _CRITIC), state.critic, {})
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
     for parameter, values in state.optimizer.state.items():
@@ -36,7 +39,8 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
     for part, tensors in parts.items():
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         files.write_bytes(files.join(folder, f"{part}.safetensors"), save_tensors(contiguous))
-    files.write_json(files.join(folder, META), {"format": FORMAT_VERSION, "step": state.step, **extra})
+    progress = {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped}
+    files.write_json(files.join(folder, META), progress | extra)
 
 
 def load_state(folder: str, state: TrainState) -> dict[str, Any]:
@@ -65,7 +69,9 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
         parameter_name, kind = name.split("|")
         parameter = by_name[parameter_name]
         state.optimizer.state[parameter][kind] = value.to(parameter.device)
-    state.step = meta["step"]
+    state.step, state.skipped = meta["step"], meta["skipped"]
+    if state.critic is not None:
+        load_state(files.join(folder, _CRITIC), state.critic)
     return meta
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bld_core import files
-from bld_core.autoencoder import AutoencoderConfig, BinaryAutoencoder, to_float, to_uint8
+from bld_core.autoencoder import AutoencoderConfig, Autoencoder, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
 from bld_core.diffusion import DiffusionConfig
 from bld_core.prior import Prior, PriorConfig
@@ -25,7 +25,7 @@ PRIOR = "prior/final"
 class TrainedAutoencoder:
     """A finished stage 1: the network, in evaluation mode, and its config.json."""
 
-    network: BinaryAutoencoder
+    network: Autoencoder
     config: dict[str, Any]
 
     @property
@@ -47,7 +47,7 @@ def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
     """Open `<folder>/autoencoder/final`; see `bld_core.load` for the errors."""
     location = files.join(folder, AUTOENCODER)
     config = read_model_config(location)
-    network = BinaryAutoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
+    network = Autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
     load_weights(location, network, config["hash"], device)
     return TrainedAutoencoder(network, config)
 

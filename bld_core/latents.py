@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bld_core import files
-from bld_core.autoencoder import BinaryAutoencoder, to_float
+from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.bits import pack_bits, unpack_bits
 from bld_core.images import LabelledImage, stack
 from bld_core.noise import key_of, permutation, uniform
@@ -66,7 +66,7 @@ class LatentRows:
 
 @torch.no_grad()
 def encode_images(
-    autoencoder: BinaryAutoencoder, images: Iterable[LabelledImage], config: LatentConfig, seed: int
+    autoencoder: Autoencoder, images: Iterable[LabelledImage], config: LatentConfig, seed: int
 ) -> LatentRows:
     """Encode the images of one shard.
 
@@ -255,8 +255,9 @@ def latent_batches(
                 orders[epoch] = permutation(seed, "latent order", epoch, len(latents))
             here = epochs == epoch
             rows[here] = orders[epoch][index[here] % len(latents)]
+        keys = [latents.keys[row] for row in rows.tolist()]
         rows, index = rows.to(latents.packed.device), index.to(latents.packed.device)
-        yield Batch(latents.codes(rows), latents.labels[rows], index)
+        yield Batch(latents.codes(rows), latents.labels[rows], index, keys)
         step += 1
 
 

@@ -43,7 +43,7 @@ class LossConfig:
         critic_channels: feature channels of the critic's first layer.
         critic_layers: convolutions of the critic that halve the resolution; 3 judge patches of 70 x 70 pixels.
         critic_learning_rate: step size of the critic's optimizer.
-        entropy: weight of the quantizer's entropy regulariser.
+        entropy: weight of the quantizer's entropy regulariser: surer bits, each of them used half of the time.
     """
 
     l1: float = 1.0
@@ -233,6 +233,13 @@ class Perceptual(nn.Module):
                 F.conv2d((a - b).square(), w).mean((1, 2, 3)) for a, b, w in zip(of_x, of_y, self.heads, strict=True)
             ]
             return torch.stack(layers).sum(0)
+
+
+def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual | None:
+    """The perceptual term on a device; None where it has no weight. See `vgg16_file` for the errors."""
+    if not config.perceptual:
+        return None
+    return Perceptual(vgg16_file(config.vgg_weights, config.vgg_sha256), config.vgg_sha256).to(device)
 
 
 # --- The adversarial term -------------------------------------------------------------------------------------------

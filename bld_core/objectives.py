@@ -42,8 +42,14 @@ class AutoencoderObjective:
         u = uniform(self.seed, "autoencoder draw", batch.sample_index, self.code_size)
         x_hat, latent_terms = state(x, u)
         x_hat = x_hat.float()
-        terms = {"l1": F.l1_loss(x_hat, x), "mse": F.mse_loss(x_hat, x)}
-        loss = losses.l1 * terms["l1"] + losses.mse * terms["mse"]
+        terms: dict[str, Tensor] = {}
+        loss = x_hat.new_zeros(())
+        if losses.l1:
+            terms["l1"] = F.l1_loss(x_hat, x)
+            loss = loss + losses.l1 * terms["l1"]
+        if losses.mse:
+            terms["mse"] = F.mse_loss(x_hat, x)
+            loss = loss + losses.mse * terms["mse"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(x, x_hat).mean()
             loss = loss + losses.perceptual * terms["perceptual"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_core.layers import Layers
 from bld_core.noise import uniform
 
 
@@ -96,7 +97,7 @@ class Prior(nn.Module):
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
+        self.blocks = Layers(*(Block(width, config.heads) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, bits)
         self.apply(_initialise)
@@ -124,9 +125,7 @@ class Prior(nn.Module):
                 labels = torch.full((len(z_BNC),), -1, device=z_BNC.device)
             condition = condition + self.label(torch.where(labels < 0, self.classes, labels))
         h_BND = h_BND + condition[:, None, :]
-        for block in self.blocks:
-            h_BND = block(h_BND)
-        return self.head(self.norm(h_BND))
+        return self.head(self.norm(self.blocks(h_BND)))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from bld_core.autoencoder import AutoencoderConfig
 from bld_core.diffusion import DiffusionConfig
 from bld_core.images import ImageConfig
 from bld_core.latents import LatentConfig
+from bld_core.losses import LossConfig
 from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.schedule import ScheduleName
@@ -80,6 +81,7 @@ class Experiment:
         seed: of everything random.
         data: the images.
         autoencoder: the binary autoencoder.
+        loss: what the autoencoder minimises.
         autoencoder_training: stage 1.
         latents: the encoded data set.
         prior: the transformer prior.
@@ -97,6 +99,7 @@ class Experiment:
     seed: int = 0
     data: ImageConfig = field(default_factory=ImageConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     autoencoder_training: TrainingConfig = field(default_factory=TrainingConfig)
     latents: LatentConfig = field(default_factory=LatentConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)

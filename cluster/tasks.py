@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,19 +12,22 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from bld_core import files
-from bld_core.autoencoder import BinaryAutoencoder, to_float, to_uint8
+from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.diffusion import likelihood_bound
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
 from bld_core.latents import Latents, Split, latent_batches, open_latents
-from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.losses import PatchCritic, Perceptual, load_perceptual
+from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.objectives import AutoencoderObjective, PriorObjective
 from bld_core.pictures import grid, reconstruction_grid
 from bld_core.prior import Prior
+from bld_core.quantizer import CodeHealth
 from bld_core.sampling import sample_codes
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
+from cluster.plots import bit_usage_plot
 
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
@@ -37,6 +41,13 @@ class Place(NamedTuple):
     rank: int
     world: int
     device: torch.device
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation in the middle of training has to show: figures, and pictures by name."""
+
+    figures: dict[str, float]
+    pictures: dict[str, Image]
 
 
 class Task(ABC):
@@ -54,8 +65,12 @@ class Task(ABC):
     def network(self) -> nn.Module:
         """A freshly initialised network."""
 
+    def critic(self) -> tuple[nn.Module, TrainingConfig] | None:
+        """A freshly initialised critic and how it is trained, where the stage has one."""
+        return None
+
     @abstractmethod
-    def objective(self) -> Objective:
+    def objective(self, place: Place) -> Objective:
         """What is minimised."""
 
     @abstractmethod
@@ -67,8 +82,8 @@ class Task(ABC):
         return []
 
     @abstractmethod
-    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
-        """Figures on held-out data, a picture, and the picture's name."""
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        """Look at a network on held-out data."""
 
 
 class AutoencoderTask(Task):
@@ -79,12 +94,25 @@ class AutoencoderTask(Task):
         self.training = experiment.autoencoder_training
         self._position = Position()
         self._held_out: Tensor | None = None
+        self._perceptual: Perceptual | None = None
 
     def network(self) -> nn.Module:
-        return BinaryAutoencoder(self.experiment.autoencoder, self.experiment.data.channels)
+        experiment = self.experiment
+        return Autoencoder(experiment.autoencoder, experiment.data.channels, experiment.loss.entropy)
 
-    def objective(self) -> Objective:
-        return AutoencoderObjective(self.experiment.code_shape, self.experiment.seed)
+    def critic(self) -> tuple[nn.Module, TrainingConfig] | None:
+        loss = self.experiment.loss
+        if not loss.adversarial:
+            return None
+        return (
+            PatchCritic(loss, self.experiment.data.channels),
+            replace(self.training, learning_rate=loss.critic_learning_rate, checkpointing=False),
+        )
+
+    def objective(self, place: Place) -> Objective:
+        experiment = self.experiment
+        self._perceptual = load_perceptual(experiment.loss, place.device)
+        return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         data = self.experiment.data
@@ -94,23 +122,35 @@ class AutoencoderTask(Task):
             data, self.training, self.experiment.seed, step, start, place.rank, place.world, decode_tasks
         )
         for batch, self._position in stream:
-            yield Batch(*(part.to(place.device) for part in batch))
+            yield batch.to(place.device)
 
     def position(self) -> list[int]:
         return [self._position.visit, self._position.offset]
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
-        assert isinstance(network, BinaryAutoencoder)
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
         if self._held_out is None:
             data = self.experiment.data
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
-        quality = ReconstructionQuality()
+        quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth(network.bottleneck.inputs)
         outputs: list[Tensor] = []
         for images in self._held_out.split(self.experiment.latents.batch_size):
-            outputs.append(to_uint8(network(to_float(images.to(device)))).cpu())
+            x = to_float(images.to(device))
+            x_hat = network(x)[0]
+            outputs.append(to_uint8(x_hat).cpu())
             quality.update(images, outputs[-1])
-        picture = reconstruction_grid(self._held_out[:_PICTURE_IMAGES], torch.cat(outputs)[:_PICTURE_IMAGES])
-        return {"val_psnr": quality.psnr.mean, "val_ssim": quality.ssim.mean}, picture, "reconstructions"
+            if self._perceptual is not None:
+                distance.update(self._perceptual(x, x_hat.clamp(-1, 1)).cpu())
+            health.update(network.encode(x))
+        figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
+        if self._perceptual is not None:
+            figures["lpips"] = distance.mean
+        shown = self._held_out[:_PICTURE_IMAGES], torch.cat(outputs)[:_PICTURE_IMAGES]
+        pictures = {"reconstructions": reconstruction_grid(*shown)}
+        if self.experiment.autoencoder.latent == "binary":
+            figures |= health.figures()
+            pictures["bit-usage"] = bit_usage_plot(health.usage)
+        return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
 
 
 class PriorTask(Task):
@@ -128,7 +168,7 @@ class PriorTask(Task):
         h, w, c = self.experiment.code_shape
         return Prior(self.experiment.prior, h * w, c)
 
-    def objective(self) -> Objective:
+    def objective(self, place: Place) -> Objective:
         experiment = self.experiment
         return PriorObjective(experiment.diffusion, experiment.prior.label_dropout, experiment.seed)
 
@@ -136,7 +176,7 @@ class PriorTask(Task):
         latents = self._latents("train", place.device)
         return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> tuple[dict[str, float], Image, str]:
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment = self.experiment
         schedule = experiment.diffusion.make_schedule()
         held_out = self._latents("validation", device)
@@ -148,4 +188,5 @@ class PriorTask(Task):
         z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, experiment.seed)
         autoencoder = load_autoencoder(self.source, str(device)).network
         images = to_uint8(autoencoder.decode(z.view(-1, h, w, c).permute(0, 3, 1, 2))).cpu()
-        return {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}, grid(images, 10), "samples"
+        figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
+        return Evaluation(figures, {"samples": grid(images, 10)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from dataclasses import asdict
 from typing import Any
@@ -53,7 +52,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     check_feed(shards, experiment.cluster.workers)
     check_shards(experiment.data, "validation")
     fingerprint = {
-        **experiment.fingerprint("data", "autoencoder", "autoencoder_training"),
+        **experiment.fingerprint("data", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
     with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
@@ -133,7 +132,10 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    checkpoint = trainer.fit().checkpoint
+    result = trainer.fit()
+    if result.return_value:
+        raise FloatingPointError(result.return_value)
+    checkpoint = result.checkpoint
     assert checkpoint is not None, "the last step always saves one"
     with checkpoint.as_directory() as folder:
         weights = load_file(f"{folder}/ema.safetensors")
@@ -143,16 +145,17 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     stage.run.tags({"bld.hash": digest})
 
 
-def _work(config: dict[str, Any]) -> None:
-    """One training worker."""
+def _work(config: dict[str, Any]) -> str:
+    """One training worker; returns why training has diverged, or nothing."""
     task: Task = config["task"]
     training = task.training
     task.experiment.cluster.limit_threads()
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
-    network = task.network()
-    state = make_state(network, training, ray.train.torch.prepare_model(network))
+    state = make_state(task.network(), training, ray.train.torch.prepare_model)
+    if (critic := task.critic()) is not None:
+        state.critic = make_state(*critic, ray.train.torch.prepare_model)
     positions: list[list[int]] = []
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -162,34 +165,31 @@ def _work(config: dict[str, Any]) -> None:
     bar = tqdm_ray.tqdm if config["bar"] else None
     progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
-    for report in train(state, batches, task.objective(), training):
-        last = report.step == training.steps
-        if last or report.step % training.log_every == 0:
-            figures = _figures(report, place)
-            if run is not None and progress is not None:
-                run.metrics({f"train_{name}": value for name, value in figures.items()}, report.step)
-                progress.update(report.step, figures)
-        if last or report.step % training.evaluate_every == 0 or report.step % training.checkpoint_every == 0:
-            _save(task, state, run, place)
+    try:
+        for report in train(state, batches, task.objective(place), training):
+            last = report.step == training.steps
+            if last or report.step % training.log_every == 0:
+                figures = _figures(report, state, place)
+                if run is not None and progress is not None:
+                    run.metrics({f"train_{name}": value for name, value in figures.items()}, report.step)
+                    progress.update(report.step, figures)
+            if last or report.step % training.evaluate_every == 0 or report.step % training.checkpoint_every == 0:
+                _save(task, state, run, place)
+    except FloatingPointError as error:  # on every worker at once; to start again from a checkpoint would not help
+        return _join(str(error), place)
     if progress is not None:
         progress.close()
+    return ""
 
 
-def _figures(report: Report, place: Place) -> dict[str, float]:
-    """The step's losses, the mean over all workers.
-
-    Raises:
-        FloatingPointError: one of them is not finite.
-    """
+def _figures(report: Report, state: TrainState, place: Place) -> dict[str, float]:
+    """The step's losses, the mean over all workers; and how the step went."""
     values = torch.stack([*report.terms.values()]).double()
     if place.world > 1:
         torch.distributed.all_reduce(values)
     figures = dict(zip(report.terms, (values / place.world).tolist(), strict=True))
-    if not all(math.isfinite(value) for value in figures.values()):
-        raise FloatingPointError(
-            f"step {report.step}: {figures}; training has diverged: lower learning_rate or clip_norm and start --fresh"
-        )
-    return figures | {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    return figures | {"skipped": state.skipped} if state.skipped else figures
 
 
 def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:
@@ -201,12 +201,21 @@ def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:
     averaged = copy.deepcopy(state.module)
     averaged.load_state_dict(state.ema.weights)
     with torch.no_grad():
-        metrics, picture, name = task.evaluate(averaged.eval(), place.device)
+        metrics, pictures = task.evaluate(averaged.eval(), place.device)
     run.metrics(metrics, state.step)
-    run.picture(picture, f"{name}/step-{state.step:07d}.png")
+    for name, picture in pictures.items():
+        run.picture(picture, f"{name}/step-{state.step:07d}.png")
     with tempfile.TemporaryDirectory() as folder:
         save_state(folder, state, {"positions": positions, "metrics": metrics})
         ray.train.report({"step": state.step, **metrics}, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _join(message: str, place: Place) -> str:
+    """What all workers say, each once."""
+    everyone: list[str] = [message] * place.world
+    if place.world > 1:
+        torch.distributed.all_gather_object(everyone, message)
+    return "\n".join(dict.fromkeys(everyone))
 
 
 def _gather(position: list[int], place: Place) -> list[list[int]]:

@@ -57,14 +57,14 @@ def command(
     try:
         flags = made.instantiate(made.parse_args())
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_ours(error: ValueError | FileNotFoundError) -> bool:
+def _is_ours(error: Exception) -> bool:
     """Whether this project found the mistake, or a file that the user named is missing."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, FileNotFoundError) or raised_in.is_relative_to(_PROJECT)

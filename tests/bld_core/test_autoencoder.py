@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bld_core.autoencoder import AutoencoderConfig, BinaryAutoencoder, to_float, to_uint8
+from bld_core.autoencoder import AutoencoderConfig, Autoencoder, to_float, to_uint8
 from bld_core.images import stack
 from bld_core.objectives import AutoencoderObjective
 from bld_core.training import Batch, TrainingConfig, make_state, train
@@ -20,7 +20,7 @@ def test_shapes(size: int, multipliers: list[int], bits: int, channels: int) -> 
     config = AutoencoderConfig(bits=bits, channels=6, multipliers=multipliers, blocks=1)
     h = size // config.downsampling
     with torch.device("meta"):
-        autoencoder = BinaryAutoencoder(config, channels)
+        autoencoder = Autoencoder(config, channels)
         x = torch.zeros(2, channels, size, size)
         logits = autoencoder.encode(x)
         assert logits.shape == (2, bits, h, h)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bld_core.autoencoder import AutoencoderConfig, BinaryAutoencoder
+from bld_core.autoencoder import AutoencoderConfig, Autoencoder
 from bld_core.bits import pack_bits
 from bld_core.diffusion import calibrate, reverse_flip_probability, transition
 from bld_core.images import LabelledImage, Sample
@@ -99,9 +99,9 @@ def tiny_prior(seed: int = 0, classes: int = 3, tokens: int = 4, bits: int = 8) 
 TINY_AUTOENCODER = AutoencoderConfig(bits=8, channels=8, multipliers=[1, 1, 2], blocks=1)
 
 
-def tiny_autoencoder(seed: int = 0, channels: int = 1) -> BinaryAutoencoder:
+def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
     torch.manual_seed(seed)
-    return BinaryAutoencoder(TINY_AUTOENCODER, channels).eval()
+    return Autoencoder(TINY_AUTOENCODER, channels).eval()
 
 
 def random_latents(rows: int, shape: tuple[int, int, int] = (2, 2, 8), classes: int = 3) -> Latents:
