@@ -8,7 +8,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
-    """Averaged copies of a module's parameters and buffers.
+    """Averaged copies of a module's parameters; plain copies of its buffers, which follow rules of their own.
 
     The decay warms up as (1 + step) / (10 + step), so that early averages forget the initialisation.
     """
@@ -21,10 +21,13 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         """Move every average towards the current weights; `step` counts from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = module.state_dict()
+        current, parameters = module.state_dict(), dict(module.named_parameters())
         averages: list[Tensor] = []
         targets: list[Tensor] = []
         for name, average in self.weights.items():
-            averages.append(average)
-            targets.append(current[name])
+            if name in parameters:
+                averages.append(average)
+                targets.append(current[name])
+            else:
+                average.copy_(current[name])
         get_ema_multi_avg_fn(decay)(averages, targets, step)  # one fused pass over all tensors
