@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "fsspec", "safetensors", "webdataset", "braceexpand"}
-CLUSTER = CORE | {"cluster", "ray", "mlflow", "sklearn", "tqdm", "yaml", "torch_fidelity"}
+CLUSTER = CORE | {"cluster", "ray", "mlflow", "sklearn", "tqdm", "yaml", "torch_fidelity", "matplotlib"}
 PIPELINES = {"pipelines", "cluster", "jsonargparse"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
 
