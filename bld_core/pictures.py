@@ -31,13 +31,23 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
-    """Rows of images, each above the row of its reconstructions; uint8 (B, H, W, channels) each."""
+    """Rows of images, each above the row of its reconstructions and the row of their differences.
+
+    A difference is grey, 128 + (reconstruction - image) / 2, rounded down: flat grey where nothing differs.
+
+    Args:
+        images: uint8 (B, H, W, channels); a last row that is not full is left out.
+        reconstructions: the same shape.
+        columns: images a row, at most B.
+    """
     columns = min(columns, len(images))
-    pairs = [
-        torch.cat([images[i : i + columns], reconstructions[i : i + columns]])
+    differences = (128 + (reconstructions.int() - images.int()).div(2, rounding_mode="floor")).to(torch.uint8)
+    rows = [
+        part[i : i + columns]
         for i in range(0, len(images) // columns * columns, columns)
+        for part in (images, reconstructions, differences)
     ]
-    return grid(torch.cat(pairs), columns)
+    return grid(torch.cat(rows), columns)
 
 
 def png(image: Image.Image) -> bytes:

@@ -165,7 +165,9 @@ def make_state(
             part.checkpointing = config.checkpointing
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
-    replica = wrap(torch.compile(module) if config.compile else module)
+    compiled = torch.compile(module) if config.compile else module
+    assert isinstance(compiled, nn.Module), "a compiled network is one, too"
+    replica = wrap(compiled)
     first, second = config.betas
     optimizer = torch.optim.AdamW(
         module.parameters(),

@@ -110,7 +110,7 @@ def image_batches(
     for columns, position in _rebatch(stream.blocks(start), share):
         index = step * training.batch_size + rank * share + torch.arange(share)
         pixels, labels = (torch.from_numpy(columns[name]) for name in ("pixels", "label"))
-        yield Batch(pixels, labels, index), position
+        yield Batch(pixels, labels, index, columns["key"].tolist()), position
         step += 1
 
 
@@ -195,6 +195,7 @@ def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> It
         yield {
             "pixels": np.stack([image.pixels for image in some]),
             "label": np.asarray([image.label for image in some], np.int64),
+            "key": np.asarray([image.key for image in some]),
             "visit": np.full(len(some), visit, np.int64),
             "offset": np.arange(offset, offset + len(some), dtype=np.int64),
         }

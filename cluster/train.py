@@ -189,7 +189,9 @@ def _figures(report: Report, state: TrainState, place: Place) -> dict[str, float
         torch.distributed.all_reduce(values)
     figures = dict(zip(report.terms, (values / place.world).tolist(), strict=True))
     figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
-    return figures | {"skipped": state.skipped} if state.skipped else figures
+    if state.skipped:
+        figures["skipped"] = state.skipped
+    return figures
 
 
 def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:

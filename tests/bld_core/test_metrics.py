@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality, psnr, ssim
 from bld_core.noise import uniform
 
@@ -101,3 +104,116 @@ def test_quality_is_the_same_however_the_images_are_split() -> None:
     assert merged.ssim.mean == pytest.approx(float(ssim(x, y).mean()), rel=1e-12)
     assert merged.psnr.deviation == pytest.approx(whole.psnr.deviation, rel=1e-12)
     assert merged.ssim.deviation == pytest.approx(whole.ssim.deviation, rel=1e-12)
+
+
+def features(count: int, size: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Correlated feature vectors, float64 (count, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return shift + scale * torch.randn(count, size, generator=generator, dtype=torch.float64) @ mixing
+
+
+def moments_of(*parts: Tensor) -> FeatureMoments:
+    moments = FeatureMoments()
+    for part in parts:
+        moments.update(part)
+    return moments
+
+
+def test_feature_moments_are_mean_and_covariance() -> None:
+    x = features(50, 6, shift=3)
+    moments = moments_of(x)
+    torch.testing.assert_close(moments.mean, x.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.covariance, torch.cov(x.T), rtol=1e-12, atol=1e-12)
+    assert moments_of(x.float()).covariance.dtype == torch.float64
+
+
+@pytest.mark.parametrize("cuts", [[50], [1, 99], [0, 30, 30, 70], list(range(100))])
+def test_feature_moments_do_not_depend_on_batches_or_workers(cuts: list[int]) -> None:
+    x = features(100, 5, shift=1e6)  # sums of squares would lose 12 of 16 digits here
+    whole = moments_of(x)
+    batches = moments_of(*torch.tensor_split(x, cuts))
+    workers = FeatureMoments()
+    for part in torch.tensor_split(x, cuts):
+        workers.merge(moments_of(part))
+    for moments in (batches, workers):
+        assert moments.count == 100
+        torch.testing.assert_close(moments.mean, whole.mean, rtol=1e-14, atol=0)
+        torch.testing.assert_close(moments.covariance, whole.covariance, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(whole.covariance, torch.cov(x.T), rtol=1e-8, atol=1e-8)
+
+
+def test_merging_leaves_the_other_part_alone() -> None:
+    part, more = moments_of(features(5, 3)), moments_of(features(5, 3, seed=1))
+    mean, scatter = part.mean.clone(), part.scatter.clone()
+    total = FeatureMoments()
+    for other in (part, FeatureMoments(), more):
+        total.merge(other)
+    assert (part.count, total.count) == (5, 10)
+    assert torch.equal(part.mean, mean)
+    assert torch.equal(part.scatter, scatter)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_frechet_distance_is_the_usual_formula_with_sqrtm(size: int) -> None:
+    a, b = moments_of(features(200, size)), moments_of(features(150, size, seed=1, scale=1.5, shift=0.3))
+    root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy())
+    spread = a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root).real
+    truth = float((a.mean - b.mean).square().sum() + spread)
+    assert frechet_distance(a, b) == pytest.approx(truth, rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(truth, rel=1e-8)
+
+
+def test_frechet_distance_of_gaussians_in_one_dimension_is_its_closed_form() -> None:
+    line = torch.linspace(-1, 1, 101, dtype=torch.float64)[:, None]
+    a, b = moments_of(2 + 3 * line), moments_of(-1 + 0.5 * line)
+    truth = 3.0**2 + (2.5 * float(line.std())) ** 2
+    assert frechet_distance(a, b) == pytest.approx(truth, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 10, 300])
+def test_a_set_is_at_distance_0_from_itself_and_shifted_at_the_shift(count: int) -> None:
+    x = features(count, 30)
+    a, shifted = moments_of(x), moments_of(x + 0.5)
+    scale = float(a.covariance.trace())
+    assert 0 <= frechet_distance(a, a) < 1e-12 * scale
+    assert frechet_distance(a, moments_of(x.flip(0))) < 1e-8 * scale
+    assert frechet_distance(a, shifted) == pytest.approx(30 * 0.25, abs=1e-10 * scale)
+
+
+def test_singular_covariances_keep_all_their_digits() -> None:
+    # Fewer vectors than features: both live in a plane, where the answer is the one of the plane's coordinates.
+    x, y = features(40, 2), features(30, 2, seed=1, shift=1)
+    basis = torch.linalg.qr(features(50, 50, seed=2)).Q[:, :2]
+    truth = frechet_distance(moments_of(x), moments_of(y))
+    assert frechet_distance(moments_of(x @ basis.T), moments_of(y @ basis.T)) == pytest.approx(truth, rel=1e-10)
+    # Planes at right angles have nothing in common.
+    a, b = moments_of(x @ basis.T), moments_of(x @ torch.linalg.qr(features(50, 50, seed=2)).Q[:, 2:4].T)
+    apart = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
+    assert frechet_distance(a, b) == pytest.approx(float(apart), rel=1e-10)
+
+
+def test_constant_features_are_points() -> None:
+    a, b = (moments_of(torch.full((5, 4), value)) for value in (0.1, 1.1))
+    assert frechet_distance(a, a) == 0
+    assert frechet_distance(a, b) == pytest.approx(4, rel=1e-6)  # 0.1 is a float32
+    x = features(20, 4)
+    truth = (x.mean(0) - b.mean).square().sum() + torch.cov(x.T).trace()
+    assert frechet_distance(moments_of(x), b) == pytest.approx(float(truth), rel=1e-12)
+
+
+def test_features_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^0 feature vectors.*at least 2: add images"):
+        FeatureMoments().covariance  # noqa: B018
+    with pytest.raises(ValueError, match=r"^1 feature vectors"):
+        frechet_distance(moments_of(features(1, 3)), moments_of(features(9, 3)))
+    with pytest.raises(ValueError, match=r"lengths 3 and 4.*same extractor"):
+        frechet_distance(moments_of(features(9, 3)), moments_of(features(9, 4)))
+    with pytest.raises(ValueError, match=r"lengths 3 and 4"):
+        moments_of(features(9, 3), features(9, 4))
+    with pytest.raises(ValueError, match=r"\(9, 3, 1\); it must be \(B, F\)"):
+        moments_of(features(9, 3)[:, :, None])
+    bad = features(9, 3)
+    bad[[2, 5], 1] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
+    with pytest.raises(ValueError, match="2 of 9 feature vectors hold NaN"):
+        moments_of(bad)
