@@ -37,7 +37,7 @@ from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
-from cluster.tasks import AutoencoderTask, PriorTask
+from cluster.tasks import AutoencoderTask, Place, PriorTask
 from cluster.tracking import Run
 from cluster.train import train_autoencoder, train_prior
 
@@ -70,7 +70,7 @@ def image_loop(experiment: Experiment) -> Iterator[Batch]:
     for step in itertools.count():
         index = step * size + torch.arange(size)
         rows = permutation(0, "bare loop", int(index[0]) // len(images), len(images))[index % len(images)]
-        yield Batch(pixels[rows], labels[rows], index)
+        yield Batch(pixels[rows], labels[rows], index, [images[row].key for row in rows.tolist()])
 
 
 def direct_rate(experiment: Experiment, stage: str) -> float:
@@ -83,8 +83,9 @@ def direct_rate(experiment: Experiment, stage: str) -> float:
     else:
         task, training = AutoencoderTask(experiment), experiment.autoencoder_training
         batches = image_loop(experiment)
+    objective = task.objective(Place(0, 1, torch.device("cpu")))
     began = 0.0
-    for report in train(make_state(task.network(), training), batches, task.objective(), training):
+    for report in train(make_state(task.network(), training), batches, objective, training):
         if report.step == WARM_STEPS:
             began = time.perf_counter()
     return (training.steps - WARM_STEPS) / (time.perf_counter() - began)

@@ -29,9 +29,9 @@ class AutoencoderConfig:
 
     Args:
         bits: c, the number of bits at each position of the code.
-        latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes each position's
-            c numbers to the nearest entry of a code book, "continuous" keeps c/2 real numbers.
-        entries: size of the code book of `latent: vector`.
+        latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes the c numbers
+            of each position to the nearest entry of a codebook, "continuous" keeps c/2 real numbers.
+        entries: size of the codebook of `latent: vector`.
         channels: feature channels at full resolution.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
         blocks: residual blocks a level.
@@ -121,7 +121,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, by PyTorch's fused kernel, in heads of 64 channels, beside a skip connection."""
+    """Self-attention over all positions by PyTorch's fused kernel, heads of 64 channels, beside a skip connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

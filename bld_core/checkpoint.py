@@ -21,7 +21,7 @@ _CRITIC = "critic"
 
 
 def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
-    """Write network, averages and optimizer, and the critic's, if there is one; meta.json, with the step and `extra`, is written last.
+    """Write network, averages and optimizer, those of a critic, too; meta.json, with the step and `extra`, comes last.
 
     Args:
         folder: local path or URL.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bld_core import files
-from bld_core.autoencoder import AutoencoderConfig, Autoencoder, to_float, to_uint8
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
 from bld_core.diffusion import DiffusionConfig
 from bld_core.prior import Prior, PriorConfig

@@ -24,12 +24,12 @@ from bld_core.training import Batch, TrainState
 
 
 class AutoencoderObjective:
-    """Eq. 2 through drawn bits, images in [-1, 1]: a weighted sum of reconstruction, perceptual and adversarial terms."""
+    """Eq. 2 through drawn bits: a weighted sum of reconstruction, perceptual and adversarial terms."""
 
     def __init__(
         self, losses: LossConfig, code_shape: tuple[int, int, int], seed: int, perceptual: Perceptual | None = None
     ) -> None:
-        """The draws are keyed on (seed, global sample index); `perceptual` is needed where `losses` gives it a weight."""
+        """The draws are keyed on (seed, global sample index); `perceptual` is there where `losses` weighs it."""
         self.losses = losses
         self.code_size = math.prod(code_shape)
         self.seed = seed

@@ -56,7 +56,7 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
         data=ImageConfig(
             train=digits["train"], validation=digits["validation"], image_size=32, channels=1, extensions=["png"]
         ),
-        autoencoder=AutoencoderConfig(bits=8, channels=4, multipliers=[1, 2, 2, 2], blocks=1),
+        autoencoder=AutoencoderConfig(bits=8, channels=4, multipliers=[1, 2, 2, 2], blocks=1, attention=[]),
         autoencoder_training=small_training(6),
         latents=LatentConfig(draws=1),
         prior=PriorConfig(layers=1, width=32, heads=2, classes=10),

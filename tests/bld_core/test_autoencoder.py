@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from bld_core.autoencoder import AutoencoderConfig, Autoencoder, to_float, to_uint8
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.images import stack
+from bld_core.losses import LossConfig
 from bld_core.objectives import AutoencoderObjective
 from bld_core.training import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
@@ -17,7 +18,7 @@ from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy
     [(8, [1], 8, 1), (8, [1, 2], 3, 3), (16, [1, 1, 2], 16, 3), (16, [2, 1, 1, 1], 5, 1), (32, [1, 1, 1, 1, 2], 32, 3)],
 )
 def test_shapes(size: int, multipliers: list[int], bits: int, channels: int) -> None:
-    config = AutoencoderConfig(bits=bits, channels=6, multipliers=multipliers, blocks=1)
+    config = AutoencoderConfig(bits=bits, channels=6, multipliers=multipliers, blocks=1, attention=[])
     h = size // config.downsampling
     with torch.device("meta"):
         autoencoder = Autoencoder(config, channels)
@@ -25,7 +26,7 @@ def test_shapes(size: int, multipliers: list[int], bits: int, channels: int) -> 
         logits = autoencoder.encode(x)
         assert logits.shape == (2, bits, h, h)
         assert autoencoder.decode(logits).shape == x.shape
-        assert autoencoder(x).shape == x.shape
+        assert autoencoder(x)[0].shape == x.shape
     if h * h * bits % 8 == 0:
         assert config.code_shape(size) == (h, h, bits)
 
@@ -44,8 +45,8 @@ def test_an_image_that_does_not_divide_is_named_with_the_bound() -> None:
 
 def test_a_code_that_is_not_whole_bytes_is_named() -> None:
     with pytest.raises(ValueError, match=r"1 x 1 x 12 bits is not whole bytes.*multiple of 8"):
-        AutoencoderConfig(bits=12, multipliers=[1, 1]).code_shape(2)
-    assert AutoencoderConfig(bits=2, multipliers=[1, 1]).code_shape(4) == (2, 2, 2)
+        AutoencoderConfig(bits=12, multipliers=[1, 1], attention=[]).code_shape(2)
+    assert AutoencoderConfig(bits=2, multipliers=[1, 1], attention=[]).code_shape(4) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(("field", "value"), [("bits", 0), ("channels", 0), ("blocks", 0), ("multipliers", [])])
@@ -68,7 +69,7 @@ def test_the_decoder_reads_nothing_but_the_bits() -> None:
     autoencoder = tiny_autoencoder()
     x = to_float(stack(toy_images(4)))
     z = (autoencoder.encode(x) > 0).float()
-    assert torch.equal(autoencoder(x), autoencoder.decode(z))
+    assert torch.equal(autoencoder(x)[0], autoencoder.decode(z))
     assert 0 < float(z.mean()) < 1
 
 
@@ -77,7 +78,7 @@ def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
     perturb(autoencoder)
     x = to_float(stack(toy_images(4, channels=3)))
     u = torch.rand(4, 2 * 2 * 8, generator=torch.Generator().manual_seed(0))
-    (autoencoder(x, u) - x).square().mean().backward()
+    (autoencoder(x, u)[0] - x).square().mean().backward()
     for name, parameter in autoencoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -88,8 +89,9 @@ def test_training_reduces_the_loss() -> None:
     flat = torch.stack([torch.full((8, 8, 1), 40 * (i % 6)) for i in range(len(images))]).to(torch.uint8)
     config = TrainingConfig(steps=80, batch_size=16, learning_rate=3e-3, warmup=5)
     state = make_state(tiny_autoencoder().train(), config)
-    objective = AutoencoderObjective(TINY_AUTOENCODER.code_shape(8), seed=0)
-    batches = (Batch(flat, torch.full((16,), -1), torch.arange(16) + 16 * step) for step in itertools.count())
+    objective = AutoencoderObjective(LossConfig(), TINY_AUTOENCODER.code_shape(8), seed=0)
+    labels, keys = torch.full((16,), -1), [""] * 16
+    batches = (Batch(flat, labels, torch.arange(16) + 16 * step, keys) for step in itertools.count())
     losses = [float(report.terms["loss"]) for report in train(state, batches, objective, config)]
     assert len(losses) == 80
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

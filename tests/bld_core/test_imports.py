@@ -113,7 +113,7 @@ reports = list(train(state, toy_batches(config, 20), PriorObjective(DiffusionCon
 assert len(reports) == state.step == 10
 
 images = stack(toy_images(8))
-batches = (Batch(images, torch.zeros(8).long(), torch.arange(8) + 8 * i) for i in itertools.count())
+batches = (Batch(images, torch.zeros(8).long(), torch.arange(8) + 8 * i, [""] * 8) for i in itertools.count())
 state = make_state(tiny_autoencoder(), config)
 reports = list(train(state, batches, AutoencoderObjective(TINY_AUTOENCODER.code_shape(8), 0), config))
 assert len(reports) == state.step == 10

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bld_core import files
-from bld_core.autoencoder import AutoencoderConfig, Autoencoder, to_float
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float
 from bld_core.bits import unpack_bits
 from bld_core.images import LabelledImage, stack
 from bld_core.latents import (
@@ -171,7 +171,7 @@ def test_no_draws_store_the_mode() -> None:
 
 def test_draws_are_1_as_often_as_the_probability_says() -> None:
     torch.manual_seed(0)
-    autoencoder = Autoencoder(AutoencoderConfig(bits=8, channels=4, multipliers=[1, 1], blocks=1), 1)
+    autoencoder = Autoencoder(AutoencoderConfig(bits=8, channels=4, multipliers=[1, 1], blocks=1, attention=[]), 1)
     images = toy_images(1)
     rows = encode_images(autoencoder, images, LatentConfig(draws=127, batch_size=1), seed=0)
     with torch.no_grad():

@@ -125,8 +125,9 @@ def test_the_shares_of_all_workers_are_the_batch_of_one(world: int, start: int) 
     many = [latent_batches(latents, config, 0, start, rank, world) for rank in range(world)]
     for _ in range(12):
         batch, parts = next(one), [next(share) for share in many]
-        for whole, shares in zip(batch, zip(*parts, strict=True), strict=True):
+        for whole, shares in zip(batch[:3], zip(*(part[:3] for part in parts), strict=True), strict=True):
             assert torch.equal(torch.cat(shares), whole)
+        assert batch.keys == [key for part in parts for key in part.keys]
 
 
 def test_batches_restart_anywhere_and_their_index_counts_samples() -> None:
@@ -134,7 +135,7 @@ def test_batches_restart_anywhere_and_their_index_counts_samples() -> None:
     whole = list(itertools.islice(latent_batches(latents, config, 0, 0), 12))
     for start in (1, 5, 11):
         again = next(latent_batches(latents, config, 0, start))
-        assert all(torch.equal(a, b) for a, b in zip(again, whole[start], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again[:3], whole[start][:3], strict=True))
     assert torch.equal(torch.cat([batch.sample_index for batch in whole]), torch.arange(96))
 
 

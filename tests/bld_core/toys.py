@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bld_core.autoencoder import AutoencoderConfig, Autoencoder
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.bits import pack_bits
 from bld_core.diffusion import calibrate, reverse_flip_probability, transition
 from bld_core.images import LabelledImage, Sample
@@ -96,7 +96,7 @@ def tiny_prior(seed: int = 0, classes: int = 3, tokens: int = 4, bits: int = 8) 
     return Prior(PriorConfig(layers=1, width=16, heads=2, classes=classes), tokens, bits)
 
 
-TINY_AUTOENCODER = AutoencoderConfig(bits=8, channels=8, multipliers=[1, 1, 2], blocks=1)
+TINY_AUTOENCODER = AutoencoderConfig(bits=8, channels=8, multipliers=[1, 1, 2], blocks=1, attention=[4])
 
 
 def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:

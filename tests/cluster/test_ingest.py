@@ -37,7 +37,7 @@ def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
         rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1), 3)
         for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
             assert position == expected
-            assert all(torch.equal(a, b) for a, b in zip(resumed, original, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(resumed[:3], original[:3], strict=True))
 
 
 def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
@@ -71,7 +71,7 @@ def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_pa
     )
     assert remote.train.startswith("s3://")
     for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote), 3), stream(encoded.data), strict=False):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
 def test_unreadable_images_are_left_out_and_a_shard_of_nothing_else_is_an_error(
