@@ -53,7 +53,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     check_feed(shards, experiment.cluster.workers)
     check_shards(experiment.data, "validation")
     fingerprint = {
-        **experiment.fingerprint("data", "autoencoder", "autoencoder_training"),
+        **experiment.fingerprint("data", "augmentation", "autoencoder", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
     with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bld_core.images import ImageConfig, first_images
+from bld_core.images import AugmentationConfig, ImageConfig, first_images
 from bld_core.training import Batch, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
@@ -18,12 +18,19 @@ from cluster.shards import ShardConfig, make_shards
 
 TRAINING = TrainingConfig(batch_size=100)
 START = Position()
+PLAIN = AugmentationConfig()
+VARIED = AugmentationConfig(resize=1.25, flip=True)
 
 
 def stream(
-    data: ImageConfig, start: Position = START, step: int = 0, rank: int = 0, world: int = 1
+    data: ImageConfig,
+    start: Position = START,
+    step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augmentation: AugmentationConfig = PLAIN,
 ) -> Iterator[tuple[Batch, Position]]:
-    return image_batches(data, TRAINING, 0, step, start, rank, world, decode_tasks=2)
+    return image_batches(data, augmentation, TRAINING, 0, step, start, rank, world, decode_tasks=2)
 
 
 def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
@@ -33,6 +40,16 @@ def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
         for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
             assert position == expected
             assert all(torch.equal(a, b) for a, b in zip(resumed, original, strict=True))
+
+
+def test_augmented_images_are_the_same_after_a_restart_and_in_the_order_of_plain_ones(encoded: Experiment) -> None:
+    whole = list(itertools.islice(stream(encoded.data, augmentation=VARIED), 18))
+    resumed, position = next(stream(encoded.data, whole[16][1], 17, augmentation=VARIED))
+    assert position == whole[17][1]
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[17][0], strict=True))
+    (plain, _), (varied, _) = next(stream(encoded.data)), whole[0]
+    assert torch.equal(plain.labels, varied.labels)
+    assert not torch.equal(plain.data, varied.data)
 
 
 def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
