@@ -9,7 +9,7 @@ import io
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bld_core import files
+from bld_core.noise import key_of, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,51 @@ class ImageConfig:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
         if not self.extensions:
             raise ValueError("data.extensions is empty; name at least one, for example [png]")
+
+
+class View(NamedTuple):
+    """How an image is shown once.
+
+    Attributes:
+        resize: its short side becomes this many times image_size.
+        left: of the square, as a share of the places that it can have, in [0, 1); unused where resize is 1.
+        top: the same, downwards.
+        mirrored: left to right, after the cut.
+    """
+
+    resize: float
+    left: float
+    top: float
+    mirrored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How the images of autoencoder training vary from epoch to epoch; validation and encoding take them as they are.
+
+    Args:
+        resize: the short side is scaled to this many times image_size, then a square is cut out at random; the paper
+            uses 1.05. At 1 the centre is cut out, as without augmentation.
+        flip: mirror each image left to right with probability 1/2.
+    """
+
+    resize: float = 1.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.resize <= 2:
+            raise ValueError(
+                f"augmentation.resize is {self.resize}; it must be in [1, 2]: below 1 no square fits, above 2 less "
+                "than a quarter of the image is left; the paper uses 1.05"
+            )
+
+    def view(self, seed: int, epoch: int, key: str) -> View | None:
+        """How the sample of this key looks in an epoch: a function of (seed, epoch, key); None: as it is."""
+        if self.resize == 1 and not self.flip:
+            return None
+        index = torch.tensor([key_of(key)])
+        left, top, flip = uniform(seed, f"augmentation {epoch}", index, 3)[0].tolist()
+        return View(self.resize, left, top, self.flip and flip < 0.5)
 
 
 class Sample(NamedTuple):
@@ -95,8 +141,8 @@ def read_samples(url: str, extensions: Iterable[str]) -> Iterator[Sample]:
         )
 
 
-def decode(data: bytes, config: ImageConfig) -> NDArray[np.uint8]:
-    """Bytes of an image file -> uint8 (image_size, image_size, channels).
+def decode(data: bytes, config: ImageConfig, view: View | None = None) -> NDArray[np.uint8]:
+    """Bytes of an image file -> uint8 (image_size, image_size, channels), in one view of it or as it is.
 
     Raises:
         OSError: the bytes are not a whole image.
@@ -108,16 +154,22 @@ def decode(data: bytes, config: ImageConfig) -> NDArray[np.uint8]:
         # What Pillow's decoders say of damaged headers, and of images of absurd size.
         raise OSError(f"damaged image: {error}") from error
     size = config.image_size
-    if image.size != (size, size):
-        image = _pad(image, size) if config.fit == "pad" else _crop(image, size)
-    return np.asarray(image, dtype=np.uint8).reshape(size, size, config.channels)
+    varied = view is not None and view.resize > 1
+    assert not (varied and config.fit == "pad"), "refused where the configurations meet"
+    if image.size != (size, size) or varied:
+        image = _pad(image, size) if config.fit == "pad" else _crop(image, size, view)
+    pixels = np.asarray(image, dtype=np.uint8).reshape(size, size, config.channels)
+    return np.ascontiguousarray(pixels[:, ::-1]) if view is not None and view.mirrored else pixels
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+def _crop(image: Image.Image, size: int, view: View | None) -> Image.Image:
+    short = size if view is None else round(size * view.resize)
+    scale = short / min(image.size)
+    width, height = (max(short, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
+    if view is not None and view.resize > 1:
+        left, top = int(view.left * (width - size + 1)), int(view.top * (height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 
@@ -129,11 +181,20 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def decode_samples(samples: Iterable[Sample], config: ImageConfig, skipped: Counter[str]) -> Iterator[LabelledImage]:
-    """Decode samples in order; an unreadable image is left out and counted by reason in `skipped`."""
+def _as_is(key: str) -> None:
+    """The view of validation and encoding."""
+
+
+def decode_samples(
+    samples: Iterable[Sample], config: ImageConfig, skipped: Counter[str], view: Callable[[str], View | None] = _as_is
+) -> Iterator[LabelledImage]:
+    """Decode samples in order, each in the view of its key.
+
+    An unreadable image is left out and counted by reason in `skipped`.
+    """
     for sample in samples:
         try:
-            pixels = decode(sample.data, config)
+            pixels = decode(sample.data, config, view(sample.key))
         except OSError:
             skipped["unreadable image"] += 1
             continue
@@ -141,7 +202,7 @@ def decode_samples(samples: Iterable[Sample], config: ImageConfig, skipped: Coun
 
 
 def read_images(url: str, config: ImageConfig, skipped: Counter[str]) -> Iterator[LabelledImage]:
-    """The decoded images of a shard, in the order of the tar file."""
+    """The decoded images of a shard, as they are, in the order of the tar file."""
     return decode_samples(read_samples(url, config.extensions), config, skipped)
 
 

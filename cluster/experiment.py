@@ -9,7 +9,7 @@ from typing import Any
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
 from bld_core.diffusion import DiffusionConfig
-from bld_core.images import ImageConfig
+from bld_core.images import AugmentationConfig, ImageConfig
 from bld_core.latents import LatentConfig
 from bld_core.losses import LossConfig
 from bld_core.prior import PriorConfig
@@ -80,6 +80,7 @@ class Experiment:
         root: where experiments live, a local folder or a URL such as s3://bucket/path.
         seed: of everything random.
         data: the images.
+        augmentation: how they vary in stage 1.
         autoencoder: the binary autoencoder.
         loss: what the autoencoder minimises.
         autoencoder_training: stage 1.
@@ -98,6 +99,7 @@ class Experiment:
     root: str = "runs"
     seed: int = 0
     data: ImageConfig = field(default_factory=ImageConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     autoencoder_training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -114,6 +116,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; it must be a folder name without slashes or a leading dot")
+        if self.data.fit == "pad" and self.augmentation.resize > 1:
+            raise ValueError(
+                f"augmentation.resize is {self.augmentation.resize}, but data.fit is pad, which never scales an image; "
+                "resize must then be 1: leave it out, or set data.fit to crop"
+            )
         # Workers have other working directories: paths are made absolute once, here.
         shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
         object.__setattr__(self, "root", files.absolute(self.root))

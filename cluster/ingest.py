@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from bld_core import files
-from bld_core.images import ImageConfig, decode_samples, read_samples
+from bld_core.images import AugmentationConfig, ImageConfig, decode_samples, read_samples
 from bld_core.noise import permutation
 from bld_core.training import Batch, TrainingConfig, worker_share
 from cluster.runtime import DECODE_CPUS
@@ -93,6 +94,7 @@ def check_feed(urls: list[str], workers: int) -> None:
 
 def image_batches(
     data: ImageConfig,
+    augmentation: AugmentationConfig,
     training: TrainingConfig,
     seed: int,
     start_step: int,
@@ -106,7 +108,7 @@ def image_batches(
     check_feed(urls, world)
     share = worker_share(training, world)
     step = start_step
-    stream = Stream(urls, data, seed, rank, world, share, decode_tasks)
+    stream = Stream(urls, data, augmentation, seed, rank, world, share, decode_tasks)
     for columns, position in _rebatch(stream.blocks(start), share):
         index = step * training.batch_size + rank * share + torch.arange(share)
         pixels, labels = (torch.from_numpy(columns[name]) for name in ("pixels", "label"))
@@ -121,7 +123,8 @@ class Stream:
     Attributes:
         urls: all shards of the data set.
         data: the form of the images.
-        seed: of the order of shards and samples.
+        augmentation: how they vary from epoch to epoch.
+        seed: of the order of shards and samples, and of the augmentation.
         rank: this worker.
         world: all workers.
         share: this worker's batch size, by which it reads ahead.
@@ -130,6 +133,7 @@ class Stream:
 
     urls: list[str]
     data: ImageConfig
+    augmentation: AugmentationConfig
     seed: int
     rank: int
     world: int
@@ -170,15 +174,22 @@ class Stream:
             batch_size=1,
             num_cpus=DECODE_CPUS,
             compute=ray.data.TaskPoolStrategy(size=self.decode_tasks),
-            fn_kwargs={"data": self.data, "seed": self.seed, "block": max(1, _BLOCK_BYTES // image_bytes)},
+            fn_kwargs={
+                "data": self.data,
+                "augmentation": self.augmentation,
+                "seed": self.seed,
+                "block": max(1, _BLOCK_BYTES // image_bytes),
+            },
         )
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             assert isinstance(block, dict), "NumPy batches are dictionaries of columns"
             yield {name: np.asarray(values) for name, values in block.items()}
 
 
-def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> Iterator[Columns]:
-    """One visit to a shard, as a Ray Data task: read it, order its samples by (seed, epoch, shard), decode.
+def _decode_shard(
+    item: Columns, data: ImageConfig, augmentation: AugmentationConfig, seed: int, block: int
+) -> Iterator[Columns]:
+    """One visit to a shard, as a Ray Data task: read it, order its samples by (seed, epoch, shard), decode, augment.
 
     Unreadable images are left out, and their number is said in the log.
 
@@ -189,7 +200,7 @@ def _decode_shard(item: Columns, data: ImageConfig, seed: int, block: int) -> It
     samples = list(read_samples(url, data.extensions))
     order = permutation(seed, f"sample order {files.name(url)}", epoch, len(samples)).tolist()
     skipped: Counter[str] = Counter()
-    images = decode_samples((samples[i] for i in order), data, skipped)
+    images = decode_samples((samples[i] for i in order), data, skipped, partial(augmentation.view, seed, epoch))
     offset = 0
     while some := list(itertools.islice(images, block)):
         yield {

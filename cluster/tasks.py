@@ -115,11 +115,18 @@ class AutoencoderTask(Task):
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        data = self.experiment.data
+        experiment, data = self.experiment, self.experiment.data
         start = resume_position(positions, place.rank, place.world, len(files.expand(data.train)))
-        decode_tasks = self.experiment.cluster.decode_tasks
         stream = image_batches(
-            data, self.training, self.experiment.seed, step, start, place.rank, place.world, decode_tasks
+            data,
+            experiment.augmentation,
+            self.training,
+            experiment.seed,
+            step,
+            start,
+            place.rank,
+            place.world,
+            experiment.cluster.decode_tasks,
         )
         for batch, self._position in stream:
             yield batch.to(place.device)

@@ -52,7 +52,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     check_feed(shards, experiment.cluster.workers)
     check_shards(experiment.data, "validation")
     fingerprint = {
-        **experiment.fingerprint("data", "autoencoder", "loss", "autoencoder_training"),
+        **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
     with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:

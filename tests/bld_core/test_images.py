@@ -12,8 +12,10 @@ from PIL import Image
 
 from bld_core import files
 from bld_core.images import (
+    AugmentationConfig,
     ImageConfig,
     Sample,
+    View,
     check_shards,
     decode,
     decode_samples,
@@ -120,6 +122,103 @@ def test_grey_becomes_rgb_and_rgb_grey() -> None:
     palette = io.BytesIO()
     Image.fromarray(as_rgb).convert("P").save(palette, format="PNG")
     assert decode(palette.getvalue(), ImageConfig(image_size=8)).shape == (8, 8, 3)
+
+
+PAPER = AugmentationConfig(resize=1.05, flip=True)
+
+
+def places(count: int, width: int, height: int, augmentation: AugmentationConfig) -> set[tuple[int, int]]:
+    """(left, top) of the squares cut out for `count` keys, read from the pixels."""
+    config = ImageConfig(image_size=8)
+    found = set[tuple[int, int]]()
+    for i in range(count):
+        view = augmentation.view(0, 0, f"image {i}")
+        square = decode(png_of(gradient(width, height)), config, view)
+        left, top = (int(place) for place in square[0, 0, :2])
+        np.testing.assert_array_equal(square, gradient(width, height)[top : top + 8, left : left + 8])
+        found.add((left, top))
+    return found
+
+
+def test_no_augmentation_is_no_view_and_the_same_pixels() -> None:
+    plain = AugmentationConfig()
+    samples = [Sample(str(i), "png", png_of(gradient(9 + i, 30 - i)), -1) for i in range(12)]
+    assert all(plain.view(0, epoch, sample.key) is None for epoch in range(3) for sample in samples)
+    for fit, size in (("crop", 8), ("pad", 32)):
+        config = ImageConfig(image_size=size, fit=fit)  # pyright: ignore[reportArgumentType]
+        images = decode_samples(samples, config, Counter(), lambda key: plain.view(0, 1, key))
+        for image, sample in zip(images, samples, strict=True):
+            np.testing.assert_array_equal(image.pixels, decode(sample.data, config))
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_key_alone() -> None:
+    samples = [Sample(str(i), "png", png_of(gradient(40, 50)), -1) for i in range(20)]
+    config = ImageConfig(image_size=32)
+
+    def shown(seed: int, epoch: int, order: list[Sample]) -> dict[str, bytes]:
+        images = decode_samples(order, config, Counter(), lambda key: PAPER.view(seed, epoch, key))
+        return {image.key: image.pixels.tobytes() for image in images}
+
+    first = shown(0, 0, samples)
+    assert shown(0, 0, samples[::-1]) == first
+    assert shown(0, 0, samples[7:9]) == {key: first[key] for key in ("7", "8")}
+    for other in (shown(0, 1, samples), shown(1, 0, samples)):
+        assert sum(other[key] != first[key] for key in first) >= 10
+    assert len(set(first.values())) >= 10  # the same image under 20 keys
+
+
+def test_squares_are_cut_at_every_place_and_nowhere_else() -> None:
+    # The short side is twice image_size already, so that nothing is scaled and pixels tell their place.
+    augmentation = AugmentationConfig(resize=2)
+    assert places(400, 16, 16, augmentation) == {(left, top) for left in range(9) for top in range(9)}
+    assert places(300, 20, 16, augmentation) <= {(left, top) for left in range(13) for top in range(9)}
+    nearly_1 = 1 - 2.0**-24
+    corner = decode(png_of(gradient(20, 16)), ImageConfig(image_size=8), View(2, nearly_1, nearly_1, mirrored=False))
+    np.testing.assert_array_equal(corner, gradient(20, 16)[8:, 12:])
+
+
+def test_the_short_side_is_scaled_before_the_cut() -> None:
+    pixels = gradient(200, 100)
+    whole = Image.fromarray(pixels).resize((134, 67), Image.Resampling.LANCZOS)
+    for left, top in ((0.0, 0.0), (0.5, 0.99)):
+        square = decode(png_of(pixels), ImageConfig(image_size=64), View(1.05, left, top, mirrored=False))
+        x, y = int(left * 71), int(top * 4)
+        np.testing.assert_array_equal(square, np.asarray(whole)[y : y + 64, x : x + 64])
+
+
+def test_a_flip_is_an_exact_mirror_of_half_of_the_images() -> None:
+    augmentation = AugmentationConfig(flip=True)
+    data, config = png_of(gradient(20, 8)), ImageConfig(image_size=8)
+    plain = decode(data, config)
+    mirrored = 0
+    for i in range(200):
+        view = augmentation.view(0, 0, f"image {i}")
+        assert view is not None
+        np.testing.assert_array_equal(decode(data, config, view), plain[:, ::-1] if view.mirrored else plain)
+        mirrored += view.mirrored
+    assert 80 <= mirrored <= 120
+    never = [AugmentationConfig(resize=1.1).view(0, 0, str(i)) for i in range(50)]
+    assert not any(view is None or view.mirrored for view in never)
+    padded = ImageConfig(image_size=24, fit="pad")
+    mirror = View(1, 0, 0, mirrored=True)
+    np.testing.assert_array_equal(decode(data, padded, mirror), decode(data, padded)[:, ::-1])
+    assert decode(data, config, mirror).flags.c_contiguous
+
+
+def test_validation_and_encoding_take_images_as_they_are(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.tar")
+    samples = [Sample(str(i), "png", png_of(gradient(20 + i, 16)), -1) for i in range(5)]
+    write_shard(url, samples)
+    config = ImageConfig(image_size=8)
+    plain = [decode(sample.data, config) for sample in samples]
+    for images in (list(read_images(url, config, Counter())), first_images(url, config, 5)):
+        np.testing.assert_array_equal(stack(images).numpy(), np.stack(plain))
+
+
+def test_an_impossible_augmentation_is_refused() -> None:
+    for resize in (0.9, 2.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"augmentation\.resize is {resize}; it must be in \[1, 2\]"):
+            AugmentationConfig(resize=resize)
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bld_core.images import ImageConfig, Sample, first_images, write_shard
+from bld_core.images import AugmentationConfig, ImageConfig, Sample, first_images, write_shard
 from bld_core.training import Batch, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, _decode_shard, image_batches, resume_position
@@ -23,12 +23,19 @@ from cluster.shards import ShardConfig, make_shards
 
 TRAINING = TrainingConfig(batch_size=100)
 START = Position()
+PLAIN = AugmentationConfig()
+VARIED = AugmentationConfig(resize=1.25, flip=True)
 
 
 def stream(
-    data: ImageConfig, start: Position = START, step: int = 0, rank: int = 0, world: int = 1
+    data: ImageConfig,
+    start: Position = START,
+    step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augmentation: AugmentationConfig = PLAIN,
 ) -> Iterator[tuple[Batch, Position]]:
-    return image_batches(data, TRAINING, 0, step, start, rank, world, decode_tasks=2)
+    return image_batches(data, augmentation, TRAINING, 0, step, start, rank, world, decode_tasks=2)
 
 
 def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
@@ -38,6 +45,16 @@ def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
         for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
             assert position == expected
             assert all(torch.equal(a, b) for a, b in zip(resumed[:3], original[:3], strict=True))
+
+
+def test_augmented_images_are_the_same_after_a_restart_and_in_the_order_of_plain_ones(encoded: Experiment) -> None:
+    whole = list(itertools.islice(stream(encoded.data, augmentation=VARIED), 18))
+    resumed, position = next(stream(encoded.data, whole[16][1], 17, augmentation=VARIED))
+    assert position == whole[17][1]
+    assert all(torch.equal(a, b) for a, b in zip(resumed[:3], whole[17][0][:3], strict=True))
+    (plain, _), (varied, _) = next(stream(encoded.data)), whole[0]
+    assert torch.equal(plain.labels, varied.labels)
+    assert not torch.equal(plain.data, varied.data)
 
 
 def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
@@ -83,9 +100,9 @@ def test_unreadable_images_are_left_out_and_a_shard_of_nothing_else_is_an_error(
     item = {"url": np.asarray([f"{tmp_path}/a.tar"]), "epoch": np.asarray([0]), "visit": np.asarray([0])}
     contents = [good.getvalue(), b"no image", good.getvalue()[:40], good.getvalue()]
     write_shard(f"{tmp_path}/a.tar", [Sample(str(i), "png", content, -1) for i, content in enumerate(contents)])
-    [block] = _decode_shard(item, data, 0, 100)
+    [block] = _decode_shard(item, data, AugmentationConfig(), 0, 100)
     assert block["pixels"].shape == (2, 8, 8, 1)
     assert "2 unreadable image left out of 4" in caplog.text
     write_shard(f"{tmp_path}/a.tar", [Sample("0", "png", b"no image", -1)])
     with pytest.raises(ValueError, match=r"a.tar' holds no image that can be used \(1 unreadable image\)"):
-        list(_decode_shard(item, data, 0, 100))
+        list(_decode_shard(item, data, AugmentationConfig(), 0, 100))

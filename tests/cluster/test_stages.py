@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from bld_core.autoencoder import AutoencoderConfig
-from bld_core.images import ImageConfig
+from bld_core.images import AugmentationConfig, ImageConfig
 from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig, connect
@@ -36,6 +36,16 @@ def test_changed_settings_are_refused_with_the_fields_that_differ(encoded: Exper
     changed = replace(encoded, autoencoder=replace(encoded.autoencoder, channels=6))
     with pytest.raises(ValueError, match=r"autoencoder.channels: 4 -> 6[\s\S]*--fresh"):
         train_autoencoder(changed)
+
+
+def test_augmentation_decides_what_stage_1_makes_and_nothing_that_is_encoded(
+    encoded: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = replace(encoded, augmentation=AugmentationConfig(resize=1.05))
+    with pytest.raises(ValueError, match=r"augmentation.resize: 1.0 -> 1.05[\s\S]*--fresh"):
+        train_autoencoder(changed)
+    encode_latents(changed)
+    assert "already done" in capsys.readouterr().out
 
 
 def test_reporting_more_often_is_no_change(encoded: Experiment) -> None:
@@ -119,6 +129,12 @@ def test_bad_shards_stop_before_ray_and_before_anything_is_written(
 def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.image_size is 100; 5 levels .* multiple of 16"):
         Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
+
+
+def test_padded_images_are_not_resized() -> None:
+    flipped = Experiment(data=ImageConfig(fit="pad"), augmentation=AugmentationConfig(flip=True))
+    with pytest.raises(ValueError, match=r"augmentation.resize is 1.05, but data.fit is pad.*set data.fit to crop"):
+        replace(flipped, augmentation=AugmentationConfig(resize=1.05))
 
 
 def test_a_run_folder_without_write_permission_is_refused(digits: dict[str, str]) -> None:
