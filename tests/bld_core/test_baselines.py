@@ -66,6 +66,27 @@ def test_the_codebook_starts_as_vectors_of_the_first_batch() -> None:
     assert len(used) >= 30
 
 
+def test_new_entries_come_from_all_over_the_batch() -> None:
+    features = torch.arange(64.0).view(1, 1, 8, 8)  # each vector is its place
+    first: set[int] = set()
+    for step in range(40):
+        bottleneck = VectorBottleneck(4, 1, decay=1 - 1e-6)
+        bottleneck.updates.fill_(step)
+        bottleneck(features)
+        places = bottleneck.codebook.flatten().round().long()
+        assert len(places.unique()) == 4
+        first.add(int(places[0]) // 16)
+    assert first == {0, 1, 2, 3}
+
+
+def test_the_nearest_entry_is_found_in_float32_under_autocast() -> None:
+    bottleneck = trained(128, 3).eval()
+    features = normal(8, 3, 8, 8, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        latent, _ = bottleneck(features)
+    assert torch.equal(latent, bottleneck(features)[0])
+
+
 def test_the_codebook_moves_to_the_means_of_clusters() -> None:
     centres = 10 * torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [2, 2]])
     bottleneck = VectorBottleneck(5, 2, decay=0.8)
