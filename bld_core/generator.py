@@ -47,6 +47,12 @@ def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
     """Open `<folder>/autoencoder/final`; see `bld_core.load` for the errors."""
     location = files.join(folder, AUTOENCODER)
     config = read_model_config(location)
+    latent = config["autoencoder"]["latent"]
+    if latent != "binary":
+        raise ValueError(
+            f"the autoencoder in {location!r} has a {latent} latent, which has no bits: it is there to be compared with; "
+            "train one with autoencoder.latent binary"
+        )
     network = Autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
     load_weights(location, network, config["hash"], device)
     return TrainedAutoencoder(network, config)

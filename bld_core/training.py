@@ -264,9 +264,10 @@ def worker_share(config: TrainingConfig, world: int) -> int:
     Raises:
         ValueError: the batch does not divide.
     """
-    if config.batch_size % (world * config.accumulate):
+    parts = world * config.accumulate
+    if config.batch_size % parts:
         raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {world} workers in {config.accumulate} parts "
-            f"(accumulate); make it a multiple of {world * config.accumulate}"
+            f"batch_size {config.batch_size} does not divide over {world} workers, accumulate {config.accumulate}; "
+            f"make it a multiple of {parts}"
         )
     return config.batch_size // world

@@ -139,7 +139,7 @@ class AutoencoderTask(Task):
         if self._held_out is None:
             data = self.experiment.data
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
-        quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth(network.bottleneck.inputs)
+        quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth()
         outputs: list[Tensor] = []
         for images in self._held_out.split(self.experiment.latents.batch_size):
             x = to_float(images.to(device))

@@ -79,7 +79,12 @@ def test_checkpoints_are_safetensors_and_json_and_nothing_else(tmp_path: Path) -
     for path in tmp_path.rglob("*.safetensors"):  # 8 bytes of length, then a JSON header
         data = path.read_bytes()
         json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert json.loads((tmp_path / "state/meta.json").read_text()) == {"format": 1, "step": 0, "metrics": {"x": 1.5}}
+    assert json.loads((tmp_path / "state/meta.json").read_text()) == {
+        "format": 1,
+        "step": 0,
+        "skipped": 0,
+        "metrics": {"x": 1.5},
+    }
 
 
 def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:

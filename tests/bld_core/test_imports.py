@@ -103,6 +103,7 @@ import torch
 torch.set_num_threads(1)
 from bld_core.diffusion import DiffusionConfig
 from bld_core.images import stack
+from bld_core.losses import LossConfig
 from bld_core.objectives import AutoencoderObjective, PriorObjective
 from bld_core.training import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import TINY_AUTOENCODER, tiny_autoencoder, tiny_prior, toy_batches, toy_images
@@ -115,7 +116,8 @@ assert len(reports) == state.step == 10
 images = stack(toy_images(8))
 batches = (Batch(images, torch.zeros(8).long(), torch.arange(8) + 8 * i, [""] * 8) for i in itertools.count())
 state = make_state(tiny_autoencoder(), config)
-reports = list(train(state, batches, AutoencoderObjective(TINY_AUTOENCODER.code_shape(8), 0), config))
+objective = AutoencoderObjective(LossConfig(), TINY_AUTOENCODER.code_shape(8), 0)
+reports = list(train(state, batches, objective, config))
 assert len(reports) == state.step == 10
 """)
 
