@@ -1,12 +1,12 @@
 """Table 4 on small photographs: reconstruction through binary, vector-quantized and continuous latents.
 
-    BLD_REAL_DATA=path/to/shards python benchmarks/table4.py [--steps 3000] [--sides 8 4] [--latents binary vector continuous]
+    BLD_REAL_DATA=path/to/shards python benchmarks/table4.py --steps 1200
 
 The images are `tiny10-64` (64 x 64, colour): the last shard is held out. For each side of the code the three latents
 have the same networks, the same steps, the same seed, the same batches and L1 alone; one field of the configuration
-differs. Binary codes have c bits, c = 32 at 8 x 8 and 128 at 4 x 4; the vector quantizer has 1,024 entries of c numbers;
-the continuous latent has c/2 channels. PSNR and SSIM are those of the averaged weights over the held-out shard, as uint8.
-Prints one JSON line for each row, then the table beside the paper's.
+differs. Binary codes have c bits, c = 32 at 8 x 8 and 128 at 4 x 4; the vector quantizer has 1,024 entries of c
+numbers; the continuous latent has c/2 channels. PSNR and SSIM are those of the averaged weights over the held-out
+shard, as uint8. Prints one JSON line for each row, then the table beside the paper's.
 """
 
 from __future__ import annotations

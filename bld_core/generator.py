@@ -50,7 +50,7 @@ def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
     latent = config["autoencoder"]["latent"]
     if latent != "binary":
         raise ValueError(
-            f"the autoencoder in {location!r} has a {latent} latent, which has no bits: it is there to be compared with; "
+            f"the autoencoder in {location!r} has a {latent} latent, which has no bits: it is there for comparison; "
             "train one with autoencoder.latent binary"
         )
     network = Autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
