@@ -119,7 +119,7 @@ def main() -> None:
     flags = parser.parse_args()
     images, held_out = load_images(os.environ["BLD_REAL_DATA"])
     training = TrainingConfig(
-        steps=flags.steps, batch_size=flags.batch_size, learning_rate=1e-3, warmup=100, decay="cosine", ema_decay=0.995
+        steps=flags.steps, batch_size=flags.batch_size, learning_rate=2e-3, warmup=100, decay="cosine", ema_decay=0.995
     )
     rows: list[dict[str, object]] = []
     for side, latent in itertools.product(flags.sides, flags.latents):
