@@ -7,11 +7,8 @@ The perceptual term needs the packages lpips and torchvision, which are imported
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -19,8 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG16_SHA256 = "397923af"
+from bld_core.weights import PublishedWeights
+
+VGG16 = PublishedWeights(
+    "VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", "loss.vgg_weights"
+)
 
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among torchvision's `features`
 _SMALLEST = 16  # pixels: the trunk halves its input four times
@@ -50,7 +50,7 @@ class LossConfig:
     mse: float = 0.0
     perceptual: float = 0.0
     vgg_weights: str = ""
-    vgg_sha256: str = VGG16_SHA256
+    vgg_sha256: str = VGG16.sha256
     adversarial: float = 0.0
     adversarial_start: int = 0
     adversarial_limit: float = 1e4
@@ -73,56 +73,10 @@ class LossConfig:
             raise ValueError(
                 "loss.l1 and loss.mse are both 0; one must be above 0, or nothing ties pixels to the image"
             )
-        if not re.fullmatch("[0-9a-f]{8,64}", self.vgg_sha256):
-            raise ValueError(
-                f"loss.vgg_sha256 is '{self.vgg_sha256}'; it must be 8 to 64 lower-case hex digits, as sha256sum prints"
-            )
-        if not self.vgg_weights and not self.vgg_sha256.startswith(VGG16_SHA256):
-            raise ValueError(
-                f"loss.vgg_sha256 is '{self.vgg_sha256}', but the file that is downloaded starts with {VGG16_SHA256}; "
-                "leave loss.vgg_sha256 out, or name your own file in loss.vgg_weights"
-            )
+        VGG16.check_settings(self.vgg_weights, self.vgg_sha256)
 
 
 # --- The perceptual term --------------------------------------------------------------------------------------------
-
-
-def _check_sha256(stream: BufferedReader, path: Path, sha256: str) -> None:
-    found = hashlib.file_digest(stream, "sha256").hexdigest()
-    stream.seek(0)
-    if not found.startswith(sha256):
-        raise ValueError(
-            f"{path} has sha256 {found}, expected {sha256}...; it was damaged or is another file: fetch {VGG16_URL} "
-            "again, or set loss.vgg_sha256 if these are the weights that you mean"
-        )
-
-
-def vgg16_file(path: str, sha256: str) -> Path:
-    """Find torchvision's VGG16 weights, whole and verified; each machine that uses them calls this once.
-
-    Args:
-        path: local file; empty takes the one in torch.hub's folder (TORCH_HOME), downloaded if it is not there yet.
-        sha256: the file's sha256, or its first digits.
-
-    Raises:
-        FileNotFoundError: there is no such file, or it could not be downloaded.
-        ValueError: its sha256 is another.
-    """
-    file = Path(path).expanduser() if path else Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_URL).name)
-    if path and not file.is_file():
-        raise FileNotFoundError(f"loss.vgg_weights names {file}, which is no file; correct it, or empty it to download")
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:  # the file gets its name only after its hash was checked
-            torch.hub.download_url_to_file(VGG16_URL, str(file), hash_prefix=sha256, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"VGG16's weights could not be downloaded from {VGG16_URL} to {file} ({error}); without a network, "
-                "copy the file to this machine and name it in loss.vgg_weights"
-            ) from error
-    with file.open("rb") as stream:
-        _check_sha256(stream, file, sha256)
-    return file
 
 
 class Perceptual(nn.Module):
@@ -144,7 +98,7 @@ class Perceptual(nn.Module):
         """Load the trunk from a verified file, and the layer weights from the package lpips.
 
         Args:
-            weights: state_dict of torchvision's VGG16, of which `features.*` are used; see `vgg16_file`.
+            weights: state_dict of torchvision's VGG16, of which `features.*` are used; see `PublishedWeights.find`.
             sha256: the file's sha256, or its first digits.
 
         Raises:
@@ -160,9 +114,7 @@ class Perceptual(nn.Module):
                 f"loss.perceptual above 0 needs lpips and torchvision ({error}): pip install "
                 "'binary-latent-diffusion[losses]'"
             ) from error
-        with weights.open("rb") as stream:
-            _check_sha256(stream, weights, sha256)
-            state = torch.load(stream, weights_only=True, map_location="cpu")
+        state = VGG16.load(weights, sha256)
         with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
             trunk = make_layers(cfgs["D"])[: _TAPS[-1] + 1]
         self.trunk = trunk.to_empty(device="cpu")
@@ -236,10 +188,10 @@ class Perceptual(nn.Module):
 
 
 def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual | None:
-    """The perceptual term on a device; None where it has no weight. See `vgg16_file` for the errors."""
+    """The perceptual term on a device; None where it has no weight. See `PublishedWeights.find` for the errors."""
     if not config.perceptual:
         return None
-    return Perceptual(vgg16_file(config.vgg_weights, config.vgg_sha256), config.vgg_sha256).to(device)
+    return Perceptual(VGG16.find(config.vgg_weights, config.vgg_sha256), config.vgg_sha256).to(device)
 
 
 # --- The adversarial term -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +12,19 @@ from torch import Tensor
 
 import bld_core
 from bld_core import files
+from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import read_model_config
 from bld_core.diffusion import Bound, DiffusionConfig, likelihood_bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
 from bld_core.latents import open_latents
-from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.losses import VGG16, Perceptual
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
-from cluster.experiment import Experiment
+from bld_core.quantizer import CodeHealth, quantize
+from cluster.experiment import EvaluationConfig, Experiment
+from cluster.features import Inception, frechet_name
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Sampler
 from cluster.stages import open_stage
@@ -41,11 +46,57 @@ class Judge:
     """Piece of work: the likelihood bound of the held-out codes."""
 
 
+@dataclass
+class Reconstructions:
+    """What held-out images look like through their codes, from sums that merge."""
+
+    quality: ReconstructionQuality = field(default_factory=ReconstructionQuality)
+    lpips: Moments = field(default_factory=Moments)
+    health: CodeHealth = field(default_factory=CodeHealth)
+    real: FeatureMoments = field(default_factory=FeatureMoments)
+    remade: FeatureMoments = field(default_factory=FeatureMoments)
+
+    def merge(self, other: Reconstructions) -> None:
+        """Add another piece of work."""
+        self.quality.merge(other.quality)
+        self.lpips.merge(other.lpips)
+        self.health.merge(other.health)
+        self.real.merge(other.real)
+        self.remade.merge(other.remade)
+
+    def figures(self, config: EvaluationConfig) -> dict[str, float]:
+        """The figures by name; those that were asked for."""
+        found = {
+            "psnr": self.quality.psnr.mean,
+            "psnr_std": self.quality.psnr.deviation,
+            "ssim": self.quality.ssim.mean,
+            "ssim_std": self.quality.ssim.deviation,
+            **self.health.figures(),
+        }
+        if config.lpips:
+            found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
+        if config.frechet:
+            found[frechet_name("r", config.inception_sha256)] = frechet_distance(self.real, self.remade)
+        return found
+
+
 class Evaluator(Sampler):
     """An actor that draws samples, and judges reconstructions and the bound."""
 
-    def work(self, piece: Reconstruct | Draw | Judge) -> ReconstructionQuality | Tensor | Bound:
-        """Do one piece: sums of reconstruction quality, images (uint8), or the bound."""
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        config, loss, device = experiment.evaluation, experiment.loss, self.generator.device
+        self.perceptual = (
+            Perceptual(VGG16.find(loss.vgg_weights, loss.vgg_sha256), loss.vgg_sha256).to(device)
+            if config.lpips
+            else None
+        )
+        self.inception = (
+            Inception(config.inception_weights, config.inception_sha256, device) if config.frechet else None
+        )
+
+    def work(self, piece: Reconstruct | Draw | Judge) -> Reconstructions | Tensor | Bound:
+        """Do one piece: sums over reconstructions, images (uint8), or the bound."""
         match piece:
             case Reconstruct(url):
                 return self._reconstruct(url)
@@ -54,12 +105,22 @@ class Evaluator(Sampler):
             case Judge():
                 return self._judge()
 
-    def _reconstruct(self, url: str) -> ReconstructionQuality:
-        quality = ReconstructionQuality()
+    @torch.no_grad()
+    def _reconstruct(self, url: str) -> Reconstructions:
+        found, autoencoder = Reconstructions(), self.generator.autoencoder.network
         images = stack(list(read_images(url, self.experiment.data, Counter())))
         for batch in images.split(self.experiment.latents.batch_size):
-            quality.update(batch, self.generator.decode(self.generator.encode(batch)).cpu())
-        return quality
+            x = to_float(batch.to(self.generator.device))
+            logits = autoencoder.encode(x)
+            remade = to_uint8(autoencoder.decode(quantize(logits)))
+            found.quality.update(batch, remade.cpu())
+            found.health.update(logits)
+            if self.perceptual is not None:
+                found.lpips.update(self.perceptual(x, to_float(remade)))
+            if self.inception is not None:
+                found.real.update(self.inception(batch))
+                found.remade.update(self.inception(remade))
+        return found
 
     def _judge(self) -> Bound:
         prior = self.generator.prior
@@ -100,15 +161,9 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if stage.done:
             return files.read_json(report_url)
         classes = prior["prior"]["classes"]
-        quality, bound, samples = _measure(experiment, classes)
-        figures = {
-            "psnr": quality.psnr.mean,
-            "psnr_std": quality.psnr.deviation,
-            "ssim": quality.ssim.mean,
-            "ssim_std": quality.ssim.deviation,
-            "bound": bound.bits_per_bit,
-            "bound_se": bound.standard_error,
-        }
+        remade, bound, samples = _measure(experiment, classes)
+        figures = remade.figures(experiment.evaluation)
+        figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
         if experiment.evaluation.class_accuracy and classes:
             labels = sample_labels(0, len(samples), classes)
             assert labels is not None, "there are classes"
@@ -123,24 +178,24 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
-def _measure(experiment: Experiment, classes: int) -> tuple[ReconstructionQuality, Bound, Tensor]:
+def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, Bound, Tensor]:
     total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
     pieces: list[Reconstruct | Draw | Judge] = [Judge()]
     for start in range(0, total, batch):
         count = min(batch, total - start)
         pieces.append(Draw(sample_labels(start, count, classes), count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    quality, bound, samples = ReconstructionQuality(), None, []
+    remade, bound, samples = Reconstructions(), None, []
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
         match result:
-            case ReconstructionQuality():
-                quality.merge(result)
+            case Reconstructions():
+                remade.merge(result)
             case Bound():
                 bound = result
             case _:
                 samples.append(result)
     assert bound is not None, "one of the pieces is the bound"
-    return quality, bound, torch.cat(samples)
+    return remade, bound, torch.cat(samples)
 
 
 def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
@@ -172,6 +227,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"reconstruction PSNR     {figures['psnr']:7.2f} dB  (held-out images, sd {figures['psnr_std']:.2f})",
         f"reconstruction SSIM     {figures['ssim']:7.3f}     (sd {figures['ssim_std']:.3f})",
+        f"dead bits               {figures['dead_bits']:7.1%}     entropy {figures['bit_entropy']:.3f} bits a bit, "
+        f"correlation {figures['bit_correlation']:.3f}",
         f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
         f"(held-out codes, se {figures['bound_se']:.4f})",
     ]

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from bld_core import losses
 from bld_core.losses import (
+    VGG16,
     LossConfig,
     PatchCritic,
     Perceptual,
     adaptive_weight,
     hinge_critic_loss,
     hinge_generator_loss,
-    vgg16_file,
 )
 
 
@@ -227,7 +226,7 @@ def test_a_wrong_hash_is_named_beside_the_right_one_and_nothing_is_loaded(
         raise AssertionError("loaded before it was verified")
 
     monkeypatch.setattr(torch, "load", refuse)
-    for attempt in (lambda: Perceptual(weights.path, "0" * 8), lambda: vgg16_file(str(weights.path), "0" * 8)):
+    for attempt in (lambda: Perceptual(weights.path, "0" * 8), lambda: VGG16.find(str(weights.path), "0" * 8)):
         with pytest.raises(
             ValueError, match=rf"{weights.path} has sha256 {weights.sha256}, expected 00000000"
         ) as error:
@@ -238,34 +237,34 @@ def test_a_wrong_hash_is_named_beside_the_right_one_and_nothing_is_loaded(
 
 
 def test_a_named_file_is_used_where_it_is(weights: Weights, tmp_path: Path) -> None:
-    assert vgg16_file(str(weights.path), weights.sha256) == weights.path
+    assert VGG16.find(str(weights.path), weights.sha256) == weights.path
     with pytest.raises(FileNotFoundError, match=r"loss\.vgg_weights names .*absent\.pth, which is no file"):
-        vgg16_file(str(tmp_path / "absent.pth"), weights.sha256)
+        VGG16.find(str(tmp_path / "absent.pth"), weights.sha256)
 
 
 def test_a_download_appears_whole_and_verified_or_not_at_all(
     weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(losses, "VGG16_URL", weights.path.as_uri())
+    published = dataclasses.replace(VGG16, url=weights.path.as_uri())
     with pytest.raises(FileNotFoundError, match=rf"could not be downloaded.*00000000.*{weights.sha256}"):
-        vgg16_file("", "0" * 8)
+        published.find("", "0" * 8)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    file = vgg16_file("", weights.sha256[:8])
+    file = published.find("", weights.sha256[:8])
     assert file == tmp_path / "hub" / "checkpoints" / "vgg16.pth"
     assert file.read_bytes() == weights.path.read_bytes()
-    monkeypatch.setattr(losses, "VGG16_URL", "http://127.0.0.1:9/vgg16.pth")
-    assert vgg16_file("", weights.sha256[:8]) == file  # found, not fetched again
+    gone = dataclasses.replace(VGG16, url="http://127.0.0.1:9/vgg16.pth")
+    assert gone.find("", weights.sha256[:8]) == file  # found, not fetched again
     file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"has sha256 .*it was damaged"):
-        vgg16_file("", weights.sha256[:8])
+        published.find("", weights.sha256[:8])
 
 
 def test_without_a_network_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(losses, "VGG16_URL", "http://127.0.0.1:9/vgg16-397923af.pth")  # nothing listens there
+    gone = dataclasses.replace(VGG16, url="http://127.0.0.1:9/vgg16-397923af.pth")  # nothing listens there
     with pytest.raises(FileNotFoundError, match=r"without a network, copy the file .* loss\.vgg_weights"):
-        vgg16_file("", losses.VGG16_SHA256)
+        gone.find("", VGG16.sha256)
 
 
 # --- The adversarial term -------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""Inception features by torch-fidelity, on weights that the test makes; the loading code is the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bld_core.metrics.frechet import FeatureMoments
+from cluster.experiment import EvaluationConfig
+from cluster.features import INCEPTION, Inception, frechet_name
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A file of Inception weights, freshly initialised, and its sha256."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    def keep(network: nn.Module, state: object) -> None:
+        del network, state
+
+    with pytest.MonkeyPatch.context() as patch:  # its constructor wants the file that is yet to be made
+        patch.setattr(torch, "load", lambda *_, **__: {})  # pyright: ignore[reportUnknownLambdaType]
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", keep)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("made", ["2048"], feature_extractor_weights_path="none")
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_features_have_the_same_moments_however_they_are_batched(weights: tuple[str, str]) -> None:
+    inception = Inception(*weights, torch.device("cpu"))
+    real = torch.randint(0, 256, (6, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
+    moments: list[FeatureMoments] = []
+    for size in (6, 4):
+        moments.append(FeatureMoments())
+        for batch in real.split(size):
+            moments[-1].update(inception(batch))
+    whole, parts = moments
+    assert whole.mean.shape == (2048,)
+    assert whole.scatter.trace() > 0
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-4, atol=1e-7)
+    assert (parts.scatter - whole.scatter).norm() < 1e-3 * whole.scatter.norm()
+
+
+def test_other_weights_are_refused_and_never_called_fid(weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = weights
+    with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*evaluation.inception_sha256"):
+        Inception(path, INCEPTION.sha256, torch.device("cpu"))
+    with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
+        EvaluationConfig(inception_sha256="abcdef00")
+    assert frechet_name("r", sha256) == f"rfd_inception_{sha256[:8]}"
+    assert frechet_name("r", INCEPTION.sha256 + "0" * 8) == "rfid"
+    assert len({frechet_name(prefix, digits) for prefix, digits in itertools.product("rs", ("6" * 64, sha256))}) == 4
