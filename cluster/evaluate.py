@@ -24,7 +24,7 @@ from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import CodeHealth, quantize
 from cluster.experiment import EvaluationConfig, Experiment
-from cluster.features import Inception, frechet_name
+from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Sampler
 from cluster.stages import open_stage
@@ -154,6 +154,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     experiment.check_autoencoder(autoencoder)
+    _find_weights(experiment)
     identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
     fingerprint = {**identity, **experiment.fingerprint("data", "sampling", "evaluation")}
     with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
@@ -176,6 +177,15 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         report = {"figures": figures, "samples": len(samples), "sampling": asdict(experiment.sampling), **identity}
         files.write_json(report_url, report)
         return report
+
+
+def _find_weights(experiment: Experiment) -> None:
+    """Find the weights of the extractors that were asked for, before anything is started."""
+    config, loss = experiment.evaluation, experiment.loss
+    if config.lpips:
+        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    if config.frechet:
+        INCEPTION.find(config.inception_weights, config.inception_sha256)
 
 
 def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, Bound, Tensor]:

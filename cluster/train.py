@@ -22,6 +22,7 @@ from bld_core.checkpoint import CONFIG, load_state, read_model_config, save_mode
 from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
 from bld_core.latents import open_latents
+from bld_core.losses import VGG16, PatchCritic
 from bld_core.noise import key_of
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
@@ -51,6 +52,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     shards = check_shards(experiment.data, "train")
     check_feed(shards, experiment.cluster.workers)
     check_shards(experiment.data, "validation")
+    _check_losses(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
@@ -65,6 +67,16 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
             }
             _fit(stage, AutoencoderTask(experiment), config)
         return files.join(stage.folder, _FINAL)
+
+
+def _check_losses(experiment: Experiment) -> None:
+    """Find what the losses need, and try the critic on one image without content, before anything is started."""
+    loss, data = experiment.loss, experiment.data
+    if loss.perceptual:
+        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    if loss.adversarial:
+        with torch.device("meta"):
+            PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))
 
 
 def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
+from bld_core.losses import LossConfig
 from bld_core.noise import key_of
 from bld_core.training import Batch
 from cluster import train as cluster_train
@@ -103,6 +104,50 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
         hashes.append(read_model_config(train_autoencoder(experiment))["hash"])
     assert flag.exists(), "the worker was never killed"
     assert hashes[0] == hashes[1]
+
+
+class SpoiledTask(AutoencoderTask):
+    """Stage 1, one image of step 4 with a NaN in it."""
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, place):
+            data = batch.data.float()
+            if place.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
+                data[2, 5, 5] = torch.nan
+                Path(self.experiment.folder, "spoiled").write_text(batch.keys[2])
+            yield batch._replace(data=data)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = replace(
+        encoded,
+        root=str(tmp_path),
+        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
+        autoencoder_training=small_training(6, checkpoint_every=2),
+    )
+    monkeypatch.setattr(cluster_train, "AutoencoderTask", SpoiledTask)
+    with pytest.raises(FloatingPointError, match=r"step 4: the gradient is not finite") as stopped:
+        train_autoencoder(experiment)
+    spoiled = Path(experiment.folder, "spoiled").read_text()
+    assert f"sample '{spoiled}': loss = nan, l1 = nan" in str(stopped.value)
+    monkeypatch.undo()
+    final = train_autoencoder(experiment)  # goes on from the last good checkpoint, with both players
+    assert read_model_config(final)["metrics"]["val_psnr"] > 0
+    run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
+    critic = run.client.get_metric_history(run.run_id, "train_critic")
+    assert sorted({metric.step for metric in critic}) == [2, 3, 4, 5, 6]
+
+
+def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Path) -> None:
+    absent = replace(encoded, root=str(tmp_path), loss=LossConfig(perceptual=1.0, vgg_weights=f"{tmp_path}/none.pth"))
+    with pytest.raises(FileNotFoundError, match=r"none.pth, which is no file"):
+        train_autoencoder(absent)
+    large = replace(encoded, root=str(tmp_path), loss=LossConfig(adversarial=1.0, critic_layers=4))
+    with pytest.raises(ValueError, match="the critic got images of 32 x 32 pixels.*at least 48"):
+        train_autoencoder(large)
+    assert not list(tmp_path.iterdir())
 
 
 def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Experiment, tmp_path: Path) -> None:
