@@ -51,6 +51,7 @@ def test_commands_are_short(script: str) -> None:
 def test_every_config_is_read_without_a_mistake(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("BLD_DATA", "/shards")
     assert run(monkeypatch, "stage1_ae.py", "--config", str(config), "--print_config") == 0
     assert "${" not in capsys.readouterr().out
 
