@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.diffusion import DiffusionConfig, diffusion_loss
@@ -62,9 +61,7 @@ class AutoencoderObjective:
         self, state: TrainState, critic: TrainState, x: Tensor, x_hat: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> Tensor:
         """The weighted adversarial term; adds it, its weight and the critic's loss to `terms`."""
-        # The critic is a fixed judge here: its weights take part as constants, and its replicas do not meet.
-        judge = {name: weight.detach() for name, weight in critic.module.named_parameters()}
-        terms["adversarial"] = hinge_generator_loss(functional_call(critic.module, judge, (x_hat,)))
+        terms["adversarial"] = hinge_generator_loss(critic.judge(x_hat).float())
         assert isinstance(state.module, Autoencoder), "stage 1 trains an autoencoder"
         limit = self.losses.adversarial_limit
         terms["adaptive"] = adaptive_weight(loss, terms["adversarial"], state.module.last_layer, limit)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.ema import Ema
@@ -129,9 +131,18 @@ class TrainState:
 
     def __call__(self, *inputs: Any) -> Any:
         """The forward pass, under autocast where the precision asks for it."""
-        device = next(self.module.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with self._autocast():
             return self.replica(*inputs)
+
+    def judge(self, *inputs: Any) -> Any:
+        """The forward pass with the weights as constants: gradients reach the inputs alone, and replicas do not meet."""
+        constants = {name: weight.detach() for name, weight in self.module.named_parameters()}
+        with self._autocast():
+            return functional_call(self.module, constants, inputs)
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def players(self) -> list[TrainState]:
         """The state, and its critic's where it has one."""
@@ -165,6 +176,8 @@ def make_state(
             part.checkpointing = config.checkpointing
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
+    if config.compile:  # its backward pass runs twice where the adversarial term is balanced: nothing may be given away
+        functorch_config.donated_buffer = False
     compiled = torch.compile(module) if config.compile else module
     assert isinstance(compiled, nn.Module), "a compiled network is one, too"
     replica = wrap(compiled)
