@@ -19,6 +19,7 @@ from bld_core.sampling import SamplingConfig, sample_codes
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
+_PIXELS_AT_ONCE = 1 << 22  # decoded together: 64 images of 256 x 256, 4 of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class TrainedAutoencoder:
         """(h, w, c)."""
         h, w, c = self.config["code_shape"]
         return h, w, c
+
+    @torch.no_grad()
+    def decode(self, bits_BHWC: Tensor) -> Tensor:
+        """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels), a few at a time where they are large."""
+        at_once = max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
+        z_BCHW = bits_BHWC.float().permute(0, 3, 1, 2)
+        return torch.cat([to_uint8(self.network.decode(z)) for z in z_BCHW.split(at_once)])
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,12 @@ class Generator:
         logits = self.autoencoder.network.encode(to_float(images.to(self.device)))
         return quantize(logits).permute(0, 2, 3, 1).to(torch.uint8)
 
-    @torch.no_grad()
     def decode(self, bits: Tensor) -> Tensor:
         """The images of bits."""
         shape = self.autoencoder.code_shape
         if bits.ndim != 4 or tuple(bits.shape[1:]) != shape:
             raise ValueError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")
-        z_BCHW = bits.to(self.device).float().permute(0, 3, 1, 2)
-        return to_uint8(self.autoencoder.network.decode(z_BCHW))
+        return self.autoencoder.decode(bits.to(self.device))
 
     def sample(
         self,

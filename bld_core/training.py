@@ -135,7 +135,7 @@ class TrainState:
             return self.replica(*inputs)
 
     def judge(self, *inputs: Any) -> Any:
-        """The forward pass with the weights as constants: gradients reach the inputs alone, and replicas do not meet."""
+        """The forward pass with constant weights: gradients reach the inputs alone, and replicas do not meet."""
         constants = {name: weight.detach() for name, weight in self.module.named_parameters()}
         with self._autocast():
             return functional_call(self.module, constants, inputs)

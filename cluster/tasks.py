@@ -193,7 +193,6 @@ class PriorTask(Task):
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
         z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, experiment.seed)
-        autoencoder = load_autoencoder(self.source, str(device)).network
-        images = to_uint8(autoencoder.decode(z.view(-1, h, w, c).permute(0, 3, 1, 2))).cpu()
+        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, h, w, c)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         return Evaluation(figures, {"samples": grid(images, 10)})
