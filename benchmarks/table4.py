@@ -112,7 +112,7 @@ def row(side: int, latent: str, training: TrainingConfig, images: Tensor, held_o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 4], choices=list(BITS))
     parser.add_argument("--latents", nargs="+", default=["binary", "vector", "continuous"])

@@ -98,7 +98,8 @@ def to_uint8(x_BCHW: Tensor) -> Tensor:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """At most 32 groups, of 4 channels or more: a group of one channel would lose how bright an image is."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
