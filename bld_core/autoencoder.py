@@ -56,6 +56,10 @@ class AutoencoderConfig:
                 f"autoencoder.multipliers is {self.multipliers}; it needs one whole number of 1 or more for each level"
             )
 
+        if self.latent == "continuous" and self.bits % 2:
+            raise ValueError(f"autoencoder.bits is {self.bits}; a continuous latent has half as many: make it even")
+        if self.entries < 1:
+            raise ValueError(f"autoencoder.entries is {self.entries}; a codebook has at least 1")
         known = [2**level for level in range(len(self.multipliers))]
         if not set(self.attention) <= set(known):
             raise ValueError(
@@ -89,7 +93,7 @@ class AutoencoderConfig:
 
 def to_float(images_BHWC: Tensor) -> Tensor:
     """uint8 (B, H, W, channels) -> float32 (B, channels, H, W) in [-1, 1]."""
-    return images_BHWC.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images_BHWC.permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
 
 
 def to_uint8(x_BCHW: Tensor) -> Tensor:

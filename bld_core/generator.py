@@ -19,7 +19,7 @@ from bld_core.sampling import SamplingConfig, sample_codes
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
-_PIXELS_AT_ONCE = 1 << 22  # decoded together: 64 images of 256 x 256, 4 of 1024 x 1024
+_PIXELS_AT_ONCE = 1 << 22  # in one pass of the autoencoder: 64 images of 256 x 256, 4 of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,22 @@ class TrainedAutoencoder:
         h, w, c = self.config["code_shape"]
         return h, w, c
 
+    @property
+    def _at_once(self) -> int:
+        """Images in one pass: few where they are large."""
+        return max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (B, H, W, channels) -> their likeliest codes, uint8 0/1 (B, h, w, c)."""
+        logits = [self.network.encode(to_float(some)) for some in images.split(self._at_once)]
+        return quantize(torch.cat(logits)).permute(0, 2, 3, 1).to(torch.uint8)
+
     @torch.no_grad()
     def decode(self, bits_BHWC: Tensor) -> Tensor:
-        """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels), a few at a time where they are large."""
-        at_once = max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
+        """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels)."""
         z_BCHW = bits_BHWC.float().permute(0, 3, 1, 2)
-        return torch.cat([to_uint8(self.network.decode(z)) for z in z_BCHW.split(at_once)])
+        return torch.cat([to_uint8(self.network.decode(z)) for z in z_BCHW.split(self._at_once)])
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,6 @@ class Generator:
         """The number of classes that can be asked for; 0 for an unconditional prior."""
         return self.prior.config["prior"]["classes"] if self.prior else 0
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The likeliest bits of images (the mode, y > 1/2)."""
         size, channels = self.autoencoder.config["image_size"], self.autoencoder.config["channels"]
@@ -114,8 +123,7 @@ class Generator:
                 f"images are {images.dtype} of shape {tuple(images.shape)}; this autoencoder takes uint8 "
                 f"(B, {size}, {size}, {channels})"
             )
-        logits = self.autoencoder.network.encode(to_float(images.to(self.device)))
-        return quantize(logits).permute(0, 2, 3, 1).to(torch.uint8)
+        return self.autoencoder.encode(images.to(self.device))
 
     def decode(self, bits: Tensor) -> Tensor:
         """The images of bits."""

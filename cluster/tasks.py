@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
+from bld_core.baselines.vector import VectorBottleneck
 from bld_core.diffusion import likelihood_bound
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
@@ -32,6 +33,7 @@ from cluster.plots import bit_usage_plot
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
 _PICTURE_IMAGES = 16
+_PICTURE_PIXELS = 1 << 21
 _PICTURE_SAMPLES = 40
 
 
@@ -140,21 +142,26 @@ class AutoencoderTask(Task):
             data = self.experiment.data
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
         quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth()
+        binary = self.experiment.autoencoder.latent == "binary"
         outputs: list[Tensor] = []
         for images in self._held_out.split(self.experiment.latents.batch_size):
             x = to_float(images.to(device))
-            x_hat = network(x)[0]
-            outputs.append(to_uint8(x_hat).cpu())
-            quality.update(images, outputs[-1])
+            features = network.encode(x)
+            remade = to_uint8(network.decode(network.bottleneck(features)[0]))
+            quality.update(images.to(device), remade)
             if self._perceptual is not None:
-                distance.update(self._perceptual(x, x_hat.clamp(-1, 1)).cpu())
-            health.update(network.encode(x))
+                distance.update(self._perceptual(x, to_float(remade)).cpu())
+            if binary:
+                health.update(features)
+            outputs.append(remade.cpu())
         figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
         if self._perceptual is not None:
             figures["lpips"] = distance.mean
-        shown = self._held_out[:_PICTURE_IMAGES], torch.cat(outputs)[:_PICTURE_IMAGES]
-        pictures = {"reconstructions": reconstruction_grid(*shown)}
-        if self.experiment.autoencoder.latent == "binary":
+        if isinstance(network.bottleneck, VectorBottleneck):
+            figures["perplexity"] = float(network.bottleneck.perplexity)
+        count = max(2, min(_PICTURE_IMAGES, _PICTURE_PIXELS // self.experiment.data.image_size**2))
+        pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
+        if binary:
             figures |= health.figures()
             pictures["bit-usage"] = bit_usage_plot(health.usage)
         return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
