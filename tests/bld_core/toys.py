@@ -80,7 +80,7 @@ def oracle_output(p: Tensor, k_s: float, k_t: float, target: Target) -> Tensor:
 
 
 def least_vlb(p: Tensor, k_s: float, k_t: float) -> float:
-    """The least E[L_vlb] of the step t -> s, in nats a bit: H(z_s | z_t) - H(z_s | z_t, z_0) of the bits of z_s, z_0."""
+    """The least E[L_vlb] of the step t -> s, H(z_s | z_t) - H(z_s | z_t, z_0) of the bits of z_s, z_0; in nats."""
     to_s, to_t = _bits_given(1.0, k_s), _bits_given(k_s, k_t)
     ones = torch.tensor([0.0, 1.0], dtype=torch.float64)
     total = 0.0
