@@ -170,13 +170,14 @@ class Generator:
                 known = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
                 raise ValueError(f"class {label} asked for; the classes of this prior: {known}")
         config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
-        schedule = DiffusionConfig(**self.prior.config["diffusion"]).make_schedule()
+        diffusion = DiffusionConfig(**self.prior.config["diffusion"])
+        schedule = diffusion.make_schedule()
         h, w, c = self.autoencoder.code_shape
         parts: list[Tensor] = []
         for start in range(0, count, batch_size):
             size = min(batch_size, count - start)
             index = first_index + torch.arange(start, start + size, device=self.device)
             chosen = None if labels is None else torch.tensor(labels[start : start + size], device=self.device)
-            z = sample_codes(self.prior.network, (h * w, c), chosen, index, schedule, config, seed)
+            z = sample_codes(self.prior.network, (h * w, c), chosen, index, schedule, config, seed, diffusion.target)
             parts.append(self.decode(z.view(-1, h, w, c)).cpu())
         return torch.cat(parts)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import Denoiser, calibrate, reverse_flip_probability
+from bld_core.diffusion import Denoiser, Target, calibrate, check_grid, evidence_network, reverse_flip_probability
 from bld_core.noise import uniform
 from bld_core.schedule import NoiseSchedule
 
@@ -61,6 +61,7 @@ def sample_codes(
     schedule: NoiseSchedule,
     config: SamplingConfig,
     seed: int,
+    target: Target = "flip",
 ) -> Tensor:
     """Draw codes by the exact reverse process.
 
@@ -71,27 +72,33 @@ def sample_codes(
             flip each bit of z_t with probability r A + (1 - r) B, giving z_s
 
     Args:
-        denoiser: evidence network, (z_BNC, t/T, labels) -> evidence logits.
+        denoiser: network of `target`, (z_BNC, t/T, labels) -> logits.
         shape: (tokens, bits) of a code.
         labels: int64 (B,) class indices, -1 for none; or None.
         index: int64 (B,): sample i is keyed on (seed, index[i], step) and does not depend on its batch.
         schedule: of the noise.
         config: the grid and the settings of the reverse process.
         seed: of the noise.
+        target: what the network predicts; temperature and guidance work on the evidence in any case.
 
     Returns:
         Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+
+    Raises:
+        ValueError: more steps than T, or fewer than T for target z_prev.
     """
 
     def noise(purpose: str) -> Tensor:
         return uniform(seed, purpose, index, math.prod(shape)).view(-1, *shape)
 
     grid = schedule.grid(config.steps, config.spacing)
+    check_grid(grid, schedule, target)
+    network = evidence_network(denoiser, schedule, target)
     k = schedule.k.tolist()
     z = (noise("sampling start") < 0.5).float()
     for t, s in itertools.pairwise(grid):
         time = torch.full((len(z),), t / schedule.steps, device=z.device)
-        evidence = guided_evidence(denoiser, z, time, labels, config.guidance).float()
+        evidence = guided_evidence(network, z, time, labels, config.guidance).float()
         r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
         flip_probability = reverse_flip_probability(r, k[s], k[t])
         threshold = 0.5 if s == 0 and config.final == "mode" else noise(f"sampling step {t}")

@@ -129,8 +129,15 @@ class Evaluator(Sampler):
         device = self.generator.device
         held_out = held_out.to(device)
         codes = held_out.codes(torch.arange(len(held_out), device=device))
-        schedule = DiffusionConfig(**prior.config["diffusion"]).make_schedule()
-        return likelihood_bound(prior.network, codes, held_out.labels, schedule, seed=self.experiment.seed)
+        diffusion = DiffusionConfig(**prior.config["diffusion"])
+        return likelihood_bound(
+            prior.network,
+            codes,
+            held_out.labels,
+            diffusion.make_schedule(),
+            target=diffusion.target,
+            seed=self.experiment.seed,
+        )
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:

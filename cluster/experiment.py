@@ -8,7 +8,7 @@ from typing import Any
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
-from bld_core.diffusion import DiffusionConfig
+from bld_core.diffusion import DiffusionConfig, check_grid
 from bld_core.images import AugmentationConfig, ImageConfig
 from bld_core.latents import LatentConfig
 from bld_core.losses import LossConfig
@@ -151,7 +151,8 @@ class Experiment:
                 "autoencoder_training.compile is on with loss.adversarial above 0: a compiled network goes backwards "
                 "as a whole, and the adaptive weight would do so twice more; set compile to false"
             )
-        self.diffusion.make_schedule().grid(self.sampling.steps, self.sampling.spacing)
+        schedule = self.diffusion.make_schedule()
+        check_grid(schedule.grid(self.sampling.steps, self.sampling.spacing), schedule, self.diffusion.target)
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.workers)
 

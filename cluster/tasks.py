@@ -192,14 +192,15 @@ class PriorTask(Task):
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment = self.experiment
-        schedule = experiment.diffusion.make_schedule()
+        schedule, target, seed = experiment.diffusion.make_schedule(), experiment.diffusion.target, experiment.seed
         held_out = self._latents("validation", device)
         rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        bound = likelihood_bound(network, held_out.codes(rows), held_out.labels[rows], schedule, seed=experiment.seed)
+        codes, classes = held_out.codes(rows), held_out.labels[rows]
+        bound = likelihood_bound(network, codes, classes, schedule, target=target, seed=seed)
         h, w, c = experiment.code_shape
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, experiment.seed)
+        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, seed, target)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, h, w, c)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         return Evaluation(figures, {"samples": grid(images, 10)})

@@ -10,7 +10,7 @@ import torch
 import bld_core
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import save_model
-from bld_core.diffusion import DiffusionConfig
+from bld_core.diffusion import DiffusionConfig, Target
 from bld_core.generator import Generator
 from bld_core.images import stack
 from bld_core.prior import PriorConfig
@@ -34,11 +34,11 @@ def save_autoencoder(folder: Path, seed: int = 0) -> str:
     return save_model(str(folder / "autoencoder" / "final"), autoencoder.state_dict(), config)
 
 
-def save_prior(folder: Path, autoencoder_hash: str, classes: int = CLASSES) -> None:
+def save_prior(folder: Path, autoencoder_hash: str, classes: int = CLASSES, target: Target = "flip") -> None:
     """A tiny prior with random evidence."""
     config = {
         "prior": asdict(PriorConfig(layers=1, width=16, heads=2, classes=classes)),
-        "diffusion": asdict(DiffusionConfig(steps=16)),
+        "diffusion": asdict(DiffusionConfig(steps=16, target=target)),
         "sampling": asdict(SamplingConfig(steps=4)),
         "autoencoder_hash": autoencoder_hash,
         "latents_hash": "",
@@ -154,6 +154,20 @@ def test_a_prior_of_another_autoencoder_is_refused_with_both_hashes(tmp_path: Pa
     save_prior(tmp_path / "mine", other)
     with pytest.raises(ValueError, match=rf"{other[:12]}.*{mine[:12]}"):
         bld_core.load(str(tmp_path / "mine"))
+
+
+def test_the_stored_target_decides_what_the_network_means(tmp_path: Path) -> None:
+    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
+    drawn: list[torch.Tensor] = []
+    for target in targets:  # the same weights each time
+        save_prior(tmp_path / target, save_autoencoder(tmp_path / target), target=target)
+        drawn.append(bld_core.load(str(tmp_path / target)).sample(32, seed=3, steps=16))
+    flip, z0, z_prev = drawn
+    assert not torch.equal(flip, z0)
+    assert not torch.equal(flip, z_prev)
+    assert not torch.equal(z0, z_prev)
+    with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
+        bld_core.load(str(tmp_path / "z_prev")).sample(1)
 
 
 def test_an_empty_folder_is_not_an_experiment(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import calibrate, reverse_flip_probability
+from bld_core.diffusion import Target, calibrate, reverse_flip_probability
 from bld_core.noise import uniform
 from bld_core.sampling import SamplingConfig, guided_evidence, sample_codes
 from bld_core.schedule import make_schedule
 from tests.bld_core.toys import (
     SCHEDULES,
     STATES,
+    TARGETS,
     Oracle,
     chain_distribution,
     oracle_evidence,
@@ -37,12 +38,23 @@ def elementwise(z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
 # --- The distribution that the chain ends in --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "bound"), [("linear", 0.003), ("cosine", 0.003), ("sigmoid", 0.005)])
-def test_256_exact_steps_reach_the_true_distribution(name: str, bound: float) -> None:
+def test_256_exact_steps_reach_the_true_distribution(name: str, bound: float, target: Target) -> None:
     schedule = make_schedule(name, 256)
     for seed in SEEDS:
         p = toy_distribution(seed)
-        assert total_variation(chain_distribution(p, schedule, schedule.grid(256)), p) <= bound
+        assert total_variation(chain_distribution(p, schedule, schedule.grid(256), target), p) <= bound
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_targets_oracles_make_the_same_chain(name: str) -> None:
+    schedule, p = make_schedule(name, 64), toy_distribution(3)
+    for grid in (schedule.grid(64), schedule.grid(7)):
+        flip, z0 = (chain_distribution(p, schedule, grid, target) for target in ("flip", "z0"))
+        torch.testing.assert_close(z0, flip, rtol=0, atol=1e-12)
+    z_prev = chain_distribution(p, schedule, schedule.grid(64), "z_prev")
+    torch.testing.assert_close(z_prev, chain_distribution(p, schedule, schedule.grid(64)), rtol=0, atol=1e-9)
 
 
 def test_the_error_halves_each_time_the_steps_double() -> None:
@@ -82,6 +94,46 @@ def test_sample_codes_draws_from_the_exact_chain(name: str, steps: int) -> None:
         truth = chain_distribution(p, schedule, schedule.grid(steps))
         # TV of a sample to its own law: mean at most sqrt(8 / n) / 2, and changing one draw moves it by 1 / n.
         assert total_variation(drawn, truth) < math.sqrt(8 / count) / 2 + 3 / math.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("target", ["z0", "z_prev"])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_the_targets_oracles_draw_the_same_samples_at_any_temperature(target: Target, temperature: float) -> None:
+    schedule, p, index = make_schedule("cosine", 32), toy_distribution(4), torch.arange(4000)
+    config = SamplingConfig(steps=32, temperature=temperature)
+    mine, flip = (
+        sample_codes(Oracle(p, schedule, each), (1, 3), None, index, schedule, config, 0, each)
+        for each in (target, "flip")
+    )
+    assert float((mine == flip).all(-1).float().mean()) > 0.998  # a bit may tip where the rounding of float32 decides
+
+
+def test_guidance_works_on_the_evidence_of_every_target() -> None:
+    schedule, index = make_schedule("linear", 16), torch.arange(4000)
+    strong, weak = toy_distribution(4), toy_distribution(5)
+
+    def guided(target: Target) -> Tensor:
+        conditional, unconditional = Oracle(strong, schedule, target), Oracle(weak, schedule, target)
+
+        def network(z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+            assert labels is not None
+            known, null = conditional(z, time, None), unconditional(z, time, None)
+            return torch.where(labels[:, None, None] < 0, null, known)
+
+        config = SamplingConfig(steps=16, guidance=2.0)
+        labels = torch.zeros(len(index), dtype=torch.int64)
+        return sample_codes(network, (1, 3), labels, index, schedule, config, 0, target)
+
+    flip = guided("flip")
+    for target in ("z0", "z_prev"):
+        assert float((guided(target) == flip).all(-1).float().mean()) > 0.998
+
+
+def test_a_network_of_single_steps_must_take_them_all() -> None:
+    schedule, index = make_schedule("linear", 16), torch.arange(2)
+    oracle = Oracle(toy_distribution(0), schedule, "z_prev")
+    with pytest.raises(ValueError, match=r"8 sampling steps.*z_prev.*take all T = 16.*flip or z0"):
+        sample_codes(oracle, (1, 3), None, index, schedule, SamplingConfig(steps=8), 0, "z_prev")
 
 
 # --- Guidance, temperature, the last step -----------------------------------------------------------------------------
