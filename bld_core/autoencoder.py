@@ -31,6 +31,7 @@ class AutoencoderConfig:
         bits: c, the number of bits at each position of the code.
         latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes the c numbers
             of each position to the nearest entry of a codebook, "continuous" keeps c/2 real numbers.
+        codes: how training takes binary codes: "sample" draws each bit (the paper's), "mode" takes its likelier value.
         entries: size of the codebook of `latent: vector`.
         channels: feature channels at full resolution.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
@@ -41,6 +42,7 @@ class AutoencoderConfig:
 
     bits: int = 32
     latent: Literal["binary", "vector", "continuous"] = "binary"
+    codes: Literal["sample", "mode"] = "sample"
     entries: int = 1024
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
@@ -198,7 +200,7 @@ def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Lay
 
 def _bottleneck(config: AutoencoderConfig, entropy: float) -> Bottleneck:
     if config.latent == "binary":
-        return BernoulliBottleneck(config.bits, entropy)
+        return BernoulliBottleneck(config.bits, entropy, draw=config.codes == "sample")
     if config.latent == "vector":
         return VectorBottleneck(config.entries, config.bits)
     return GaussianBottleneck(config.bits // 2)

@@ -63,9 +63,10 @@ class BernoulliBottleneck(nn.Module):
     Args:
         bits: c, channels in and out.
         entropy: weight of the entropy term; 0 computes none.
+        draw: whether uniforms decide the bits; without, the mode is taken all the same.
     """
 
-    def __init__(self, bits: int, entropy: float = 0.0) -> None:
+    def __init__(self, bits: int, entropy: float = 0.0, *, draw: bool = True) -> None:
         super().__init__()
         if entropy < 0:
             raise ValueError(
@@ -73,11 +74,12 @@ class BernoulliBottleneck(nn.Module):
             )
         self.inputs = self.outputs = bits
         self.entropy = entropy
+        self.draw = draw
 
     def forward(self, features_BCHW: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, c, H, W) -> bits of the same shape and dtype, 0 or 1, and the entropy term if it has a weight."""
         logits = features_BCHW.float()
-        z = quantize(logits, u).to(features_BCHW.dtype)
+        z = quantize(logits, u if self.draw else None).to(features_BCHW.dtype)
         if self.entropy == 0:
             return z, {}
         synchronize = self.training and torch.is_grad_enabled()
