@@ -27,6 +27,7 @@ from bld_core.losses import LossConfig
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.noise import key_of, permutation
 from bld_core.objectives import AutoencoderObjective
+from bld_core.quantizer import CodeHealth
 from bld_core.training import Batch, TrainingConfig, make_state, train
 
 BITS = {8: 32, 4: 128}
@@ -75,11 +76,23 @@ def quality_of(autoencoder: Autoencoder, images: Tensor) -> ReconstructionQualit
     return quality
 
 
-def row(side: int, latent: str, training: TrainingConfig, images: Tensor, held_out: Tensor) -> dict[str, object]:
+@torch.no_grad()
+def code_health(autoencoder: Autoencoder, images: Tensor) -> dict[str, float]:
+    """How the bits of held-out images are used."""
+    health = CodeHealth()
+    for part in images.split(100):
+        health.update(autoencoder.encode(to_float(part)))
+    return health.figures()
+
+
+def row(
+    side: int, latent: str, codes: str, training: TrainingConfig, images: Tensor, held_out: Tensor
+) -> dict[str, object]:
     """Train one autoencoder and measure it."""
     config = AutoencoderConfig(
         bits=BITS[side],
         latent=latent,  # pyright: ignore[reportArgumentType]  # one of the choices of the command line
+        codes=codes,  # pyright: ignore[reportArgumentType]
         channels=8,
         multipliers=MULTIPLIERS[side],
         blocks=1,
@@ -105,6 +118,8 @@ def row(side: int, latent: str, training: TrainingConfig, images: Tensor, held_o
         "ssim": quality.ssim.mean,
         "ssim_std": quality.ssim.deviation,
         "steps": training.steps,
+        "codes": codes,
+        **(code_health(state.module, held_out) if latent == "binary" else {}),
         "seconds": round(seconds),
         "peer": PAPER[side, latent],
     }
@@ -115,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 4], choices=list(BITS))
+    parser.add_argument("--codes", default="sample", choices=["sample", "mode"], help="how training takes binary codes")
     parser.add_argument("--latents", nargs="+", default=["binary", "vector", "continuous"])
     flags = parser.parse_args()
     images, held_out = load_images(os.environ["BLD_REAL_DATA"])
@@ -123,7 +139,7 @@ def main() -> None:
     )
     rows: list[dict[str, object]] = []
     for side, latent in itertools.product(flags.sides, flags.latents):
-        rows.append(row(side, latent, training, images, held_out))
+        rows.append(row(side, latent, flags.codes, training, images, held_out))
         print(json.dumps(rows[-1]), flush=True)
     print("latent                      PSNR   SSIM    the paper's (LSUN Bedrooms 256x256)")
     for line in rows:
