@@ -23,7 +23,8 @@ from bld_core.schedule import NoiseSchedule, ScheduleName, make_schedule
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly, however many are taken
 
 Scalar = float | Tensor
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (z_t, t/T, labels) -> evidence; where tokens are known, their mask (B, N), True for known, comes fourth.
+Denoiser = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +147,9 @@ def diffusion_terms(
     u: Tensor,
     schedule: NoiseSchedule,
     balance: Literal["none", "flip"] = "none",
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """L_residual and L_vlb at given noise levels, each the mean over a sample's bits.
+    """L_residual and L_vlb at given noise levels, each the mean over a sample's unknown bits.
 
     Args:
         denoiser: evidence network, (z_BNC, t/T of shape (B,), labels) -> evidence logits (B, N, C).
@@ -157,6 +159,7 @@ def diffusion_terms(
         u: uniforms in [0, 1), shaped like z_0: they decide the flips.
         schedule: gives the signal at every t.
         balance: which residual loss.
+        known: bool (B, N), tokens that stay clean, are marked to the denoiser and do not count; None: all count.
 
     Returns:
         (residual, vlb), each (B,), in nats a bit.
@@ -164,9 +167,21 @@ def diffusion_terms(
     k = schedule.k.to(z_0.device)
     k_t, k_s = (k[i].view(-1, *[1] * (z_0.ndim - 1)) for i in (t, t - 1))
     z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
-    evidence = denoiser(z_t, (t / schedule.steps).to(z_0.dtype), labels).float()
+    time = (t / schedule.steps).to(z_0.dtype)
+    if known is None:
+        evidence = denoiser(z_t, time, labels).float()
+    else:
+        z_t = torch.where(known[..., None], z_0, z_t)
+        evidence = denoiser(z_t, time, labels, known).float()
     residual = (balanced_residual_loss if balance == "flip" else residual_loss)(evidence, flip, k_t)
-    return residual.flatten(1).mean(1), vlb_loss(evidence, flip, k_s, k_t).flatten(1).mean(1)
+    return _mean_of_unknown(residual, known), _mean_of_unknown(vlb_loss(evidence, flip, k_s, k_t), known)
+
+
+def _mean_of_unknown(loss: Tensor, known: Tensor | None) -> Tensor:
+    """A loss of each bit -> its mean over each sample's unknown tokens, (B,)."""
+    if known is None:
+        return loss.flatten(1).mean(1)
+    return loss.mean(-1).masked_fill(known, 0).sum(1) / (~known).sum(1)
 
 
 def diffusion_loss(
@@ -177,6 +192,7 @@ def diffusion_loss(
     schedule: NoiseSchedule,
     config: DiffusionConfig,
     seed: int,
+    known: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 13: L = L_residual + lambda L_vlb, t ~ Uniform{1..T}, means over batch, tokens and bits.
 
@@ -188,13 +204,14 @@ def diffusion_loss(
         schedule: of the noise.
         config: lambda and the residual loss.
         seed: of t and the flips.
+        known: bool (B, N), as in `diffusion_terms`.
 
     Returns:
         {"loss", "residual", "vlb"}: scalars, in nats a bit.
     """
     t = 1 + (uniform(seed, "diffusion time", index, 1)[:, 0] * schedule.steps).long()
     u = uniform(seed, "diffusion flips", index, math.prod(z_0.shape[1:])).view(z_0.shape)
-    residual, vlb = (x.mean() for x in diffusion_terms(denoiser, z_0, labels, t, u, schedule, config.balance))
+    residual, vlb = (x.mean() for x in diffusion_terms(denoiser, z_0, labels, t, u, schedule, config.balance, known))
     return {"loss": residual + config.vlb_weight * vlb, "residual": residual, "vlb": vlb}
 
 

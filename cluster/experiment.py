@@ -137,7 +137,7 @@ class Experiment:
         object.__setattr__(self, "root", files.absolute(self.root))
         object.__setattr__(self, "data", replace(self.data, **shards))
         self.autoencoder.code_shape(self.data.image_size)
-        self.diffusion.make_schedule().grid(self.sampling.steps, self.sampling.spacing)
+        self.sampling.times(self.diffusion.make_schedule())
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.workers)
 
