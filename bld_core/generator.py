@@ -281,7 +281,7 @@ class Generator:
 def known_tokens(mask_BHW: Tensor, h: int, w: int) -> Tensor:
     """A mask of pixels -> a mask of the h x w tokens, bool (B, h w): a token is known only if its whole patch is."""
     B, H, W = mask_BHW.shape
-    return mask_BHW.view(B, h, H // h, w, W // w).all(dim=4).all(dim=2).flatten(1)
+    return mask_BHW.reshape(B, h, H // h, w, W // w).all(dim=4).all(dim=2).flatten(1)
 
 
 def _fill_unknown(images: Tensor, mask_BHW: Tensor) -> Tensor:
