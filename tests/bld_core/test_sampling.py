@@ -288,13 +288,13 @@ def test_inpainting_draws_from_its_exact_chain(
         known = Known(torch.full((count, 3, 1), float(value)), (torch.arange(3) == bit).expand(count, -1))
 
         def denoiser(
-            z: Tensor, time: Tensor, labels: Tensor | None, marks: Tensor | None = None, b: int = bit
+            z: Tensor, time: Tensor, labels: Tensor | None, marks: Tensor | None = None, b: int = bit, v: int = value
         ) -> Tensor:
             if marks is None:
                 return oracle(z, time, labels)
             assert (marks.sum(1) == 1).all()
-            assert (z[:, b, 0] == value).all()  # known tokens enter clean
-            return oracle.given[b][value](z.squeeze(-1), time, labels)[..., None]
+            assert (z[:, b, 0] == v).all()  # known tokens enter clean
+            return oracle.given[b][v](z.squeeze(-1), time, labels)[..., None]
 
         z = sample_codes(denoiser, (3, 1), None, torch.arange(count), schedule, config, 5, known).squeeze(-1)
         assert (z[:, bit] == value).all()
@@ -416,6 +416,6 @@ def test_a_prior_that_knows_marks_is_conditioned_and_another_is_not() -> None:
             for kind in ("auto", method)
         )
         assert torch.equal(auto, same)
+    config = SamplingConfig(inpainting="conditioned")
     with pytest.raises(ValueError, match=r"known_share 0.*replacement"):
-        config = SamplingConfig(inpainting="conditioned")
         sample_codes(tiny_prior(), (4, 8), None, index, schedule, config, 0, known)
