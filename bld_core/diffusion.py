@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from bld_core.schedule import NoiseSchedule, ScheduleName, make_schedule
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly, however many are taken
 
 Scalar = float | Tensor
-# (z_t, t/T, labels) -> evidence; where tokens are known, their mask (B, N), True for known, comes fourth.
-Denoiser = Callable[..., Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +138,15 @@ def corrupt(z_0: Tensor, k_t: Scalar, u: Tensor) -> tuple[Tensor, Tensor]:
     return z_t, (z_t - z_0).abs()
 
 
+def evidence_given(
+    denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None
+) -> Tensor:
+    """Evidence logits; where there is a mask of known tokens, bool (B, N), the denoiser takes it as fourth argument."""
+    if known is None:
+        return denoiser(z_t, time, labels)
+    return cast("Callable[..., Tensor]", denoiser)(z_t, time, labels, known)
+
+
 def diffusion_terms(
     denoiser: Denoiser,
     z_0: Tensor,
@@ -168,11 +176,9 @@ def diffusion_terms(
     k_t, k_s = (k[i].view(-1, *[1] * (z_0.ndim - 1)) for i in (t, t - 1))
     z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
     time = (t / schedule.steps).to(z_0.dtype)
-    if known is None:
-        evidence = denoiser(z_t, time, labels).float()
-    else:
+    if known is not None:
         z_t = torch.where(known[..., None], z_0, z_t)
-        evidence = denoiser(z_t, time, labels, known).float()
+    evidence = evidence_given(denoiser, z_t, time, labels, known).float()
     residual = (balanced_residual_loss if balance == "flip" else residual_loss)(evidence, flip, k_t)
     return _mean_of_unknown(residual, known), _mean_of_unknown(vlb_loss(evidence, flip, k_s, k_t), known)
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import Denoiser, calibrate, reverse_flip_probability, transition
+from bld_core.diffusion import Denoiser, calibrate, evidence_given, reverse_flip_probability, transition
 from bld_core.noise import uniform
 from bld_core.prior import Prior
 from bld_core.schedule import NoiseSchedule
@@ -94,14 +94,14 @@ def guided_evidence(
 ) -> Tensor:
     """Classifier-free guidance on evidence logits: e = (1 + w) e_cond - w e_uncond, in one batched call.
 
-    `known` marks known tokens, bool (B, N), to both halves; None marks nothing, and is not passed on.
+    `known` marks known tokens, bool (B, N), to both halves; None marks nothing.
     """
-    marks = [] if known is None else [known]
     if labels is None or guidance == 0:
-        return denoiser(z_t, time, labels, *marks)
+        return evidence_given(denoiser, z_t, time, labels, known)
     null = torch.full_like(labels, -1)
-    inputs = (z_t, z_t), (time, time), (labels, null), *((mark, mark) for mark in marks)
-    conditional, unconditional = denoiser(*map(torch.cat, inputs)).chunk(2)
+    marks = None if known is None else torch.cat([known, known])
+    both = evidence_given(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), marks)
+    conditional, unconditional = both.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
 
 

@@ -408,13 +408,16 @@ def test_guidance_marks_known_tokens_in_both_halves() -> None:
 
 def test_a_prior_that_knows_marks_is_conditioned_and_another_is_not() -> None:
     schedule, known, index = make_schedule("linear", 16), some_known(20, 0.5), torch.arange(20)
-    for share, method in ((0.5, "conditioned"), (0.0, "replacement")):
+    methods: tuple[tuple[float, Literal["conditioned", "replacement"]], ...] = (
+        (0.5, "conditioned"),
+        (0.0, "replacement"),
+    )
+    for share, method in methods:
         prior = tiny_prior(known_share=share)
         perturb(prior)
-        auto, same = (
-            sample_codes(prior, (4, 8), None, index, schedule, SamplingConfig(steps=4, inpainting=kind), 0, known)
-            for kind in ("auto", method)
-        )
+        by_default, by_name = SamplingConfig(steps=4), SamplingConfig(steps=4, inpainting=method)
+        auto = sample_codes(prior, (4, 8), None, index, schedule, by_default, 0, known)
+        same = sample_codes(prior, (4, 8), None, index, schedule, by_name, 0, known)
         assert torch.equal(auto, same)
     config = SamplingConfig(inpainting="conditioned")
     with pytest.raises(ValueError, match=r"known_share 0.*replacement"):
