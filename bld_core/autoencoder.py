@@ -31,6 +31,7 @@ class AutoencoderConfig:
         bits: c, the number of bits at each position of the code.
         latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes the c numbers
             of each position to the nearest entry of a codebook, "continuous" keeps c/2 real numbers.
+        codes: how training takes binary codes: "sample" draws each bit (the paper's), "mode" takes its likelier value.
         entries: size of the codebook of `latent: vector`.
         channels: feature channels at full resolution.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
@@ -41,6 +42,7 @@ class AutoencoderConfig:
 
     bits: int = 32
     latent: Literal["binary", "vector", "continuous"] = "binary"
+    codes: Literal["sample", "mode"] = "sample"
     entries: int = 1024
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
@@ -56,6 +58,10 @@ class AutoencoderConfig:
                 f"autoencoder.multipliers is {self.multipliers}; it needs one whole number of 1 or more for each level"
             )
 
+        if self.latent == "continuous" and self.bits % 2:
+            raise ValueError(f"autoencoder.bits is {self.bits}; a continuous latent has half as many: make it even")
+        if self.entries < 1:
+            raise ValueError(f"autoencoder.entries is {self.entries}; a codebook has at least 1")
         known = [2**level for level in range(len(self.multipliers))]
         if not set(self.attention) <= set(known):
             raise ValueError(
@@ -89,7 +95,7 @@ class AutoencoderConfig:
 
 def to_float(images_BHWC: Tensor) -> Tensor:
     """uint8 (B, H, W, channels) -> float32 (B, channels, H, W) in [-1, 1]."""
-    return images_BHWC.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images_BHWC.permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
 
 
 def to_uint8(x_BCHW: Tensor) -> Tensor:
@@ -98,7 +104,8 @@ def to_uint8(x_BCHW: Tensor) -> Tensor:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """At most 32 groups, of 4 channels or more: a group of one channel would lose how bright an image is."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -193,7 +200,7 @@ def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Lay
 
 def _bottleneck(config: AutoencoderConfig, entropy: float) -> Bottleneck:
     if config.latent == "binary":
-        return BernoulliBottleneck(config.bits, entropy)
+        return BernoulliBottleneck(config.bits, entropy, draw=config.codes == "sample")
     if config.latent == "vector":
         return VectorBottleneck(config.entries, config.bits)
     return GaussianBottleneck(config.bits // 2)

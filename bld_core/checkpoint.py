@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.training import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META = "meta.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -68,7 +68,9 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
     for name, value in moments.items():
         parameter_name, kind = name.split("|")
         parameter = by_name[parameter_name]
-        state.optimizer.state[parameter][kind] = value.to(parameter.device)
+        # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
+        like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
+        state.optimizer.state[parameter][kind] = like.copy_(value)
     state.step, state.skipped = meta["step"], meta["skipped"]
     if state.critic is not None:
         load_state(files.join(folder, _CRITIC), state.critic)

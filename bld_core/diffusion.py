@@ -4,13 +4,14 @@ Shapes: z_BNC is a code of B samples, N tokens and C bits a token, values 0 or 1
 k_t, k_s: the schedule's signal at t and at an earlier s < t; a float, or a tensor that broadcasts.
 Evidence: the network's logits e(z_t, t) that a bit of z_t differs from the clean one, judged from all other bits.
 r: the *probability* that a bit of z_t differs from the clean one, given all of z_t.
+Target: what the network's output stands for (Table 7); `evidence_network` makes evidence of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -18,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core.noise import uniform
-from bld_core.schedule import NoiseSchedule, ScheduleName, make_schedule
+from bld_core.schedule import NoiseSchedule, ScheduleName, make_schedule, schedule_from_betas
 
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly, however many are taken
+_CERTAIN = 1e-12  # the least r that an output of target z_prev is read as: its logit stays finite
 
 Scalar = float | Tensor
+Target = Literal["flip", "z0", "z_prev"]
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -32,13 +35,20 @@ class DiffusionConfig:
 
     Args:
         steps: T, the number of noise levels in training.
-        schedule: how the signal k_t falls with t/T.
+        schedule: how the signal k_t falls with t/T; "betas" takes it from `betas`.
+        betas: flip rates beta_1..beta_T in (0, 1], one for each step, for the schedule "betas" alone; the signal that
+            they leave at T may be 0.001 at most.
+        target: what the network predicts (Table 7): "flip", whether a bit differs from the clean one; "z0", the clean
+            bit; "z_prev", whether a bit changes between t and t - 1, which is trained by the variational term alone and
+            samples in all T steps only.
         vlb_weight: lambda of Eq. 13, the weight of the variational term beside the residual term; 0 gives it no weight.
         balance: "flip" balances the two classes of the residual term, which gives low noise levels less weight.
     """
 
     steps: int = 64
     schedule: ScheduleName = "linear"
+    betas: list[float] = field(default_factory=list)
+    target: Target = "flip"
     vlb_weight: float = 0.1
     balance: Literal["none", "flip"] = "none"
 
@@ -47,9 +57,32 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.steps is {self.steps}; it must be 4..1024 (the paper uses 64)")
         if self.vlb_weight < 0:
             raise ValueError(f"diffusion.vlb_weight is {self.vlb_weight}; it must be 0 or more (the paper uses 0.1)")
+        if self.target == "z_prev" and self.vlb_weight == 0:
+            raise ValueError(
+                "diffusion.vlb_weight is 0 with diffusion.target z_prev, which has no residual term: nothing would be "
+                "trained; set vlb_weight above 0, or target to flip or z0"
+            )
+        if self.target == "z_prev" and self.balance != "none":
+            raise ValueError(
+                f"diffusion.balance is {self.balance} with diffusion.target z_prev, which has no residual term to "
+                "balance; set balance to none, or target to flip or z0"
+            )
+        count = len(self.betas)
+        if self.schedule == "betas" and count != self.steps:
+            raise ValueError(
+                f"diffusion.betas are {count}; the schedule betas takes diffusion.steps ({self.steps}) values"
+            )
+        if self.schedule != "betas" and count:
+            raise ValueError(
+                f"diffusion.betas are given, but diffusion.schedule is {self.schedule}, which does not read them; set "
+                "schedule to betas, or leave betas out"
+            )
+        self.make_schedule()  # refuses betas that are no schedule
 
     def make_schedule(self) -> NoiseSchedule:
         """The schedule that this configuration names."""
+        if self.schedule == "betas":
+            return schedule_from_betas(self.betas)
         return make_schedule(self.schedule, self.steps)
 
 
@@ -97,6 +130,72 @@ def reverse_flip_probability(r: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
     return r * flipped + (1 - r) * clean
 
 
+def to_evidence(output: Tensor, z_t: Tensor, k_s: Scalar, k_t: Scalar, target: Target) -> Tensor:
+    """Table 7: the evidence e that the network's output stands for.
+
+    flip:   e = output
+    z0:     e = (1 - 2 z_t) output, for the output is the log-odds of z_0 = 1 from the other bits
+    z_prev: the e of which r A + (1 - r) B = sigmoid(output), the exact reverse step from t to s = t - 1 read backwards;
+            outside [B, A], where no posterior can be, the e of the nearer end
+
+    Args:
+        output: of the network at t, logits.
+        z_t: the code that it saw.
+        k_s: signal at t - 1; only z_prev reads it.
+        k_t: signal at t; only z_prev reads it.
+        target: of the network.
+
+    Returns:
+        Evidence logits, shaped like the output.
+    """
+    if target == "flip":
+        return output
+    if target == "z0":
+        return (1 - 2 * z_t) * output
+    flipped, clean = flip_given_residual(k_s, k_t)
+    r = (torch.sigmoid(output.double()) - clean) / (flipped - clean)
+    logit_r = torch.logit(r, eps=_CERTAIN)
+    return (logit_r - calibrate(torch.zeros_like(logit_r), k_t)).to(output.dtype)
+
+
+def network_output(
+    denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None
+) -> Tensor:
+    """The output at z_t; where there is a mask of known tokens, bool (B, N), the denoiser takes it as 4th argument."""
+    if known is None:
+        return denoiser(z_t, time, labels)
+    return cast("Callable[..., Tensor]", denoiser)(z_t, time, labels, known)
+
+
+def evidence_network(denoiser: Denoiser, schedule: NoiseSchedule, target: Target) -> Denoiser:
+    """Table 7: a network of any target as an evidence network, (z_BNC, t/T, labels) -> evidence logits.
+
+    Like the network itself, it takes a mask of known tokens as fourth argument, where there is one.
+    """
+    if target == "flip":
+        return denoiser
+
+    def evidence(z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
+        t = (time * schedule.steps).round().long()
+        output = network_output(denoiser, z_t, time, labels, known)
+        return to_evidence(output, z_t, *_signals(schedule, t - 1, t, z_t), target)
+
+    return evidence
+
+
+def check_grid(grid: Sequence[int], schedule: NoiseSchedule, target: Target) -> None:
+    """Whether a network of this target can take the steps of a grid.
+
+    Raises:
+        ValueError: the grid skips steps, and the target is z_prev.
+    """
+    if target == "z_prev" and len(grid) - 1 != schedule.steps:
+        raise ValueError(
+            f"{len(grid) - 1} sampling steps asked for with diffusion.target z_prev, whose network knows single steps "
+            f"from t to t - 1 only: take all T = {schedule.steps} steps, or train with target flip or z0"
+        )
+
+
 def residual_loss(evidence: Tensor, flip: Tensor, k_t: Scalar) -> Tensor:
     """Eq. 12: BCE(sigmoid(logit r), f) for each bit, in nats; f = z_t XOR z_0."""
     return F.binary_cross_entropy_with_logits(calibrate(evidence, k_t), flip, reduction="none")
@@ -118,14 +217,31 @@ def vlb_loss(evidence: Tensor, flip: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor
     """
     logit_r = calibrate(evidence, k_t)
     log_r, log_clean = F.logsigmoid(logit_r), F.logsigmoid(-logit_r)
-    a, b = (
-        torch.as_tensor(p, dtype=torch.float64, device=evidence.device).clamp(0, 1)
-        for p in flip_given_residual(k_s, k_t)
-    )
+    a, b = _posterior(k_s, k_t, evidence)
     log_a, log_b, log_not_a, log_not_b = (x.to(evidence.dtype) for x in (a.log(), b.log(), (-a).log1p(), (-b).log1p()))
     log_change = torch.logaddexp(log_r + log_a, log_clean + log_b)
     log_stay = torch.logaddexp(log_r + log_not_a, log_clean + log_not_b)
-    q = torch.where(flip.bool(), a.to(evidence.dtype), b.to(evidence.dtype))
+    return _posterior_kl(flip, a, b, log_change, log_stay)
+
+
+def previous_loss(output: Tensor, flip: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
+    """Eq. 7 for target z_prev: KL(Bern(f ? A : B) || Bern(sigmoid(output))) for each bit, in nats; s = t - 1."""
+    a, b = _posterior(k_s, k_t, output)
+    return _posterior_kl(flip, a, b, F.logsigmoid(output), F.logsigmoid(-output))
+
+
+def _posterior(k_s: Scalar, k_t: Scalar, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B in float64, on a tensor's device."""
+    a, b = flip_given_residual(k_s, k_t)
+    return (
+        torch.as_tensor(a, dtype=torch.float64, device=like.device).clamp(0, 1),
+        torch.as_tensor(b, dtype=torch.float64, device=like.device).clamp(0, 1),
+    )
+
+
+def _posterior_kl(flip: Tensor, a: Tensor, b: Tensor, log_change: Tensor, log_stay: Tensor) -> Tensor:
+    """KL(Bern(f ? A : B) || Bern(exp(log_change))), where exp(log_stay) is the rest."""
+    q = torch.where(flip.bool(), a.to(log_change.dtype), b.to(log_change.dtype))
     entropy = torch.xlogy(q, q) + torch.xlogy(1 - q, 1 - q)
     # Where q is exactly 0 or 1 the other logarithm may be -inf; its weight is 0, and so must be its product.
     cross = torch.where(q > 0, q * log_change, 0) + torch.where(q < 1, (1 - q) * log_stay, 0)
@@ -138,13 +254,17 @@ def corrupt(z_0: Tensor, k_t: Scalar, u: Tensor) -> tuple[Tensor, Tensor]:
     return z_t, (z_t - z_0).abs()
 
 
-def evidence_given(
-    denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None
-) -> Tensor:
-    """Evidence logits; where there is a mask of known tokens, bool (B, N), the denoiser takes it as fourth argument."""
-    if known is None:
-        return denoiser(z_t, time, labels)
-    return cast("Callable[..., Tensor]", denoiser)(z_t, time, labels, known)
+def _signals(schedule: NoiseSchedule, s: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """k_s and k_t, float64, shaped to broadcast over the codes `like`."""
+    k = schedule.k.to(like.device)
+    k_s, k_t = (k[i].view(-1, *[1] * (like.ndim - 1)) for i in (s, t))
+    return k_s, k_t
+
+
+def _corrupt_unknown(z_0: Tensor, k_t: Tensor, u: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`corrupt`, but known tokens stay clean in z_t; what `flip` says of them does not count."""
+    z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
+    return (z_t if known is None else torch.where(known[..., None], z_0, z_t)), flip
 
 
 def diffusion_terms(
@@ -155,6 +275,7 @@ def diffusion_terms(
     u: Tensor,
     schedule: NoiseSchedule,
     balance: Literal["none", "flip"] = "none",
+    s: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L_residual and L_vlb at given noise levels, each the mean over a sample's unknown bits.
@@ -167,18 +288,15 @@ def diffusion_terms(
         u: uniforms in [0, 1), shaped like z_0: they decide the flips.
         schedule: gives the signal at every t.
         balance: which residual loss.
+        s: int64 (B,), values 0..t-1: where the step of L_vlb ends; None is t - 1.
         known: bool (B, N), tokens that stay clean, are marked to the denoiser and do not count; None: all count.
 
     Returns:
         (residual, vlb), each (B,), in nats a bit.
     """
-    k = schedule.k.to(z_0.device)
-    k_t, k_s = (k[i].view(-1, *[1] * (z_0.ndim - 1)) for i in (t, t - 1))
-    z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
-    time = (t / schedule.steps).to(z_0.dtype)
-    if known is not None:
-        z_t = torch.where(known[..., None], z_0, z_t)
-    evidence = evidence_given(denoiser, z_t, time, labels, known).float()
+    k_s, k_t = _signals(schedule, t - 1 if s is None else s, t, z_0)
+    z_t, flip = _corrupt_unknown(z_0, k_t, u, known)
+    evidence = network_output(denoiser, z_t, (t / schedule.steps).to(z_0.dtype), labels, known).float()
     residual = (balanced_residual_loss if balance == "flip" else residual_loss)(evidence, flip, k_t)
     return _mean_of_unknown(residual, known), _mean_of_unknown(vlb_loss(evidence, flip, k_s, k_t), known)
 
@@ -188,6 +306,25 @@ def _mean_of_unknown(loss: Tensor, known: Tensor | None) -> Tensor:
     if known is None:
         return loss.flatten(1).mean(1)
     return loss.mean(-1).masked_fill(known, 0).sum(1) / (~known).sum(1)
+
+
+def previous_term(
+    denoiser: Denoiser,
+    z_0: Tensor,
+    labels: Tensor | None,
+    t: Tensor,
+    u: Tensor,
+    schedule: NoiseSchedule,
+    known: Tensor | None = None,
+) -> Tensor:
+    """L_vlb of a network of target z_prev, as `diffusion_terms` has it; L_residual has no meaning there.
+
+    The output is scored as it stands: read as evidence, it would have no gradient outside [B, A].
+    """
+    k_s, k_t = _signals(schedule, t - 1, t, z_0)
+    z_t, flip = _corrupt_unknown(z_0, k_t, u, known)
+    output = network_output(denoiser, z_t, (t / schedule.steps).to(z_0.dtype), labels, known).float()
+    return _mean_of_unknown(previous_loss(output, flip, k_s, k_t), known)
 
 
 def diffusion_loss(
@@ -203,30 +340,45 @@ def diffusion_loss(
     """Eq. 13: L = L_residual + lambda L_vlb, t ~ Uniform{1..T}, means over batch, tokens and bits.
 
     Args:
-        denoiser: evidence network.
+        denoiser: network of the target in `config`.
         z_0: clean code, float 0/1, (B, N, C).
         labels: int64 (B,) or None.
         index: int64 (B,): the global sample index, on which t and the flips are keyed.
         schedule: of the noise.
-        config: lambda and the residual loss.
+        config: the target, lambda and the residual loss.
         seed: of t and the flips.
         known: bool (B, N), as in `diffusion_terms`.
 
     Returns:
-        {"loss", "residual", "vlb"}: scalars, in nats a bit.
+        {"loss", "residual", "vlb"}: scalars, in nats a bit. Target z_prev has no "residual": L = lambda L_vlb.
     """
     t = 1 + (uniform(seed, "diffusion time", index, 1)[:, 0] * schedule.steps).long()
     u = uniform(seed, "diffusion flips", index, math.prod(z_0.shape[1:])).view(z_0.shape)
-    residual, vlb = (x.mean() for x in diffusion_terms(denoiser, z_0, labels, t, u, schedule, config.balance, known))
+    if config.target == "z_prev":
+        vlb = previous_term(denoiser, z_0, labels, t, u, schedule, known).mean()
+        return {"loss": config.vlb_weight * vlb, "vlb": vlb}
+    network = evidence_network(denoiser, schedule, config.target)
+    terms = diffusion_terms(network, z_0, labels, t, u, schedule, config.balance, known=known)
+    residual, vlb = (x.mean() for x in terms)
     return {"loss": residual + config.vlb_weight * vlb, "residual": residual, "vlb": vlb}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A likelihood bound in bits per latent bit: 1.0 is what the uniform prior pays; lower is better."""
+    """A likelihood bound in bits per latent bit: 1.0 is what the uniform prior pays; lower is better.
+
+    Attributes:
+        bits_per_bit: the bound.
+        standard_error: of the bound; it covers the choice of data and of noise.
+        profile: what each step of the grid adds to the bound, from the one that ends in the code to the one that starts
+            in pure noise: over all T steps, profile[t - 1] is the mean L_vlb(t), in bits a bit. The entries sum to the
+            bound, to float64 rounding. Each comes from the samples that met its step alone: where T is large, add up
+            neighbours.
+    """
 
     bits_per_bit: float
     standard_error: float
+    profile: tuple[float, ...]
 
 
 def likelihood_bound(
@@ -235,27 +387,62 @@ def likelihood_bound(
     labels: Tensor | None,
     schedule: NoiseSchedule,
     *,
+    target: Target = "flip",
     seed: int = 0,
     repeats: int = 8,
     batch_size: int = 256,
 ) -> Bound:
     """Section 5 of the mathematics: nll = sum_{t=1..T} E[L_vlb(t)] / ln 2, on held-out codes.
 
-    Noise levels are stratified: sample i meets `repeats` levels that are spread evenly over 1..T, and so do the
-    samples together. The flips are keyed on (seed, sample, repeat): two priors are judged on the same noise.
+    It is the `strided_bound` of all T steps, and so are its arguments.
+    """
+    every = range(schedule.steps, -1, -1)
+    return strided_bound(
+        denoiser, z_0, labels, schedule, every, target=target, seed=seed, repeats=repeats, batch_size=batch_size
+    )
+
+
+def strided_bound(
+    denoiser: Denoiser,
+    z_0: Tensor,
+    labels: Tensor | None,
+    schedule: NoiseSchedule,
+    grid: Sequence[int],
+    *,
+    target: Target = "flip",
+    seed: int = 0,
+    repeats: int = 8,
+    batch_size: int = 256,
+) -> Bound:
+    """The bound of a chain that takes the steps t -> s of a grid: nll = sum E[L_vlb(s, t)] / ln 2, on held-out codes.
+
+    Steps are stratified: sample i meets `repeats` of them that are spread evenly over the grid, and so do the samples
+    together. The flips are keyed on (seed, sample, repeat): two priors are judged on the same noise.
 
     Args:
-        denoiser: evidence network.
+        denoiser: network of `target`.
         z_0: clean codes, 0/1, (M, N, C).
         labels: int64 (M,) or None.
         schedule: of the noise.
+        grid: the levels t that the chain visits, decreasing, from T to 0, as `schedule.grid` gives them.
+        target: what the network predicts.
         seed: of the flips.
-        repeats: noise levels a sample.
+        repeats: steps that a sample meets.
         batch_size: codes in one forward pass; changes nothing but memory.
+
+    Raises:
+        ValueError: fewer than two codes, a grid that is none, or one that skips steps for target z_prev.
     """
     if len(z_0) < 2:
         raise ValueError(f"the bound got {len(z_0)} held-out codes; it needs at least 2 for a standard error")
-    total = torch.zeros(len(z_0), dtype=torch.float64)
+    levels = torch.tensor(list(reversed(grid)), device=z_0.device)
+    if len(levels) < 2 or levels[0] != 0 or levels[-1] != schedule.steps or bool((levels.diff() <= 0).any()):
+        raise ValueError(f"the grid is {list(grid)}; it must decrease from T = {schedule.steps} to 0")
+    check_grid(grid, schedule, target)
+    network = evidence_network(denoiser, schedule, target)
+    count = len(levels) - 1
+    step = torch.empty(repeats, len(z_0), dtype=torch.int64)
+    bits = torch.empty(repeats, len(z_0), dtype=torch.float64)
     for repeat in range(repeats):
         for start in range(0, len(z_0), batch_size):
             chunk = slice(start, start + batch_size)
@@ -263,10 +450,13 @@ def likelihood_bound(
             index = torch.arange(start, start + len(z), device=z.device)
             u = uniform(seed, f"bound flips {repeat}", index, math.prod(z.shape[1:])).view(z.shape)
             position = (index.double() * _GOLDEN_RATIO + repeat / repeats) % 1.0
-            t = 1 + (position * schedule.steps).long()
+            n = (position * count).long()
+            y = None if labels is None else labels[chunk]
             with torch.no_grad():
-                _, vlb = diffusion_terms(denoiser, z, None if labels is None else labels[chunk], t, u, schedule)
-            total[chunk] += vlb.double().cpu()
-    per_sample = total / repeats * schedule.steps / math.log(2)
+                _, vlb = diffusion_terms(network, z, y, levels[n + 1], u, schedule, s=levels[n])
+            step[repeat, chunk], bits[repeat, chunk] = n.cpu(), vlb.double().cpu() * (count / math.log(2))
+    per_sample = bits.mean(0)
+    profile = torch.bincount(step.flatten(), bits.flatten(), count) / bits.numel()
     # Samples carry different levels, so this spread covers the data and the choice of level.
-    return Bound(float(per_sample.mean()), float(per_sample.std() / math.sqrt(len(z_0))))
+    error = float(per_sample.std() / math.sqrt(len(z_0)))
+    return Bound(float(per_sample.mean()), error, tuple(profile.tolist()))

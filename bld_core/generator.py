@@ -21,6 +21,7 @@ from bld_core.sampling import Known, SamplingConfig, sample_codes
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
+_PIXELS_AT_ONCE = 1 << 22  # in one pass of the autoencoder: 64 images of 256 x 256, 4 of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,23 @@ class TrainedAutoencoder:
         """(h, w, c)."""
         h, w, c = self.config["code_shape"]
         return h, w, c
+
+    @property
+    def _at_once(self) -> int:
+        """Images in one pass: few where they are large."""
+        return max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (B, H, W, channels) -> their likeliest codes, uint8 0/1 (B, h, w, c)."""
+        logits = [self.network.encode(to_float(some)) for some in images.split(self._at_once)]
+        return quantize(torch.cat(logits)).permute(0, 2, 3, 1).to(torch.uint8)
+
+    @torch.no_grad()
+    def decode(self, bits_BHWC: Tensor) -> Tensor:
+        """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels)."""
+        z_BCHW = bits_BHWC.float().permute(0, 3, 1, 2)
+        return torch.cat([to_uint8(self.network.decode(z)) for z in z_BCHW.split(self._at_once)])
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,6 @@ class Generator:
         """The number of classes that can be asked for; 0 for an unconditional prior."""
         return self.prior.config["prior"]["classes"] if self.prior else 0
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The likeliest bits of images (the mode, y > 1/2)."""
         size, channels = self.autoencoder.config["image_size"], self.autoencoder.config["channels"]
@@ -108,17 +125,14 @@ class Generator:
                 f"images are {images.dtype} of shape {tuple(images.shape)}; this autoencoder takes uint8 "
                 f"(B, {size}, {size}, {channels})"
             )
-        logits = self.autoencoder.network.encode(to_float(images.to(self.device)))
-        return quantize(logits).permute(0, 2, 3, 1).to(torch.uint8)
+        return self.autoencoder.encode(images.to(self.device))
 
-    @torch.no_grad()
     def decode(self, bits: Tensor) -> Tensor:
         """The images of bits."""
         shape = self.autoencoder.code_shape
         if bits.ndim != 4 or tuple(bits.shape[1:]) != shape:
             raise ValueError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")
-        z_BCHW = bits.to(self.device).float().permute(0, 3, 1, 2)
-        return to_uint8(self.autoencoder.network.decode(z_BCHW))
+        return self.autoencoder.decode(bits.to(self.device))
 
     def sample(
         self,
@@ -265,15 +279,16 @@ class Generator:
         if settings.keys() & {"steps", "spacing"}:
             settings = {"grid": [], **settings}
         config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
-        schedule = DiffusionConfig(**self.prior.config["diffusion"]).make_schedule()
+        diffusion = DiffusionConfig(**self.prior.config["diffusion"])
+        schedule = diffusion.make_schedule()
         h, w, c = self.autoencoder.code_shape
         parts: list[Tensor] = []
         for start in range(0, len(index), batch_size):
             some = slice(start, start + batch_size)
             chosen = None if labels is None else labels[some].to(self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
-            place = index[some].to(self.device)
-            z = sample_codes(self.prior.network, (h * w, c), chosen, place, schedule, config, seed, given)
+            place, target = index[some].to(self.device), diffusion.target
+            z = sample_codes(self.prior.network, (h * w, c), chosen, place, schedule, config, seed, target, given)
             parts.append(self.decode(z.view(-1, h, w, c)).cpu())
         return torch.cat(parts)
 

@@ -14,5 +14,8 @@ class Layers(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # named as its parent's
         x = input
         for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and x.requires_grad else layer(x)
+            if self.checkpointing and x.requires_grad:
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # no layer draws
+            else:
+                x = layer(x)
         return x

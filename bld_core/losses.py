@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_core.replicas import place, sum_over_replicas
 from bld_core.weights import PublishedWeights
 
 VGG16 = PublishedWeights(
@@ -265,7 +265,8 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
         limit: upper clamp.
 
     Returns:
-        Scalar without gradient. Both graphs are kept for the backward pass, and no `.grad` is touched.
+        Scalar without gradient. Both graphs are kept for the backward pass, and no `.grad` is touched. It costs a
+        backward pass through the perceptual network and one through the critic, beside those of the step itself.
     """
     gradients = torch.stack(
         [
@@ -273,8 +274,6 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
             for loss in (reconstruction_loss, adversarial_loss)
         ]
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradients)
-        gradients /= dist.get_world_size()
+    gradients = sum_over_replicas(gradients) / place()[1]
     reconstruction, adversarial = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
     return (reconstruction / (adversarial + 1e-4)).clamp(0, limit).detach()

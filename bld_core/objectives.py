@@ -35,7 +35,10 @@ class AutoencoderObjective:
         self.perceptual = perceptual
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
-        """The terms, each without its weight, and "loss", their weighted sum; "critic" is the critic's own loss."""
+        """The terms and "loss", their weighted sum; "critic" is the critic's own loss.
+
+        Terms come without their weights, except those of the bottleneck, which weighs its own.
+        """
         losses = self.losses
         x = to_float(batch.data)
         u = uniform(self.seed, "autoencoder draw", batch.sample_index, self.code_size)

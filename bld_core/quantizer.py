@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from bld_core.replicas import place, sum_over_replicas
 
 _ENTROPY_STEPS = 2.0**24  # entropies are summed as multiples of 2^-24 bits: exact, in any order, up to 2^29 positions
 
@@ -31,20 +33,6 @@ def quantize(logits: Tensor, u: Tensor | None = None) -> Tensor:
     return z + (y - y.detach())  # the bracket is exactly 0, so the value stays binary
 
 
-def replica() -> tuple[int, int]:
-    """(rank, world) of this training replica; (0, 1) without torch.distributed."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def sum_over_replicas(x: Tensor) -> Tensor:
-    """Sum x over all replicas, in place: every replica must call it, and all get the same bits. Returns x."""
-    if replica()[1] > 1:
-        distributed.all_reduce(x)
-    return x
-
-
 def entropy_term(logits_BCHW: Tensor, *, synchronize: bool = False) -> Tensor:
     """Mean H(y) - mean over channels of H(mean y), in nats: bits that are sure of each image and balanced over images.
 
@@ -60,7 +48,7 @@ def entropy_term(logits_BCHW: Tensor, *, synchronize: bool = False) -> Tensor:
     each = y * nn.functional.softplus(-logits_BCHW) + (1 - y) * nn.functional.softplus(logits_BCHW)
     usage = y.mean((0, 2, 3))
     if synchronize:
-        whole = sum_over_replicas(usage.detach().clone()) / replica()[1]
+        whole = sum_over_replicas(usage.detach().clone()) / place()[1]
         usage = whole + (usage - usage.detach())
     usage = usage.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the slope of the entropy is infinite
     return each.mean() - (torch.special.entr(usage) + torch.special.entr(1 - usage)).mean()
@@ -75,9 +63,10 @@ class BernoulliBottleneck(nn.Module):
     Args:
         bits: c, channels in and out.
         entropy: weight of the entropy term; 0 computes none.
+        draw: whether uniforms decide the bits; without, the mode is taken all the same.
     """
 
-    def __init__(self, bits: int, entropy: float = 0.0) -> None:
+    def __init__(self, bits: int, entropy: float = 0.0, *, draw: bool = True) -> None:
         super().__init__()
         if entropy < 0:
             raise ValueError(
@@ -85,11 +74,12 @@ class BernoulliBottleneck(nn.Module):
             )
         self.inputs = self.outputs = bits
         self.entropy = entropy
+        self.draw = draw
 
     def forward(self, features_BCHW: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, c, H, W) -> bits of the same shape and dtype, 0 or 1, and the entropy term if it has a weight."""
         logits = features_BCHW.float()
-        z = quantize(logits, u).to(features_BCHW.dtype)
+        z = quantize(logits, u if self.draw else None).to(features_BCHW.dtype)
         if self.entropy == 0:
             return z, {}
         synchronize = self.training and torch.is_grad_enabled()

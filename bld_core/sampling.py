@@ -12,7 +12,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import Denoiser, calibrate, evidence_given, reverse_flip_probability, transition
+from bld_core.diffusion import (
+    Denoiser,
+    Target,
+    calibrate,
+    check_grid,
+    evidence_network,
+    network_output,
+    reverse_flip_probability,
+    transition,
+)
 from bld_core.noise import uniform
 from bld_core.prior import Prior
 from bld_core.schedule import NoiseSchedule
@@ -97,10 +106,10 @@ def guided_evidence(
     `known` marks known tokens, bool (B, N), to both halves; None marks nothing.
     """
     if labels is None or guidance == 0:
-        return evidence_given(denoiser, z_t, time, labels, known)
+        return network_output(denoiser, z_t, time, labels, known)
     null = torch.full_like(labels, -1)
     marks = None if known is None else torch.cat([known, known])
-    both = evidence_given(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), marks)
+    both = network_output(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), marks)
     conditional, unconditional = both.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
 
@@ -114,6 +123,7 @@ def reverse_process(
     schedule: NoiseSchedule,
     config: SamplingConfig,
     seed: int,
+    target: Target = "flip",
     known: Known | None = None,
 ) -> Iterator[Tensor]:
     """The states z_T, ..., z_0 of the exact reverse process, one for each t of the grid; the last is the code.
@@ -130,19 +140,26 @@ def reverse_process(
             draw z_t ~ q(z_t | z_s), and step from there to z_s as before
 
     Args:
-        denoiser: evidence network, (z_BNC, t/T, labels) -> evidence logits; conditioned: (..., known mask).
+        denoiser: network of `target`, (z_BNC, t/T, labels) -> logits; conditioned: (..., known mask).
         shape: (tokens, bits) of a code.
         labels: int64 (B,) class indices, -1 for none; or None.
         index: int64 (B,): sample i is keyed on (seed, index[i], step, jump) and does not depend on its batch.
         schedule: of the noise.
         config: the grid and the settings of the reverse process.
         seed: of the noise.
+        target: what the network predicts; temperature and guidance work on the evidence in any case.
         known: what is given of each code; a sample of which nothing is known is drawn as without it.
 
     Yields:
         Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+
+    Raises:
+        ValueError: before the first state: a grid that is none, or one that skips steps for target z_prev; or a prior
+            that cannot be told what is known.
     """
     grid = config.times(schedule)
+    check_grid(grid, schedule, target)
+    network = evidence_network(denoiser, schedule, target)
     k = schedule.k.tolist()
     auto = "conditioned" if isinstance(denoiser, Prior) and denoiser.known is not None else "replacement"
     conditioned = known is not None and (auto if config.inpainting == "auto" else config.inpainting) == "conditioned"
@@ -161,7 +178,7 @@ def reverse_process(
     def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
         time = torch.full((len(z),), t / schedule.steps, device=z.device)
         marks = known.mask if known is not None and conditioned else None
-        evidence = guided_evidence(denoiser, z, time, labels, config.guidance, marks).float()
+        evidence = guided_evidence(network, z, time, labels, config.guidance, marks).float()
         r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
         flip_probability = reverse_flip_probability(r, k[s], k[t])
         if s == 0 and config.final == "mode":
@@ -189,8 +206,9 @@ def sample_codes(
     schedule: NoiseSchedule,
     config: SamplingConfig,
     seed: int,
+    target: Target = "flip",
     known: Known | None = None,
 ) -> Tensor:
-    """Draw codes: the last state of `reverse_process`, which says what the arguments are."""
-    states = reverse_process(denoiser, shape, labels, index, schedule, config, seed, known)
+    """Draw codes: the last state of `reverse_process`, which says what the arguments and the errors are."""
+    states = reverse_process(denoiser, shape, labels, index, schedule, config, seed, target, known)
     return deque(states, maxlen=1)[0]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScheduleName = Literal["linear", "cosine", "sigmoid"]
+ScheduleName = Literal["linear", "cosine", "sigmoid", "betas"]
 
 _SIGMOID_RANGE = 3.75
 _LAST_K_LIMIT = 1e-3

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.ema import Ema
 from bld_core.layers import Layers
+from bld_core.replicas import sum_over_replicas
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -31,12 +31,12 @@ class TrainingConfig:
         learning_rate: step size of AdamW, reached after the warm-up.
         warmup: steps of linear warm-up.
         decay: "constant" after the warm-up, or "cosine" to 0 at the last step.
-        betas: decay of AdamW's two moments.
+        betas: decay of AdamW's two moments, two values in [0, 1).
         weight_decay: decoupled weight decay of AdamW; 0 makes it Adam.
         clip_norm: largest gradient norm; a larger one is scaled down to it.
         ema_decay: decay a step of the averaged weights, which are the ones evaluated and kept.
-        non_finite: what a gradient that is not finite does: "stop" with the samples to blame, or "skip" the step and
-            count it.
+        non_finite: what a loss or gradient that is not finite does: "stop" with the samples to blame, or "skip" the
+            step and count it.
         precision: of the forward pass; weights, sums and losses are float32 in any case.
         compile: compile the network with torch.compile; the first steps take minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
@@ -72,6 +72,8 @@ class TrainingConfig:
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} of a training stage is {getattr(self, name)}; it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas of a training stage are {self.betas}; AdamW takes two values in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay of a training stage is {self.ema_decay}; it must lie in [0, 1)")
 
@@ -116,6 +118,7 @@ class TrainState:
         ema: averaged weights.
         step: optimizer steps taken.
         skipped: steps left out because a gradient was not finite.
+        learning_rate: of its optimizer at full height; a critic's follows the warm-up and the decay of the stage.
         precision: of the forward pass; weights and losses are float32.
         critic: the discriminator that stage 1 is trained against, a state of its own.
     """
@@ -126,6 +129,7 @@ class TrainState:
     ema: Ema
     step: int = 0
     skipped: int = 0
+    learning_rate: float = 0.0
     precision: Precision = "float32"
     critic: TrainState | None = None
 
@@ -135,7 +139,7 @@ class TrainState:
             return self.replica(*inputs)
 
     def judge(self, *inputs: Any) -> Any:
-        """The forward pass with the weights as constants: gradients reach the inputs alone, and replicas do not meet."""
+        """The forward pass with constant weights: gradients reach the inputs alone, and replicas do not meet."""
         constants = {name: weight.detach() for name, weight in self.module.named_parameters()}
         with self._autocast():
             return functional_call(self.module, constants, inputs)
@@ -176,8 +180,6 @@ def make_state(
             part.checkpointing = config.checkpointing
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
-    if config.compile:  # its backward pass runs twice where the adversarial term is balanced: nothing may be given away
-        functorch_config.donated_buffer = False
     compiled = torch.compile(module) if config.compile else module
     assert isinstance(compiled, nn.Module), "a compiled network is one, too"
     replica = wrap(compiled)
@@ -189,7 +191,8 @@ def make_state(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return TrainState(module, replica, optimizer, Ema(module, config.ema_decay), precision=config.precision)
+    ema = Ema(module, config.ema_decay)
+    return TrainState(module, replica, optimizer, ema, learning_rate=config.learning_rate, precision=config.precision)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -213,22 +216,23 @@ def train(
         config: of the stage.
 
     Raises:
-        FloatingPointError: a gradient is not finite and `config.non_finite` is "stop"; names the step, the terms and
-            the samples. No weight has been touched by it.
+        FloatingPointError: the loss or a gradient is not finite on some replica, and `config.non_finite` is "stop";
+            names the step, the terms and the samples. No weight has been touched by it.
     """
     while state.step < config.steps:
         batch = next(batches)
         rate = learning_rate(config, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        for player in state.players():
+            for group in player.optimizer.param_groups:
+                group["lr"] = player.learning_rate * (rate / config.learning_rate)
         terms = _gradients(state, batch, objective, config.accumulate)
         moved = [player for player in state.players() if any(p.grad is not None for p in player.module.parameters())]
         norms = [nn.utils.clip_grad_norm_(player.module.parameters(), config.clip_norm) for player in moved]
-        if torch.stack(norms).isfinite().all():
+        if _finite_everywhere([*norms, terms["loss"]]):
             for player in moved:
                 player.optimizer.step()
         elif config.non_finite == "stop":
-            raise FloatingPointError(_blame(state, batch, objective))
+            raise FloatingPointError(_blame(state, batch, objective, terms))
         else:
             state.skipped += 1
         for player in moved:
@@ -255,20 +259,31 @@ def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int
     return sums
 
 
-def _blame(state: TrainState, batch: Batch, objective: Objective) -> str:
-    """Which samples of a batch give a loss that is not finite, and in which term."""
+def _finite_everywhere(values: list[Tensor]) -> bool:
+    """Whether scalars are finite on every replica: all of them get the same answer."""
+    bad = (~torch.stack([value.detach().float() for value in values]).isfinite()).sum()
+    return int(sum_over_replicas(bad)) == 0
+
+
+@torch.no_grad()
+def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[str, Tensor]) -> str:
+    """Which terms of a step are not finite, and which samples of the batch by themselves, and in which term."""
     alone = replace(state, replica=state.module, critic=None)
-    found: list[str] = []
+    state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
+    found = [f"batch: {wrong}"] if (wrong := _not_finite(terms)) else []
     for i, key in enumerate(batch.keys):
-        terms = objective(alone, batch.slice(i, i + 1))
-        wrong = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
-        if wrong:
-            found.append(f"sample {key!r}: {', '.join(wrong)}")
-    who = "; ".join(found) or "every sample of this worker has finite losses by itself"
+        if wrong := _not_finite(objective(alone, batch.slice(i, i + 1))):
+            found.append(f"sample {key!r}: {wrong}")
+    state.module.train()
+    who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (
-        f"step {state.step + 1}: the gradient is not finite ({who}): mend these samples, lower learning_rate or "
-        'clip_norm, or set non_finite to "skip"; the last checkpoint is good'
+        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): the last checkpoint is good; go "
+        'on with non_finite "skip", or train anew without these samples, or with a lower learning_rate'
     )
+
+
+def _not_finite(terms: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite())
 
 
 def worker_share(config: TrainingConfig, world: int) -> int:

@@ -129,8 +129,15 @@ class Evaluator(Sampler):
         device = self.generator.device
         held_out = held_out.to(device)
         codes = held_out.codes(torch.arange(len(held_out), device=device))
-        schedule = DiffusionConfig(**prior.config["diffusion"]).make_schedule()
-        return likelihood_bound(prior.network, codes, held_out.labels, schedule, seed=self.experiment.seed)
+        diffusion = DiffusionConfig(**prior.config["diffusion"])
+        return likelihood_bound(
+            prior.network,
+            codes,
+            held_out.labels,
+            diffusion.make_schedule(),
+            target=diffusion.target,
+            seed=self.experiment.seed,
+        )
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -154,9 +161,14 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     experiment.check_autoencoder(autoencoder)
-    _find_weights(experiment)
+    _check(experiment)
     identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
-    fingerprint = {**identity, **experiment.fingerprint("data", "sampling", "evaluation")}
+    fingerprint = {
+        **identity,
+        **experiment.fingerprint("data", "sampling", "evaluation"),
+        "vgg_sha256": experiment.loss.vgg_sha256,
+        "shards": files.fingerprint(files.expand(experiment.data.validation)),
+    }
     with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
@@ -179,9 +191,10 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
-def _find_weights(experiment: Experiment) -> None:
-    """Find the weights of the extractors that were asked for, before anything is started."""
+def _check(experiment: Experiment) -> None:
+    """Find the images, and the weights of the extractors that were asked for, before anything is started."""
     config, loss = experiment.evaluation, experiment.loss
+    check_shards(experiment.data, "validation")
     if config.lpips:
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
     if config.frechet:
@@ -242,6 +255,9 @@ def table(report: dict[str, Any]) -> str:
         f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
         f"(held-out codes, se {figures['bound_se']:.4f})",
     ]
+    if "lpips" in figures:
+        lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")
+    lines += [f"{name:<23} {value:7.2f}     of reconstructions" for name, value in figures.items() if name[:2] == "rf"]
     if "class_accuracy" in figures:
         lines += [
             f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "

@@ -8,7 +8,7 @@ from typing import Any
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
-from bld_core.diffusion import DiffusionConfig
+from bld_core.diffusion import DiffusionConfig, check_grid
 from bld_core.images import AugmentationConfig, ImageConfig
 from bld_core.latents import LatentConfig
 from bld_core.losses import LossConfig
@@ -20,8 +20,12 @@ from cluster.features import INCEPTION
 from cluster.runtime import ClusterConfig
 from cluster.tracking import TrackingConfig
 
-# How often a stage reports does not change what it makes.
-_REPORTING = ("log_every", "evaluate_every", "checkpoint_every")
+# What does not change what a stage makes, beyond rounding: how often it reports, how it saves time and memory, what it
+# does with a bad step, and where a file lies whose sha256 is given.
+_FREE = (
+    *("log_every", "evaluate_every", "checkpoint_every", "non_finite"),
+    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,18 @@ class Experiment:
         object.__setattr__(self, "root", files.absolute(self.root))
         object.__setattr__(self, "data", replace(self.data, **shards))
         self.autoencoder.code_shape(self.data.image_size)
-        self.sampling.times(self.diffusion.make_schedule())
+        if self.loss.entropy and self.autoencoder.latent != "binary":
+            raise ValueError(
+                f"loss.entropy is {self.loss.entropy} with autoencoder.latent {self.autoencoder.latent}, which has no "
+                "bits: set it to 0"
+            )
+        if self.loss.adversarial and self.autoencoder_training.compile:
+            raise ValueError(
+                "autoencoder_training.compile is on with loss.adversarial above 0: a compiled network goes backwards "
+                "as a whole, and the adaptive weight would do so twice more; set compile to false"
+            )
+        schedule = self.diffusion.make_schedule()
+        check_grid(self.sampling.times(schedule), schedule, self.diffusion.target)
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.workers)
 
@@ -162,6 +177,12 @@ class Experiment:
             "image_size": self.data.image_size,
             "channels": self.data.channels,
         }
+        if trained["autoencoder"]["latent"] != "binary":
+            raise ValueError(
+                f"the trained autoencoder {trained['hash'][:12]} has a {trained['autoencoder']['latent']} latent, "
+                "which has no bits: it is there for comparison; train one with autoencoder.latent binary under another "
+                "--name"
+            )
         wrong = [
             f"{name} {trained[name]} (configured: {value})"
             for name, value in expected.items()
@@ -178,9 +199,12 @@ class Experiment:
         return {name: str(value) for name, value in _flatten(asdict(self)).items()}
 
     def fingerprint(self, *sections: str) -> dict[str, Any]:
-        """The fields of the named sections that decide what a stage makes, by dotted name."""
+        """The fields of the named sections that decide what a stage makes, by dotted name.
+
+        The rest of them may change between an interruption and its resume.
+        """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _REPORTING}
+        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

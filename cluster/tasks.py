@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
+from bld_core.baselines.vector import VectorBottleneck
 from bld_core.diffusion import likelihood_bound
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
@@ -32,6 +33,7 @@ from cluster.plots import bit_usage_plot
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
 _PICTURE_IMAGES = 16
+_PICTURE_PIXELS = 1 << 21
 _PICTURE_SAMPLES = 40
 
 
@@ -140,21 +142,26 @@ class AutoencoderTask(Task):
             data = self.experiment.data
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
         quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth()
+        binary = self.experiment.autoencoder.latent == "binary"
         outputs: list[Tensor] = []
         for images in self._held_out.split(self.experiment.latents.batch_size):
             x = to_float(images.to(device))
-            x_hat = network(x)[0]
-            outputs.append(to_uint8(x_hat).cpu())
-            quality.update(images, outputs[-1])
+            features = network.encode(x)
+            remade = to_uint8(network.decode(network.bottleneck(features)[0]))
+            quality.update(images.to(device), remade)
             if self._perceptual is not None:
-                distance.update(self._perceptual(x, x_hat.clamp(-1, 1)).cpu())
-            health.update(network.encode(x))
+                distance.update(self._perceptual(x, to_float(remade)).cpu())
+            if binary:
+                health.update(features)
+            outputs.append(remade.cpu())
         figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
         if self._perceptual is not None:
             figures["lpips"] = distance.mean
-        shown = self._held_out[:_PICTURE_IMAGES], torch.cat(outputs)[:_PICTURE_IMAGES]
-        pictures = {"reconstructions": reconstruction_grid(*shown)}
-        if self.experiment.autoencoder.latent == "binary":
+        if isinstance(network.bottleneck, VectorBottleneck):
+            figures["perplexity"] = float(network.bottleneck.perplexity)
+        count = max(2, min(_PICTURE_IMAGES, _PICTURE_PIXELS // self.experiment.data.image_size**2))
+        pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
+        if binary:
             figures |= health.figures()
             pictures["bit-usage"] = bit_usage_plot(health.usage)
         return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
@@ -186,15 +193,15 @@ class PriorTask(Task):
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment = self.experiment
-        schedule = experiment.diffusion.make_schedule()
+        schedule, target, seed = experiment.diffusion.make_schedule(), experiment.diffusion.target, experiment.seed
         held_out = self._latents("validation", device)
         rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        bound = likelihood_bound(network, held_out.codes(rows), held_out.labels[rows], schedule, seed=experiment.seed)
+        codes, classes = held_out.codes(rows), held_out.labels[rows]
+        bound = likelihood_bound(network, codes, classes, schedule, target=target, seed=seed)
         h, w, c = experiment.code_shape
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, experiment.seed)
-        autoencoder = load_autoencoder(self.source, str(device)).network
-        images = to_uint8(autoencoder.decode(z.view(-1, h, w, c).permute(0, 3, 1, 2))).cpu()
+        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, seed, target)
+        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, h, w, c)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         return Evaluation(figures, {"samples": grid(images, 10)})

@@ -22,7 +22,7 @@ from bld_core.checkpoint import CONFIG, load_state, read_model_config, save_mode
 from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
 from bld_core.latents import open_latents
-from bld_core.losses import VGG16, PatchCritic
+from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
@@ -34,6 +34,7 @@ from cluster.tracking import Run
 
 _CHECKPOINTS_KEPT = 2
 _FINAL = "final"
+_SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
 def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
@@ -72,8 +73,10 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
 def _check_losses(experiment: Experiment) -> None:
     """Find what the losses need, and try the critic on one image without content, before anything is started."""
     loss, data = experiment.loss, experiment.data
-    if loss.perceptual:
-        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    perceptual = load_perceptual(loss, torch.device("cpu"))
+    if perceptual is not None:
+        image = torch.zeros(1, data.channels, data.image_size, data.image_size)
+        perceptual(image[..., :_SMALL, :_SMALL], image[..., :_SMALL, :_SMALL])
     if loss.adversarial:
         with torch.device("meta"):
             PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))
@@ -177,6 +180,7 @@ def _work(config: dict[str, Any]) -> str:
     bar = tqdm_ray.tqdm if config["bar"] else None
     progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
+    metrics: dict[str, float] = {}
     try:
         for report in train(state, batches, task.objective(place), training):
             last = report.step == training.steps
@@ -185,8 +189,12 @@ def _work(config: dict[str, Any]) -> str:
                 if run is not None and progress is not None:
                     run.metrics({f"train_{name}": value for name, value in figures.items()}, report.step)
                     progress.update(report.step, figures)
-            if last or report.step % training.evaluate_every == 0 or report.step % training.checkpoint_every == 0:
-                _save(task, state, run, place)
+            look = last or report.step % training.evaluate_every == 0
+            keep = last or report.step % training.checkpoint_every == 0
+            if look:
+                metrics = _evaluate(task, state, run, place)
+            if look or keep:
+                _meet(task, state, metrics, place, keep=keep)
     except FloatingPointError as error:  # on every worker at once; to start again from a checkpoint would not help
         return _join(str(error), place)
     if progress is not None:
@@ -206,12 +214,10 @@ def _figures(report: Report, state: TrainState, place: Place) -> dict[str, float
     return figures
 
 
-def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:
-    """Evaluate the averaged weights and report with a checkpoint: rank 0 works, all ranks meet in the report."""
-    positions = _gather(task.position(), place)
+def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> dict[str, float]:
+    """Look at the averaged weights, on rank 0; the other ranks have nothing to do."""
     if run is None:
-        ray.train.report({"step": state.step})
-        return
+        return {}
     averaged = copy.deepcopy(state.module)
     averaged.load_state_dict(state.ema.weights)
     with torch.no_grad():
@@ -219,6 +225,15 @@ def _save(task: Task, state: TrainState, run: Run | None, place: Place) -> None:
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")
+    return metrics
+
+
+def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place, *, keep: bool) -> None:
+    """All ranks wait for rank 0 in Ray's report, which has no time limit; to `keep` is to report with a checkpoint."""
+    positions = _gather(task.position(), place) if keep else []
+    if place.rank or not keep:
+        ray.train.report({"step": state.step})
+        return
     with tempfile.TemporaryDirectory() as folder:
         save_state(folder, state, {"positions": positions, "metrics": metrics})
         ray.train.report({"step": state.step, **metrics}, checkpoint=Checkpoint.from_directory(folder))

@@ -26,7 +26,7 @@ class GaussianBottleneck(nn.Module):
 
     Args:
         width: channels out; twice as many come in: means, then log-variances, which are clamped to [-30, 20].
-        weight: of the KL term; the default is that of latent diffusion (Rombach et al. 2022).
+        weight: of the KL term; a little, as in latent diffusion (Rombach et al. 2022), who weigh sums, not means.
     """
 
     def __init__(self, width: int, weight: float = 1e-6) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_core import replicas
 from bld_core.noise import uniform
-from bld_core.quantizer import replica, sum_over_replicas
 
 
 class VectorBottleneck(nn.Module):
@@ -69,12 +69,12 @@ class VectorBottleneck(nn.Module):
 
     def _replace(self, x_ND: Tensor) -> None:
         """Step 1, with candidates from all over the global batch; its places rank N .. rank N + N-1 are here."""
-        (rank, world), n, entries = replica(), len(x_ND), len(self.codebook)
+        (rank, world), n, entries = replicas.place(), len(x_ND), len(self.codebook)
         u = uniform(0, "codebook restart", self.updates.view(1), entries + 1)[0].double()
         strata = (torch.arange(entries, device=u.device) + u[1:]) / entries  # spread out: seldom the same place twice
         place = ((strata + u[0]) % 1 * (world * n)).long().clamp(max=world * n - 1) - rank * n
         mine = (place >= 0) & (place < n)
-        candidates = sum_over_replicas(torch.where(mine[:, None], x_ND[place.clamp(0, n - 1)], 0.0))
+        candidates = replicas.sum_over_replicas(torch.where(mine[:, None], x_ND[place.clamp(0, n - 1)], 0.0))
         dead = self.usage < self.restart
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1.0)
@@ -83,8 +83,8 @@ class VectorBottleneck(nn.Module):
         """Step 3: usage <- average of usage; codebook <- (average of sums) / (average of usage)."""
         entries, width = self.codebook.shape
         ones = F.pad(x_ND, (0, 1), value=1.0)  # summed beside the vectors, they count
-        sums = sum_over_replicas(x_ND.new_zeros(entries, width + 1).index_add_(0, nearest_N, ones))
-        sums *= entries / (len(x_ND) * replica()[1])
+        sums = replicas.sum_over_replicas(x_ND.new_zeros(entries, width + 1).index_add_(0, nearest_N, ones))
+        sums *= entries / (len(x_ND) * replicas.place()[1])
         vectors, usage = sums[:, :-1], sums[:, -1]
         self.usage.lerp_(usage, 1 - self.decay)
         self.codebook += (1 - self.decay) * (vectors - usage[:, None] * self.codebook) / self.usage[:, None]
@@ -97,6 +97,8 @@ class VectorBottleneck(nn.Module):
         learning = self.training and torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(features_BCHW.device.type, enabled=False):
             x_ND = x_BHWD.reshape(-1, self.inputs)
+            # Not from a batch that is not finite on any replica: it would stay in the codebook for ever.
+            learning = learning and int(replicas.sum_over_replicas((~x_ND.isfinite()).sum())) == 0
             if learning:
                 self._replace(x_ND)
             nearest_N = self.nearest(x_ND)

@@ -42,11 +42,13 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     side = min(_WINDOW, (min(x.shape[-2:]) - 1) // 2 * 2 + 1)
     offset = torch.arange(side, dtype=torch.float64, device=x.device) - side // 2
     line = torch.exp(-offset.square() / (2 * _SIGMA**2))
-    window = torch.outer(line, line)
-    kernel = (window / window.sum()).expand(x.shape[1], 1, side, side)
+    line = line / line.sum()
 
     def blur(t: Tensor) -> Tensor:
-        return F.conv2d(t, kernel, groups=t.shape[1])
+        """The window is a product of two lines: each channel is blurred down, then across."""
+        planes = t.flatten(0, 1)[:, None]
+        planes = F.conv2d(F.conv2d(planes, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+        return planes.view(*t.shape[:2], *planes.shape[2:])
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2

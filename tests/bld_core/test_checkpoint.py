@@ -19,7 +19,7 @@ def test_a_model_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
     perturb(prior)
     digest = save_model(folder, prior.state_dict(), {"prior": {"layers": 1}})
     config = read_model_config(folder)
-    assert config == {"format": 1, "hash": digest, "prior": {"layers": 1}}
+    assert config == {"format": 2, "hash": digest, "prior": {"layers": 1}}
     load_weights(folder, other, digest)
     assert not other.training
     for name, tensor in prior.state_dict().items():
@@ -57,10 +57,10 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     save_state(str(tmp_path), state, {})
     save_model(str(tmp_path), tiny_prior().state_dict(), {})
     for name in ("meta.json", "config.json"):
-        (tmp_path / name).write_text(json.dumps({"format": 2, "step": 0}))
-    with pytest.raises(ValueError, match=r"format 2.*reads 1"):
+        (tmp_path / name).write_text(json.dumps({"format": 1, "step": 0}))
+    with pytest.raises(ValueError, match=r"format 1.*reads 2"):
         load_state(str(tmp_path), state)
-    with pytest.raises(ValueError, match=r"format 2.*reads 1"):
+    with pytest.raises(ValueError, match=r"format 1.*reads 2"):
         read_model_config(str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def test_checkpoints_are_safetensors_and_json_and_nothing_else(tmp_path: Path) -
         data = path.read_bytes()
         json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert json.loads((tmp_path / "state/meta.json").read_text()) == {
-        "format": 1,
+        "format": 2,
         "step": 0,
         "skipped": 0,
         "metrics": {"x": 1.5},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import bld_core
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import save_model
-from bld_core.diffusion import DiffusionConfig
+from bld_core.diffusion import DiffusionConfig, Target
 from bld_core.generator import Generator, known_tokens
 from bld_core.images import stack
 from bld_core.prior import PriorConfig
@@ -34,11 +35,17 @@ def save_autoencoder(folder: Path, seed: int = 0) -> str:
     return save_model(str(folder / "autoencoder" / "final"), autoencoder.state_dict(), config)
 
 
-def save_prior(folder: Path, autoencoder_hash: str, classes: int = CLASSES, known_share: float = 0.0) -> None:
+def save_prior(
+    folder: Path,
+    autoencoder_hash: str,
+    classes: int = CLASSES,
+    target: Target = "flip",
+    known_share: float = 0.0,
+) -> None:
     """A tiny prior with random evidence."""
     config = {
         "prior": asdict(PriorConfig(layers=1, width=16, heads=2, classes=classes, known_share=known_share)),
-        "diffusion": asdict(DiffusionConfig(steps=16)),
+        "diffusion": asdict(DiffusionConfig(steps=16, target=target)),
         "sampling": asdict(SamplingConfig(steps=4)),
         "autoencoder_hash": autoencoder_hash,
         "latents_hash": "",
@@ -156,6 +163,20 @@ def test_a_prior_of_another_autoencoder_is_refused_with_both_hashes(tmp_path: Pa
         bld_core.load(str(tmp_path / "mine"))
 
 
+def test_the_stored_target_decides_what_the_network_means(tmp_path: Path) -> None:
+    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
+    drawn: list[torch.Tensor] = []
+    for target in targets:  # the same weights each time
+        save_prior(tmp_path / target, save_autoencoder(tmp_path / target), target=target)
+        drawn.append(bld_core.load(str(tmp_path / target)).sample(32, seed=3, steps=16))
+    flip, z0, z_prev = drawn
+    assert not torch.equal(flip, z0)
+    assert not torch.equal(flip, z_prev)
+    assert not torch.equal(z0, z_prev)
+    with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
+        bld_core.load(str(tmp_path / "z_prev")).sample(1)
+
+
 def test_an_empty_folder_is_not_an_experiment(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no finished model"):
         bld_core.load(str(tmp_path))
@@ -256,6 +277,28 @@ def test_a_prior_without_marks_refuses_to_be_conditioned(generator: Generator) -
     images = stack(toy_images(2))
     with pytest.raises(ValueError, match="known_share 0"):
         generator.inpaint(images, left_half(images), inpainting="conditioned")
+
+
+@pytest.mark.parametrize("known_share", [0.0, 0.5])
+def test_the_stored_target_decides_completions_too(tmp_path: Path, known_share: float) -> None:
+    images = stack(toy_images(8))
+    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
+    drawn: list[torch.Tensor] = []
+    for target in targets:  # the same weights each time
+        folder = tmp_path / target
+        save_prior(folder, save_autoencoder(folder), target=target, known_share=known_share)
+        generator, mask = bld_core.load(str(folder)), left_half(images)
+        drawn.append(generator.inpaint(images, mask, count=2, seed=3, steps=16))
+        for j in range(2):
+            assert torch.equal(drawn[-1][:, j][mask], images[mask])
+        nothing = generator.inpaint(images, torch.zeros_like(mask), seed=3, grid=list(range(16, -1, -1)))
+        assert torch.equal(nothing[:, 0], generator.sample(8, seed=3, steps=16))
+    for first, second in itertools.combinations(drawn, 2):
+        assert not torch.equal(first, second)
+    refused: list[dict[str, Any]] = [{}, {"grid": [16, 8, 4, 2, 0]}]
+    for settings in refused:
+        with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
+            bld_core.load(str(tmp_path / "z_prev")).inpaint(images, left_half(images), **settings)
 
 
 def test_outpainting_continues_an_image(inpainter: Generator) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import DiffusionConfig, diffusion_terms
+from bld_core.diffusion import DiffusionConfig, Target, diffusion_terms
 from bld_core.noise import uniform
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig, draw_known, drop_labels, time_features
@@ -186,7 +186,8 @@ def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
         torch.testing.assert_close(one, whole)
 
 
-def test_a_prior_learns_to_complete_from_what_is_known() -> None:
+@pytest.mark.parametrize("target", ["flip", "z0"])
+def test_a_prior_learns_to_complete_from_what_is_known(target: Target) -> None:
     # Token 2 copies token 1, a fair coin.
     def codes(index: Tensor) -> Tensor:
         first = (uniform(0, "toy copy", index, 1) < 0.5).float()
@@ -198,7 +199,7 @@ def test_a_prior_learns_to_complete_from_what_is_known() -> None:
             yield Batch(codes(index), torch.full((64,), -1), index, [""] * 64)
 
     config = TrainingConfig(steps=400, batch_size=64, warmup=20, learning_rate=1e-2, decay="cosine")
-    diffusion = DiffusionConfig(steps=16)
+    diffusion = DiffusionConfig(steps=16, target=target)
     state = make_state(tiny_prior(classes=0, tokens=2, bits=1, known_share=0.5), config)
     for _ in train(state, batches(), PriorObjective(diffusion, 0.0, 0, known_share=0.5), config):
         pass
@@ -206,8 +207,8 @@ def test_a_prior_learns_to_complete_from_what_is_known() -> None:
     index = 10**6 + torch.arange(400)
     z_0, mask = codes(index), torch.stack([index % 2 == 0, index % 2 == 1], dim=1)
     known, sampling = Known(torch.where(mask[..., None], z_0, 0.5), mask), SamplingConfig(steps=16, temperature=1.0)
-    z = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, known)
+    z = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target, known)
     assert float((z == z_0).flatten(1).all(1).float().mean()) > 0.95
-    free = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0)
+    free = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target)
     assert 0.4 < float(free.mean()) < 0.6  # and unconditional samples are still there
     assert float((free[:, 0] == free[:, 1]).float().mean()) > 0.9

@@ -181,3 +181,12 @@ def test_code_health_of_known_codes() -> None:
     undecided = health_of(torch.zeros(4, 2, 3, 3)).figures()
     assert undecided["bit_entropy"] == 1
     assert all(math.isnan(figure) for figure in CodeHealth().figures().values())
+
+
+def test_training_can_take_the_mode_in_place_of_a_draw() -> None:
+    logits = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    drawn, mode = (BernoulliBottleneck(4, draw=draw)(logits, u)[0] for draw in (True, False))
+    assert torch.equal(mode, (logits > 0).float())
+    assert not torch.equal(drawn, mode)
+    assert torch.equal(drawn, quantize(logits, u))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import calibrate, reverse_flip_probability
+from bld_core.diffusion import Target, calibrate, reverse_flip_probability
 from bld_core.noise import uniform
 from bld_core.sampling import Known, SamplingConfig, guided_evidence, reverse_process, sample_codes
 from bld_core.schedule import make_schedule
 from tests.bld_core.toys import (
     SCHEDULES,
     STATES,
+    TARGETS,
     Oracle,
     TokenOracle,
     chain_distribution,
@@ -42,12 +43,23 @@ def elementwise(z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
 # --- The distribution that the chain ends in --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "bound"), [("linear", 0.003), ("cosine", 0.003), ("sigmoid", 0.005)])
-def test_256_exact_steps_reach_the_true_distribution(name: str, bound: float) -> None:
+def test_256_exact_steps_reach_the_true_distribution(name: str, bound: float, target: Target) -> None:
     schedule = make_schedule(name, 256)
     for seed in SEEDS:
         p = toy_distribution(seed)
-        assert total_variation(chain_distribution(p, schedule, schedule.grid(256)), p) <= bound
+        assert total_variation(chain_distribution(p, schedule, schedule.grid(256), target), p) <= bound
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_targets_oracles_make_the_same_chain(name: str) -> None:
+    schedule, p = make_schedule(name, 64), toy_distribution(3)
+    for grid in (schedule.grid(64), schedule.grid(7)):
+        flip, z0 = (chain_distribution(p, schedule, grid, target) for target in ("flip", "z0"))
+        torch.testing.assert_close(z0, flip, rtol=0, atol=1e-12)
+    z_prev = chain_distribution(p, schedule, schedule.grid(64), "z_prev")
+    torch.testing.assert_close(z_prev, chain_distribution(p, schedule, schedule.grid(64)), rtol=0, atol=1e-9)
 
 
 def test_the_error_halves_each_time_the_steps_double() -> None:
@@ -87,6 +99,46 @@ def test_sample_codes_draws_from_the_exact_chain(name: str, steps: int) -> None:
         truth = chain_distribution(p, schedule, schedule.grid(steps))
         # TV of a sample to its own law: mean at most sqrt(8 / n) / 2, and changing one draw moves it by 1 / n.
         assert total_variation(drawn, truth) < math.sqrt(8 / count) / 2 + 3 / math.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("target", ["z0", "z_prev"])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_the_targets_oracles_draw_the_same_samples_at_any_temperature(target: Target, temperature: float) -> None:
+    schedule, p, index = make_schedule("cosine", 32), toy_distribution(4), torch.arange(4000)
+    config = SamplingConfig(steps=32, temperature=temperature)
+    mine, flip = (
+        sample_codes(Oracle(p, schedule, each), (1, 3), None, index, schedule, config, 0, each)
+        for each in (target, "flip")
+    )
+    assert float((mine == flip).all(-1).float().mean()) > 0.998  # a bit may tip where the rounding of float32 decides
+
+
+def test_guidance_works_on_the_evidence_of_every_target() -> None:
+    schedule, index = make_schedule("linear", 16), torch.arange(4000)
+    strong, weak = toy_distribution(4), toy_distribution(5)
+
+    def guided(target: Target) -> Tensor:
+        conditional, unconditional = Oracle(strong, schedule, target), Oracle(weak, schedule, target)
+
+        def network(z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+            assert labels is not None
+            known, null = conditional(z, time, None), unconditional(z, time, None)
+            return torch.where(labels[:, None, None] < 0, null, known)
+
+        config = SamplingConfig(steps=16, guidance=2.0)
+        labels = torch.zeros(len(index), dtype=torch.int64)
+        return sample_codes(network, (1, 3), labels, index, schedule, config, 0, target)
+
+    flip = guided("flip")
+    for target in ("z0", "z_prev"):
+        assert float((guided(target) == flip).all(-1).float().mean()) > 0.998
+
+
+def test_a_network_of_single_steps_must_take_them_all() -> None:
+    schedule, index = make_schedule("linear", 16), torch.arange(2)
+    oracle = Oracle(toy_distribution(0), schedule, "z_prev")
+    with pytest.raises(ValueError, match=r"8 sampling steps.*z_prev.*take all T = 16.*flip or z0"):
+        sample_codes(oracle, (1, 3), None, index, schedule, SamplingConfig(steps=8), 0, "z_prev")
 
 
 # --- Guidance, temperature, the last step -----------------------------------------------------------------------------
@@ -290,16 +342,66 @@ def test_inpainting_draws_from_its_exact_chain(
         def denoiser(
             z: Tensor, time: Tensor, labels: Tensor | None, marks: Tensor | None = None, b: int = bit, v: int = value
         ) -> Tensor:
-            if marks is None:
-                return oracle(z, time, labels)
-            assert (marks.sum(1) == 1).all()
-            assert (z[:, b, 0] == v).all()  # known tokens enter clean
-            return oracle.given[b][v](z.squeeze(-1), time, labels)[..., None]
+            if marks is not None:
+                assert (z[:, b, 0] == v).all()  # known tokens enter clean
+            return oracle(z, time, labels, marks)
 
-        z = sample_codes(denoiser, (3, 1), None, torch.arange(count), schedule, config, 5, known).squeeze(-1)
+        z = sample_codes(denoiser, (3, 1), None, torch.arange(count), schedule, config, 5, known=known).squeeze(-1)
         assert (z[:, bit] == value).all()
         drawn = torch.bincount(state_number(z), minlength=8).double() / count
         assert total_variation(drawn, truth[bit, value]) < math.sqrt(8 / count) / 2 + 3 / math.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("target", ["z0", "z_prev"])
+@pytest.mark.parametrize(("method", "jumps"), [("conditioned", 0), ("replacement", 0), ("replacement", 2)])
+def test_the_targets_oracles_complete_alike(
+    target: Target, method: Literal["conditioned", "replacement"], jumps: int
+) -> None:
+    count, schedule, p = 3000, make_schedule("cosine", 16), toy_distribution(4)
+    config = SamplingConfig(steps=16, temperature=0.8, inpainting=method, resample=jumps)
+    index = torch.arange(count)
+    mask = torch.eye(3, dtype=torch.bool)[index % 3]
+    known = Known((index // 3 % 2).float()[:, None, None].expand(-1, 3, 1), mask)
+    mine, flip = (
+        sample_codes(TokenOracle(p, schedule, each), (3, 1), None, index, schedule, config, 0, each, known)
+        for each in (target, "flip")
+    )
+    assert torch.equal(mine[mask], known.z[mask])
+    assert float((mine == flip).flatten(1).all(1).float().mean()) > 0.998  # as far as float32 rounds alike
+    plain = sample_codes(TokenOracle(p, schedule, target), (3, 1), None, index, schedule, config, 0, target)
+    assert float((mine == plain).flatten(1).all(1).float().mean()) < 0.9
+
+
+def test_a_network_of_single_steps_must_take_them_all_in_completions_and_given_grids() -> None:
+    schedule, index, p = make_schedule("linear", 16), torch.arange(6), toy_distribution(0)
+    known = Known(torch.ones(6, 3, 1), torch.eye(3, dtype=torch.bool)[index % 3])
+    oracle = TokenOracle(p, schedule, "z_prev")
+    every = SamplingConfig(grid=list(range(16, -1, -1)), steps=3, inpainting="conditioned")
+    z = sample_codes(oracle, (3, 1), None, index, schedule, every, 0, "z_prev", known)
+    assert torch.equal(z[known.mask], known.z[known.mask])
+    for short in (SamplingConfig(grid=[16, 8, 4, 0], steps=16), SamplingConfig(steps=3)):
+        with pytest.raises(ValueError, match=r"3 sampling steps.*z_prev.*take all T = 16.*flip or z0"):
+            sample_codes(oracle, (3, 1), None, index, schedule, short, 0, "z_prev", known)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_prior_of_every_target_is_conditioned_where_it_knows_marks(target: Target) -> None:
+    schedule, known, index = make_schedule("linear", 16), some_known(20, 0.5), torch.arange(20)
+    prior = tiny_prior(known_share=0.5)
+    perturb(prior)
+    auto, conditioned, replacement = (
+        sample_codes(prior, (4, 8), index % 3, index, schedule, config, 0, target, known)
+        for config in (
+            SamplingConfig(steps=16, guidance=1.0),
+            SamplingConfig(steps=16, guidance=1.0, inpainting="conditioned"),
+            SamplingConfig(steps=16, guidance=1.0, inpainting="replacement"),
+        )
+    )
+    assert torch.equal(auto, conditioned)
+    assert not torch.equal(auto, replacement)
+    config = SamplingConfig(steps=16, inpainting="conditioned")
+    with pytest.raises(ValueError, match=r"known_share 0.*replacement"):
+        sample_codes(tiny_prior(), (4, 8), None, index, schedule, config, 0, target, known)
 
 
 # --- Inpainting: what is known, what is keyed -------------------------------------------------------------------------
@@ -327,7 +429,7 @@ def test_known_tokens_come_back_and_everything_known_is_the_code(config: Samplin
     schedule, index = make_schedule("cosine", 16), torch.arange(20)
     for share in (0.5, 1.0):
         known = some_known(20, share)
-        z = sample_codes(marked, (4, 8), None, index, schedule, config, 1, known)
+        z = sample_codes(marked, (4, 8), None, index, schedule, config, 1, known=known)
         assert torch.equal(z[known.mask], known.z[known.mask])
     assert torch.equal(z, known.z)
 
@@ -337,13 +439,13 @@ def test_with_nothing_known_it_is_plain_sampling_bitwise(config: SamplingConfig)
     schedule, index, labels = make_schedule("cosine", 16), torch.arange(20), torch.arange(20) % 3
     known = some_known(20, 0.0)
     plain = sample_codes(marked, (4, 8), labels, index, schedule, config, 1)
-    assert torch.equal(sample_codes(marked, (4, 8), labels, index, schedule, config, 1, known), plain)
+    assert torch.equal(sample_codes(marked, (4, 8), labels, index, schedule, config, 1, known=known), plain)
     prior = tiny_prior(known_share=0.5)
     perturb(prior)
     plain = sample_codes(prior, (4, 8), labels, index, schedule, config, 1)
-    assert torch.equal(sample_codes(prior, (4, 8), labels, index, schedule, config, 1, known), plain)
+    assert torch.equal(sample_codes(prior, (4, 8), labels, index, schedule, config, 1, known=known), plain)
     known.mask[7] = True  # and that of one sample is not the others' business
-    mixed = sample_codes(marked, (4, 8), labels, index, schedule, config, 1, known)
+    mixed = sample_codes(marked, (4, 8), labels, index, schedule, config, 1, known=known)
     assert torch.equal(mixed[:7], sample_codes(marked, (4, 8), labels, index, schedule, config, 1)[:7])
 
 
@@ -351,7 +453,7 @@ def test_with_nothing_known_it_is_plain_sampling_bitwise(config: SamplingConfig)
 def test_bits_of_unknown_tokens_are_never_looked_at(config: SamplingConfig) -> None:
     schedule, index, known = make_schedule("linear", 16), torch.arange(20), some_known(20, 0.5)
     other = Known(torch.where(known.mask[..., None], known.z, 1 - known.z), known.mask)
-    draws = [sample_codes(marked, (4, 8), None, index, schedule, config, 1, given) for given in (known, other)]
+    draws = [sample_codes(marked, (4, 8), None, index, schedule, config, 1, known=given) for given in (known, other)]
     assert torch.equal(*draws)
 
 
@@ -361,7 +463,7 @@ def test_an_inpainted_sample_does_not_depend_on_its_batch(config: SamplingConfig
 
     def draw(part: slice) -> Tensor:
         given, index = Known(known.z[part], known.mask[part]), torch.arange(24)[part]
-        return sample_codes(marked, (4, 8), labels[part], index, schedule, config, 9, given)
+        return sample_codes(marked, (4, 8), labels[part], index, schedule, config, 9, known=given)
 
     whole = draw(slice(None))
     for size in (1, 7):
@@ -379,7 +481,7 @@ def test_every_jump_has_its_own_noise_and_is_one_more_pass() -> None:
             return marked(z, time, labels)
 
         config = SamplingConfig(steps=4, inpainting="replacement", resample=jumps)
-        codes.append(sample_codes(watching, (4, 8), None, index, schedule, config, 0, known))
+        codes.append(sample_codes(watching, (4, 8), None, index, schedule, config, 0, known=known))
         assert times == [t / 16 for t in (16, 12, 8, 4) for _ in range(jumps + 1)]
     for first, second in itertools.combinations(codes, 2):
         assert not torch.equal(first, second)
@@ -390,7 +492,7 @@ def test_replaced_tokens_have_the_noise_of_their_level() -> None:
     count, schedule = 4000, make_schedule("cosine", 16)
     known = Known(torch.ones(count, 4, 8), torch.tensor([True, True, False, False]).expand(count, -1))
     config = SamplingConfig(steps=16, inpainting="replacement", resample=1)
-    states = reverse_process(elementwise, (4, 8), None, torch.arange(count), schedule, config, 0, known)
+    states = reverse_process(elementwise, (4, 8), None, torch.arange(count), schedule, config, 0, known=known)
     for t, z in zip(range(16, -1, -1), states, strict=True):
         share = float((z[:, :2] != 1).float().mean())
         assert abs(share - (1 - float(schedule.k[t])) / 2) < 4 * math.sqrt(0.25 / (count * 16))
@@ -416,9 +518,9 @@ def test_a_prior_that_knows_marks_is_conditioned_and_another_is_not() -> None:
         prior = tiny_prior(known_share=share)
         perturb(prior)
         by_default, by_name = SamplingConfig(steps=4), SamplingConfig(steps=4, inpainting=method)
-        auto = sample_codes(prior, (4, 8), None, index, schedule, by_default, 0, known)
-        same = sample_codes(prior, (4, 8), None, index, schedule, by_name, 0, known)
+        auto = sample_codes(prior, (4, 8), None, index, schedule, by_default, 0, known=known)
+        same = sample_codes(prior, (4, 8), None, index, schedule, by_name, 0, known=known)
         assert torch.equal(auto, same)
     config = SamplingConfig(inpainting="conditioned")
     with pytest.raises(ValueError, match=r"known_share 0.*replacement"):
-        sample_codes(tiny_prior(), (4, 8), None, index, schedule, config, 0, known)
+        sample_codes(tiny_prior(), (4, 8), None, index, schedule, config, 0, known=known)

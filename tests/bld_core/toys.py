@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.bits import pack_bits
-from bld_core.diffusion import calibrate, reverse_flip_probability, transition
+from bld_core.diffusion import Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
 from bld_core.images import LabelledImage, Sample
 from bld_core.latents import Latents, latent_batches
 from bld_core.noise import uniform
@@ -22,6 +23,7 @@ from bld_core.schedule import NoiseSchedule
 from bld_core.training import Batch, TrainingConfig
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
+TARGETS: tuple[Target, ...] = ("flip", "z0", "z_prev")
 
 # --- The 3-bit toy: 8 states, one token of 3 bits -------------------------------------------------------------------
 
@@ -39,25 +41,79 @@ def state_number(z: Tensor) -> Tensor:
     return (z @ torch.tensor([4.0, 2.0, 1.0], dtype=z.dtype)).long()
 
 
-def oracle_evidence(p: Tensor, k_t: float) -> Tensor:
-    """The cavity log-odds that each bit of each z_t is flipped, judged from its other bits: (z_t, bit)."""
-    keep = transition(torch.ones((), dtype=torch.float64), 1.0, k_t)
-    likelihood = torch.where(_FLIPS, 1 - keep, keep)  # q(bit of z_t | bit of z_0)
-    evidence = torch.empty(8, 3, dtype=torch.float64)
+def _bits_given(k_s: float, k_t: float) -> Tensor:
+    """q(bit of z_t | bit of z_s) for every pair of states: (z_t, z_s, bit)."""
+    keep = transition(torch.ones((), dtype=torch.float64), k_s, k_t)
+    return torch.where(_FLIPS, 1 - keep, keep)
+
+
+def _cavity_odds(p: Tensor, k_t: float, event: Tensor) -> Tensor:
+    """Log-odds of an event (z_t, z_0, bit), each bit judged from the other bits of z_t: (z_t, bit)."""
+    likelihood = _bits_given(1.0, k_t)
+    odds = torch.empty(8, 3, dtype=torch.float64)
     for bit in range(3):
         others = [other for other in range(3) if other != bit]
         weight = p * likelihood[:, :, others].prod(-1)  # (z_t, z_0)
-        flipped = _FLIPS[:, :, bit]
-        evidence[:, bit] = ((weight * flipped).sum(1) / (weight * ~flipped).sum(1)).log()
-    return evidence
+        odds[:, bit] = ((weight * event[:, :, bit]).sum(1) / (weight * ~event[:, :, bit]).sum(1)).log()
+    return odds
 
 
-def chain_distribution(p: Tensor, schedule: NoiseSchedule, grid: list[int]) -> Tensor:
+def oracle_evidence(p: Tensor, k_t: float) -> Tensor:
+    """The cavity log-odds that each bit of each z_t is flipped, judged from its other bits: (z_t, bit)."""
+    return _cavity_odds(p, k_t, _FLIPS)
+
+
+def oracle_change(p: Tensor, k_s: float, k_t: float) -> Tensor:
+    """P(bit of z_s != bit of z_t | z_t), by counting all z_0 and z_s: (z_t, bit)."""
+    whole = p * _bits_given(1.0, k_s).prod(-1)  # (z_s, z_0)
+    joint = _bits_given(k_s, k_t).prod(-1) * whole.sum(1)  # (z_t, z_s)
+    return (joint[:, :, None] * _FLIPS).sum(1) / joint.sum(1, keepdim=True)
+
+
+def oracle_output(p: Tensor, k_s: float, k_t: float, target: Target) -> Tensor:
+    """What the perfect network of a target emits, (z_t, bit), each by counting what that target asks for."""
+    if target == "flip":
+        return oracle_evidence(p, k_t)
+    if target == "z0":
+        return _cavity_odds(p, k_t, (STATES == 1).expand(8, 8, 3))
+    return oracle_change(p, k_s, k_t).logit()
+
+
+def least_vlb(p: Tensor, k_s: float, k_t: float) -> float:
+    """The least E[L_vlb] of the step t -> s, H(z_s | z_t) - H(z_s | z_t, z_0) of the bits of z_s, z_0; in nats."""
+    to_s, to_t = _bits_given(1.0, k_s), _bits_given(k_s, k_t)
+    ones = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    total = 0.0
+    for bit in range(3):
+        others = [other for other in range(3) if other != bit]
+        rest = _bits_given(1.0, k_t)[:, :, others].prod(-1)  # (z_t, z_0): the other bits take any way
+        value = STATES[:, bit] == ones[:, None]  # (value, state)
+        s_0 = torch.stack([to_s[value[v].double().argmax(), :, bit] for v in (0, 1)], 1)  # (z_0, z_s's bit)
+        t_s = torch.stack([to_t[:, value[v].double().argmax(), bit] for v in (0, 1)], 1)  # (z_t, z_s's bit)
+        joint = (p * rest)[:, :, None] * s_0[None] * t_s[:, None]  # (z_t, z_0, z_s's bit)
+        given_bit = torch.stack([joint[:, value[v]].sum(1) for v in (0, 1)], 1)  # (z_t, z_0's bit, z_s's bit)
+        for table, sign in ((joint.sum(1), 1), (given_bit, -1)):
+            total -= sign * float(torch.xlogy(table, table / table.sum(-1, keepdim=True)).sum())
+    return total / 3
+
+
+def exact_profile(p: Tensor, schedule: NoiseSchedule, grid: list[int]) -> Tensor:
+    """E[L_vlb] of each step of a grid under the oracle, in bits a bit, the step that ends in the code first."""
+    k = schedule.k.tolist()
+    steps: list[Tensor] = []
+    for t, s in itertools.pairwise(grid):
+        vlb = vlb_loss(oracle_evidence(p, k[t])[:, None].expand(8, 8, 3), _FLIPS, k[s], k[t]).mean(-1)
+        steps.append((p * _bits_given(1.0, k[t]).prod(-1) * vlb).sum() / math.log(2))
+    return torch.stack(steps[::-1])
+
+
+def chain_distribution(p: Tensor, schedule: NoiseSchedule, grid: list[int], target: Target = "flip") -> Tensor:
     """The exact distribution over the 8 states that the oracle's reverse chain ends in."""
     k = schedule.k.tolist()
     now = torch.full((8,), 1 / 8, dtype=torch.float64)
     for t, s in itertools.pairwise(grid):
-        r = torch.sigmoid(calibrate(oracle_evidence(p, k[t]), k[t]))
+        output = oracle_output(p, k[t - 1], k[t], target)
+        r = torch.sigmoid(calibrate(to_evidence(output, STATES, k[t - 1], k[t], target), k[t]))
         change = reverse_flip_probability(r, k[s], k[t])[:, None, :]  # (z_t, 1, bit)
         now = now @ torch.where(_FLIPS, change, 1 - change).prod(-1)
     return now
@@ -109,25 +165,38 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 class Oracle:
     """The perfect denoiser of a 3-bit toy."""
 
-    def __init__(self, p: Tensor, schedule: NoiseSchedule) -> None:
+    def __init__(self, p: Tensor, schedule: NoiseSchedule, target: Target = "flip") -> None:
         self.steps = schedule.steps
-        levels = schedule.k.tolist()
-        self.tables = [torch.zeros(8, 3)] + [oracle_evidence(p, k_t).float() for k_t in levels[1:]]
+        levels = itertools.pairwise(schedule.k.tolist())
+        self.table = torch.stack([oracle_output(p, k_s, k_t, target).float() for k_s, k_t in levels])
 
     def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        t = (time[0] * self.steps).round().long()
-        return self.tables[int(t)][state_number(z)]
+        t = (time * self.steps).round().long()
+        return self.table[t[:, None] - 1, state_number(z)]
+
+
+def toy_codes(p: Tensor, count: int) -> Tensor:
+    """Codes (count, 1, 3) drawn from a 3-bit toy."""
+    u = uniform(11, "toy codes", torch.arange(count), 1)[:, 0].double()
+    return STATES[torch.searchsorted(p.cumsum(0), u).clamp(max=7)].float()[:, None]
 
 
 class TokenOracle:
     """The perfect denoiser of a toy whose 3 bits are 3 tokens of one bit; `given` are those of its conditionals."""
 
-    def __init__(self, p: Tensor, schedule: NoiseSchedule) -> None:
-        self.plain = Oracle(p, schedule)
-        self.given = [[Oracle(q, schedule) for q in of_bit] for of_bit in conditional_distributions(p)]
+    def __init__(self, p: Tensor, schedule: NoiseSchedule, target: Target = "flip") -> None:
+        self.plain = Oracle(p, schedule, target)
+        self.given = [[Oracle(q, schedule, target) for q in of_bit] for of_bit in conditional_distributions(p)]
 
-    def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        return self.plain(z.squeeze(-1), time, labels)[..., None]
+    def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
+        """Where there are marks, one token of each sample must have one."""
+        one_token = z.transpose(1, 2)
+        if known is None:
+            return self.plain(one_token, time, labels).transpose(1, 2)
+        assert bool((known.sum(1) == 1).all())
+        every = [[oracle(one_token, time, labels) for oracle in of_bit] for of_bit in self.given]
+        bit, value = known.long().argmax(1), z.squeeze(-1)[known].long()
+        return torch.stack([torch.stack(of_bit) for of_bit in every])[bit, value, torch.arange(len(z))].transpose(1, 2)
 
 
 # --- Tiny networks and data -----------------------------------------------------------------------------------------

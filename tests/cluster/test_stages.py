@@ -14,7 +14,9 @@ import pytest
 import ray
 
 from bld_core.autoencoder import AutoencoderConfig
+from bld_core.diffusion import DiffusionConfig
 from bld_core.images import AugmentationConfig, ImageConfig
+from bld_core.sampling import SamplingConfig
 from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig, connect
@@ -129,6 +131,19 @@ def test_bad_shards_stop_before_ray_and_before_anything_is_written(
 def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.image_size is 100; 5 levels .* multiple of 16"):
         Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
+
+
+def test_a_prior_of_single_steps_is_configured_to_take_them_all() -> None:
+    experiment = Experiment(sampling=SamplingConfig(steps=64))
+    with pytest.raises(ValueError, match=r"16 sampling steps.*z_prev.*take all T = 64"):
+        replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(steps=16))
+    assert replace(experiment, diffusion=DiffusionConfig(target="z_prev")).diffusion.target == "z_prev"
+    with pytest.raises(ValueError, match=r"2 sampling steps.*z_prev.*take all T = 64"):  # the grid that is used
+        replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(grid=[64, 9, 0]))
+    every = SamplingConfig(grid=list(range(64, -1, -1)))
+    assert replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=every).sampling.steps == 16
+    with pytest.raises(ValueError, match=r"grid starts at 32.*T = 64"):
+        replace(experiment, sampling=SamplingConfig(grid=[32, 0]))
 
 
 def test_padded_images_are_not_resized() -> None:

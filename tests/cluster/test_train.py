@@ -145,7 +145,7 @@ def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Pa
     with pytest.raises(FileNotFoundError, match=r"none.pth, which is no file"):
         train_autoencoder(absent)
     large = replace(encoded, root=str(tmp_path), loss=LossConfig(adversarial=1.0, critic_layers=4))
-    with pytest.raises(ValueError, match="the critic got images of 32 x 32 pixels.*at least 48"):
+    with pytest.raises(ValueError, match=r"the critic got images of 32 x 32 pixels.*at least 48"):
         train_autoencoder(large)
     assert not list(tmp_path.iterdir())
 
