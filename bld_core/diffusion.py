@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -158,14 +158,27 @@ def to_evidence(output: Tensor, z_t: Tensor, k_s: Scalar, k_t: Scalar, target: T
     return (logit_r - calibrate(torch.zeros_like(logit_r), k_t)).to(output.dtype)
 
 
+def network_output(
+    denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None
+) -> Tensor:
+    """The output at z_t; where there is a mask of known tokens, bool (B, N), the denoiser takes it as 4th argument."""
+    if known is None:
+        return denoiser(z_t, time, labels)
+    return cast("Callable[..., Tensor]", denoiser)(z_t, time, labels, known)
+
+
 def evidence_network(denoiser: Denoiser, schedule: NoiseSchedule, target: Target) -> Denoiser:
-    """Table 7: a network of any target as an evidence network, (z_BNC, t/T, labels) -> evidence logits."""
+    """Table 7: a network of any target as an evidence network, (z_BNC, t/T, labels) -> evidence logits.
+
+    Like the network itself, it takes a mask of known tokens as fourth argument, where there is one.
+    """
     if target == "flip":
         return denoiser
 
-    def evidence(z_t: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+    def evidence(z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
         t = (time * schedule.steps).round().long()
-        return to_evidence(denoiser(z_t, time, labels), z_t, *_signals(schedule, t - 1, t, z_t), target)
+        output = network_output(denoiser, z_t, time, labels, known)
+        return to_evidence(output, z_t, *_signals(schedule, t - 1, t, z_t), target)
 
     return evidence
 
@@ -248,6 +261,12 @@ def _signals(schedule: NoiseSchedule, s: Tensor, t: Tensor, like: Tensor) -> tup
     return k_s, k_t
 
 
+def _corrupt_unknown(z_0: Tensor, k_t: Tensor, u: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`corrupt`, but known tokens stay clean in z_t; what `flip` says of them does not count."""
+    z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
+    return (z_t if known is None else torch.where(known[..., None], z_0, z_t)), flip
+
+
 def diffusion_terms(
     denoiser: Denoiser,
     z_0: Tensor,
@@ -257,8 +276,9 @@ def diffusion_terms(
     schedule: NoiseSchedule,
     balance: Literal["none", "flip"] = "none",
     s: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """L_residual and L_vlb at given noise levels, each the mean over a sample's bits.
+    """L_residual and L_vlb at given noise levels, each the mean over a sample's unknown bits.
 
     Args:
         denoiser: evidence network, (z_BNC, t/T of shape (B,), labels) -> evidence logits (B, N, C).
@@ -269,28 +289,42 @@ def diffusion_terms(
         schedule: gives the signal at every t.
         balance: which residual loss.
         s: int64 (B,), values 0..t-1: where the step of L_vlb ends; None is t - 1.
+        known: bool (B, N), tokens that stay clean, are marked to the denoiser and do not count; None: all count.
 
     Returns:
         (residual, vlb), each (B,), in nats a bit.
     """
     k_s, k_t = _signals(schedule, t - 1 if s is None else s, t, z_0)
-    z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
-    evidence = denoiser(z_t, (t / schedule.steps).to(z_0.dtype), labels).float()
+    z_t, flip = _corrupt_unknown(z_0, k_t, u, known)
+    evidence = network_output(denoiser, z_t, (t / schedule.steps).to(z_0.dtype), labels, known).float()
     residual = (balanced_residual_loss if balance == "flip" else residual_loss)(evidence, flip, k_t)
-    return residual.flatten(1).mean(1), vlb_loss(evidence, flip, k_s, k_t).flatten(1).mean(1)
+    return _mean_of_unknown(residual, known), _mean_of_unknown(vlb_loss(evidence, flip, k_s, k_t), known)
+
+
+def _mean_of_unknown(loss: Tensor, known: Tensor | None) -> Tensor:
+    """A loss of each bit -> its mean over each sample's unknown tokens, (B,)."""
+    if known is None:
+        return loss.flatten(1).mean(1)
+    return loss.mean(-1).masked_fill(known, 0).sum(1) / (~known).sum(1)
 
 
 def previous_term(
-    denoiser: Denoiser, z_0: Tensor, labels: Tensor | None, t: Tensor, u: Tensor, schedule: NoiseSchedule
+    denoiser: Denoiser,
+    z_0: Tensor,
+    labels: Tensor | None,
+    t: Tensor,
+    u: Tensor,
+    schedule: NoiseSchedule,
+    known: Tensor | None = None,
 ) -> Tensor:
     """L_vlb of a network of target z_prev, as `diffusion_terms` has it; L_residual has no meaning there.
 
     The output is scored as it stands: read as evidence, it would have no gradient outside [B, A].
     """
     k_s, k_t = _signals(schedule, t - 1, t, z_0)
-    z_t, flip = corrupt(z_0, k_t.to(z_0.dtype), u)
-    output = denoiser(z_t, (t / schedule.steps).to(z_0.dtype), labels).float()
-    return previous_loss(output, flip, k_s, k_t).flatten(1).mean(1)
+    z_t, flip = _corrupt_unknown(z_0, k_t, u, known)
+    output = network_output(denoiser, z_t, (t / schedule.steps).to(z_0.dtype), labels, known).float()
+    return _mean_of_unknown(previous_loss(output, flip, k_s, k_t), known)
 
 
 def diffusion_loss(
@@ -301,6 +335,7 @@ def diffusion_loss(
     schedule: NoiseSchedule,
     config: DiffusionConfig,
     seed: int,
+    known: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 13: L = L_residual + lambda L_vlb, t ~ Uniform{1..T}, means over batch, tokens and bits.
 
@@ -312,6 +347,7 @@ def diffusion_loss(
         schedule: of the noise.
         config: the target, lambda and the residual loss.
         seed: of t and the flips.
+        known: bool (B, N), as in `diffusion_terms`.
 
     Returns:
         {"loss", "residual", "vlb"}: scalars, in nats a bit. Target z_prev has no "residual": L = lambda L_vlb.
@@ -319,10 +355,11 @@ def diffusion_loss(
     t = 1 + (uniform(seed, "diffusion time", index, 1)[:, 0] * schedule.steps).long()
     u = uniform(seed, "diffusion flips", index, math.prod(z_0.shape[1:])).view(z_0.shape)
     if config.target == "z_prev":
-        vlb = previous_term(denoiser, z_0, labels, t, u, schedule).mean()
+        vlb = previous_term(denoiser, z_0, labels, t, u, schedule, known).mean()
         return {"loss": config.vlb_weight * vlb, "vlb": vlb}
     network = evidence_network(denoiser, schedule, config.target)
-    residual, vlb = (x.mean() for x in diffusion_terms(network, z_0, labels, t, u, schedule, config.balance))
+    terms = diffusion_terms(network, z_0, labels, t, u, schedule, config.balance, known=known)
+    residual, vlb = (x.mean() for x in terms)
     return {"loss": residual + config.vlb_weight * vlb, "residual": residual, "vlb": vlb}
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
 from bld_core.diffusion import DiffusionConfig
+from bld_core.noise import key_of
 from bld_core.prior import Prior, PriorConfig
 from bld_core.quantizer import quantize
-from bld_core.sampling import SamplingConfig, sample_codes
+from bld_core.sampling import Known, SamplingConfig, sample_codes
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
@@ -150,8 +152,8 @@ class Generator:
             seed: of the noise. Image i is a function of (seed, first_index + i) and its settings.
             first_index: index of the first image, so that one set can be drawn in parts.
             batch_size: images in one pass.
-            settings: fields of SamplingConfig (steps, spacing, temperature, guidance, final) that differ from
-                those stored with the prior.
+            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final) that differ from
+                those stored with the prior; steps or spacing put a stored grid out of use.
 
         Returns:
             uint8 (count, H, W, channels).
@@ -159,25 +161,147 @@ class Generator:
         Raises:
             ValueError: no prior, an unknown class, or a setting out of bounds.
         """
-        if self.prior is None:
-            raise ValueError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
         count = len(labels) if count is None and labels is not None else count
         if count is None or count < 1 or (labels is not None and len(labels) != count):
             given = None if labels is None else len(labels)
             raise ValueError(f"count is {count} with {given} labels; ask for at least 1 image, and one label for each")
-        for label in labels or ():
+        index = first_index + torch.arange(count)
+        chosen = None if labels is None else torch.tensor(labels)
+        return self._draw(index, chosen, None, seed, batch_size, settings)
+
+    def inpaint(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        *,
+        count: int = 1,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> Tensor:
+        """Complete images from their known pixels, `count` times each.
+
+        A token is known only if its whole patch is. Unknown pixels are never looked at: before encoding, those of an
+        image are filled with the mean colour of its known ones.
+
+        Args:
+            images: uint8 (B, H, W, channels).
+            mask: bool, (B, H, W), or (1, H, W) for all: True where a pixel is known.
+            count: completions of each image.
+            labels: the class of each image, -1 for none; None asks for no class.
+            seed: of the noise. Completion j of image i is a function of (seed, first_index + i, j), the image's known
+                pixels and the settings; where nothing is known, completion 0 is the image that `sample` draws.
+            first_index: index of the first image.
+            batch_size: completions in one pass.
+            settings: fields of SamplingConfig, as in `sample`, and inpainting, resample.
+
+        Returns:
+            uint8 (B, count, H, W, channels), the known pixels byte for byte as they were.
+
+        Raises:
+            ValueError: no prior, an unknown class, images or a mask of another shape, or a setting out of bounds.
+        """
+        h, w, _ = self.autoencoder.code_shape
+        if mask.dtype != torch.bool or mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
+            raise ValueError(
+                f"the mask is {mask.dtype} of shape {tuple(mask.shape)} for images {tuple(images.shape)}; it must be "
+                "torch.bool of shape (B, H, W), or (1, H, W) for all images, True where a pixel is known"
+            )
+        if count < 1 or (labels is not None and len(labels) != len(images)):
+            raise ValueError(
+                f"count is {count}, with {None if labels is None else len(labels)} labels for {len(images)} images; "
+                "ask for at least 1 completion, and give one label for each image"
+            )
+        mask = mask.expand(len(images), -1, -1)
+        bits = self.encode(_fill_unknown(images, mask))
+        known = Known(bits.flatten(1, 2).float(), known_tokens(mask, h, w).to(self.device))
+        row = torch.arange(len(images)).repeat_interleave(count)
+        completion = torch.arange(count).repeat(len(images))
+        index = first_index + row + (completion << 32)
+        chosen = None if labels is None else torch.tensor(labels)[row]
+        drawn = self._draw(
+            index, chosen, Known(*(part[row.to(self.device)] for part in known)), seed, batch_size, settings
+        )
+        return torch.where(mask[:, None, ..., None], images[:, None], drawn.view(len(images), count, *images.shape[1:]))
+
+    def outpaint(
+        self, images: Tensor, width: int, *, labels: Sequence[int] | None = None, seed: int = 0, **settings: Any
+    ) -> Tensor:
+        """Continue images to the right, window after window; half of each window is what is there already.
+
+        Args:
+            images: uint8 (B, H, W, channels), of the size that the autoencoder takes, or wider.
+            width: of the result in pixels.
+            labels: the class of each image, -1 for none; None asks for no class.
+            seed: of the noise. Image i is a function of (seed, i), its pixels and the settings.
+            settings: as in `inpaint`.
+
+        Returns:
+            uint8 (B, H, width, channels), whose left side is `images`, byte for byte.
+
+        Raises:
+            ValueError: as in `inpaint`, or images that are already as wide or narrower than one window.
+        """
+        size, done = self.autoencoder.config["image_size"], images.shape[2]
+        if not size <= done < width:
+            raise ValueError(
+                f"images are {done} pixels wide and the result is to be {width}; images must be at least {size} wide, "
+                "the autoencoder's own size, and less than the result"
+            )
+        canvas = F.pad(images, (0, 0, 0, width - done))
+        while done < width:
+            left = min(done - size // 2, width - size)
+            window = canvas[:, :, left : left + size]
+            mask = (torch.arange(left, left + size) < done).expand(1, size, size)
+            key = key_of(seed, "outpainting", left)
+            canvas[:, :, left : left + size] = self.inpaint(window, mask, labels=labels, seed=key, **settings)[:, 0]
+            done = left + size
+        return canvas
+
+    def _draw(
+        self,
+        index: Tensor,
+        labels: Tensor | None,
+        known: Known | None,
+        seed: int,
+        batch_size: int,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        """The images of codes drawn at `index`, a batch at a time; the errors are those of `sample`."""
+        if self.prior is None:
+            raise ValueError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
+        for label in [] if labels is None else labels.tolist():
             if not -1 <= label < self.classes:
-                known = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
-                raise ValueError(f"class {label} asked for; the classes of this prior: {known}")
+                classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
+                raise ValueError(f"class {label} asked for; the classes of this prior: {classes}")
+        if settings.keys() & {"steps", "spacing"}:
+            settings = {"grid": [], **settings}
         config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
         diffusion = DiffusionConfig(**self.prior.config["diffusion"])
         schedule = diffusion.make_schedule()
         h, w, c = self.autoencoder.code_shape
         parts: list[Tensor] = []
-        for start in range(0, count, batch_size):
-            size = min(batch_size, count - start)
-            index = first_index + torch.arange(start, start + size, device=self.device)
-            chosen = None if labels is None else torch.tensor(labels[start : start + size], device=self.device)
-            z = sample_codes(self.prior.network, (h * w, c), chosen, index, schedule, config, seed, diffusion.target)
+        for start in range(0, len(index), batch_size):
+            some = slice(start, start + batch_size)
+            chosen = None if labels is None else labels[some].to(self.device)
+            given = None if known is None else Known(known.z[some], known.mask[some])
+            place, target = index[some].to(self.device), diffusion.target
+            z = sample_codes(self.prior.network, (h * w, c), chosen, place, schedule, config, seed, target, given)
             parts.append(self.decode(z.view(-1, h, w, c)).cpu())
         return torch.cat(parts)
+
+
+def known_tokens(mask_BHW: Tensor, h: int, w: int) -> Tensor:
+    """A mask of pixels -> a mask of the h x w tokens, bool (B, h w): a token is known only if its whole patch is."""
+    B, H, W = mask_BHW.shape
+    return mask_BHW.reshape(B, h, H // h, w, W // w).all(dim=4).all(dim=2).flatten(1)
+
+
+def _fill_unknown(images: Tensor, mask_BHW: Tensor) -> Tensor:
+    """Images whose unknown pixels have the mean colour of their known ones; grey where nothing is known."""
+    known = mask_BHW[..., None]
+    count = known.sum(dim=(1, 2), keepdim=True)
+    mean = torch.where(known, images, 0).sum(dim=(1, 2), keepdim=True) // count.clamp(min=1)
+    return torch.where(known, images, torch.where(count > 0, mean, 128).to(torch.uint8))

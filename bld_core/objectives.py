@@ -18,7 +18,7 @@ from bld_core.losses import (
     hinge_generator_loss,
 )
 from bld_core.noise import uniform
-from bld_core.prior import drop_labels
+from bld_core.prior import draw_known, drop_labels
 from bld_core.training import Batch, TrainState
 
 
@@ -74,16 +74,18 @@ class AutoencoderObjective:
 
 
 class PriorObjective:
-    """Eq. 13 on cached codes, with label dropout."""
+    """Eq. 13 on cached codes, with label dropout and, in a share of the samples, with known tokens."""
 
-    def __init__(self, diffusion: DiffusionConfig, label_dropout: float, seed: int) -> None:
+    def __init__(self, diffusion: DiffusionConfig, label_dropout: float, seed: int, known_share: float = 0.0) -> None:
         self.diffusion = diffusion
         self.schedule = diffusion.make_schedule()
         self.label_dropout = label_dropout
+        self.known_share = known_share
         self.seed = seed
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "residual", "vlb"}, in nats a bit."""
         labels = drop_labels(batch.labels, batch.sample_index, self.label_dropout, self.seed)
-        z_0 = batch.data.float()
-        return diffusion_loss(state, z_0, labels, batch.sample_index, self.schedule, self.diffusion, self.seed)
+        z_0, index = batch.data.float(), batch.sample_index
+        known = draw_known(index, z_0.shape[1], self.known_share, self.seed) if self.known_share else None
+        return diffusion_loss(state, z_0, labels, index, self.schedule, self.diffusion, self.seed, known)

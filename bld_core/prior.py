@@ -26,6 +26,8 @@ class PriorConfig:
         heads: attention heads; they divide the width.
         classes: number of classes; 0 makes an unconditional prior.
         label_dropout: probability, for each sample, that training hides its class behind the learned null class.
+        known_share: share of the training samples that get a random set of their tokens, of any size, kept clean and
+            marked as known, so that the prior can complete an image exactly; 0 trains without it.
     """
 
     layers: int = 24
@@ -33,6 +35,7 @@ class PriorConfig:
     heads: int = 12
     classes: int = 0
     label_dropout: float = 0.1
+    known_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1:
@@ -45,6 +48,8 @@ class PriorConfig:
             raise ValueError(f"prior.classes is {self.classes}; it must be 0 (unconditional) or more")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"prior.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not 0 <= self.known_share <= 1:
+            raise ValueError(f"prior.known_share is {self.known_share}; it must lie in [0, 1]")
 
 
 class Attention(nn.Module):
@@ -108,17 +113,29 @@ class Prior(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
         if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
             nn.init.normal_(self.label.weight, std=0.2)
+        self.known = nn.Parameter(torch.randn(width) * 0.2) if config.known_share else None  # as loud
         nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
 
-    def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """Evidence logits (B, N, C) that each bit of z_t is flipped, judged from the other bits.
 
         Args:
             z_BNC: z_t, float 0/1.
             time: t/T in [0, 1], (B,).
             labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
+            known: bool (B, N), tokens that are clean in z_t, with the learned mark added; None means none.
+
+        Raises:
+            ValueError: tokens are marked as known, but the prior was trained without such marks.
         """
         h_BND = self.embed(2 * z_BNC - 1) + self.position
+        if known is not None:
+            if self.known is None:
+                raise ValueError(
+                    "this prior was trained with prior.known_share 0 and cannot be told which tokens are known: "
+                    "set sampling.inpainting to replacement, or train one with a share above 0"
+                )
+            h_BND = h_BND + known[..., None] * self.known
         condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))
         if self.label is not None:
             if labels is None:
@@ -139,3 +156,24 @@ def drop_labels(labels: Tensor, index: Tensor, probability: float, seed: int) ->
     """Label dropout for guidance: each *sample*, keyed on its global index, loses its class with `probability`."""
     dropped = uniform(seed, "label dropout", index, 1)[:, 0] < probability
     return labels.masked_fill(dropped, -1)
+
+
+def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
+    """The tokens that training shows clean: each *sample*, keyed on its global index, gets some with chance `share`.
+
+    The size of the set is uniform in 1..`tokens` - 1, and every set of that size is equally likely.
+
+    Returns:
+        bool (B, tokens), True for known.
+
+    Raises:
+        ValueError: a single token, which leaves nothing to learn once it is known.
+    """
+    if tokens < 2:
+        raise ValueError(
+            "prior.known_share is above 0, but a code has only 1 token: set it to 0, or use smaller patches"
+        )
+    u = uniform(seed, "known tokens", index, 2 + tokens)
+    size = 1 + (u[:, 1] * (tokens - 1)).long()
+    rank = u[:, 2:].argsort(dim=1, stable=True).argsort(dim=1)
+    return (u[:, 0] < share)[:, None] & (rank < size[:, None])

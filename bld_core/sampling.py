@@ -1,17 +1,29 @@
-"""The reverse process (Section 4.1): from fair coin flips to a code."""
+"""The reverse process (Section 4.1): from fair coin flips to a code, or from a part of a code to the whole."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bld_core.diffusion import Denoiser, Target, calibrate, check_grid, evidence_network, reverse_flip_probability
+from bld_core.diffusion import (
+    Denoiser,
+    Target,
+    calibrate,
+    check_grid,
+    evidence_network,
+    network_output,
+    reverse_flip_probability,
+    transition,
+)
 from bld_core.noise import uniform
+from bld_core.prior import Prior
 from bld_core.schedule import NoiseSchedule
 
 
@@ -22,37 +34,170 @@ class SamplingConfig:
     Args:
         steps: number of reverse steps, 1..T; each is one pass of the network.
         spacing: equal steps of the signal "k", or of "t" as the paper's.
+        grid: the noise levels to visit, decreasing from T to 0, in place of steps and spacing; empty leaves it to them.
         temperature: tau, divides the evidence logits; below 1 is surer and less varied (the paper uses 0.9).
         guidance: w, pushes samples towards their class; 0 is none (the paper uses 2 on ImageNet).
         final: draw the last step from its distribution ("sample"), or take the likelier value ("mode").
+        inpainting: how known tokens steer the rest: "conditioned" keeps them clean and marks them to the prior, which
+            is exact and needs one trained with prior.known_share; "replacement" puts them in at each noise level,
+            which is biased but works with any prior; "auto" is conditioned where the prior allows it.
+        resample: how often replacement jumps one step back and takes it again, which lowers its bias; each time is one
+            more pass of the network a step.
     """
 
     steps: int = 16
     spacing: Literal["k", "t"] = "k"
+    grid: list[int] = field(default_factory=list)
     temperature: float = 0.9
     guidance: float = 0.0
     final: Literal["sample", "mode"] = "sample"
+    inpainting: Literal["auto", "replacement", "conditioned"] = "auto"
+    resample: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampling.steps is {self.steps}; it must be at least 1")
+        if self.grid and (self.grid[-1] != 0 or any(t <= s for t, s in itertools.pairwise(self.grid))):
+            raise ValueError(f"sampling.grid is {self.grid}; it must decrease from T (diffusion.steps) to 0")
+        if self.resample < 0:
+            raise ValueError(f"sampling.resample is {self.resample}; it must be 0 (no jumps back) or more")
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature is {self.temperature}; it must be above 0 (the paper uses 0.9)")
         if self.guidance < 0:
             raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or more")
 
+    def times(self, schedule: NoiseSchedule) -> list[int]:
+        """The steps t that sampling visits, decreasing from T to 0.
 
-def guided_evidence(denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-    """Classifier-free guidance on evidence logits: e = (1 + w) e_cond - w e_uncond, in one batched call."""
+        Raises:
+            ValueError: more steps than T, or a given grid that does not start at T.
+        """
+        if not self.grid:
+            return schedule.grid(self.steps, self.spacing)
+        if self.grid[0] != schedule.steps:
+            raise ValueError(
+                f"sampling.grid starts at {self.grid[0]}; this prior was trained with T = {schedule.steps}, so it must "
+                f"start at {schedule.steps}, or samples would not start from pure noise"
+            )
+        return self.grid
+
+
+class Known(NamedTuple):
+    """The part of each code that is given.
+
+    z: float 0/1 (B, N, C), clean bits; those of unknown tokens are never looked at.
+    mask: bool (B, N), True where a token is known.
+    """
+
+    z: Tensor
+    mask: Tensor
+
+
+def guided_evidence(
+    denoiser: Denoiser,
+    z_t: Tensor,
+    time: Tensor,
+    labels: Tensor | None,
+    guidance: float,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Classifier-free guidance on evidence logits: e = (1 + w) e_cond - w e_uncond, in one batched call.
+
+    `known` marks known tokens, bool (B, N), to both halves; None marks nothing.
+    """
     if labels is None or guidance == 0:
-        return denoiser(z_t, time, labels)
+        return network_output(denoiser, z_t, time, labels, known)
     null = torch.full_like(labels, -1)
-    both = denoiser(torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]))
+    marks = None if known is None else torch.cat([known, known])
+    both = network_output(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), marks)
     conditional, unconditional = both.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
 
 
 @torch.no_grad()
+def reverse_process(
+    denoiser: Denoiser,
+    shape: tuple[int, int],
+    labels: Tensor | None,
+    index: Tensor,
+    schedule: NoiseSchedule,
+    config: SamplingConfig,
+    seed: int,
+    target: Target = "flip",
+    known: Known | None = None,
+) -> Iterator[Tensor]:
+    """The states z_T, ..., z_0 of the exact reverse process, one for each t of the grid; the last is the code.
+
+        z_T ~ Bernoulli(1/2)
+        for t > s along the grid T, ..., 0:
+            e = guided evidence of z_t
+            r = sigmoid(calibrate(e / tau, k_t))
+            flip each bit of z_t with probability r A + (1 - r) B, giving z_s
+
+    Where tokens are known, they are put into every state z_s: clean and marked to the denoiser (conditioned), or as
+    a draw from q(z_s | z_0) (replacement). With replacement each step is then taken again R times:
+
+            draw z_t ~ q(z_t | z_s), and step from there to z_s as before
+
+    Args:
+        denoiser: network of `target`, (z_BNC, t/T, labels) -> logits; conditioned: (..., known mask).
+        shape: (tokens, bits) of a code.
+        labels: int64 (B,) class indices, -1 for none; or None.
+        index: int64 (B,): sample i is keyed on (seed, index[i], step, jump) and does not depend on its batch.
+        schedule: of the noise.
+        config: the grid and the settings of the reverse process.
+        seed: of the noise.
+        target: what the network predicts; temperature and guidance work on the evidence in any case.
+        known: what is given of each code; a sample of which nothing is known is drawn as without it.
+
+    Yields:
+        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+
+    Raises:
+        ValueError: before the first state: a grid that is none, or one that skips steps for target z_prev; or a prior
+            that cannot be told what is known.
+    """
+    grid = config.times(schedule)
+    check_grid(grid, schedule, target)
+    network = evidence_network(denoiser, schedule, target)
+    k = schedule.k.tolist()
+    auto = "conditioned" if isinstance(denoiser, Prior) and denoiser.known is not None else "replacement"
+    conditioned = known is not None and (auto if config.inpainting == "auto" else config.inpainting) == "conditioned"
+    jumps = 0 if known is None or conditioned else config.resample
+
+    def draw(purpose: str, probability: Tensor | float) -> Tensor:
+        return (uniform(seed, purpose, index, math.prod(shape)).view(-1, *shape) < probability).float()
+
+    def put_known(z: Tensor, s: int, jump: int = 0) -> Tensor:
+        if known is None:
+            return z
+        clean = known.z.to(z)
+        bits = clean if conditioned else draw(f"sampling known {s} {jump}", transition(clean, 1.0, k[s]))
+        return torch.where(known.mask[..., None], bits, z)
+
+    def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
+        time = torch.full((len(z),), t / schedule.steps, device=z.device)
+        marks = known.mask if known is not None and conditioned else None
+        evidence = guided_evidence(network, z, time, labels, config.guidance, marks).float()
+        r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
+        flip_probability = reverse_flip_probability(r, k[s], k[t])
+        if s == 0 and config.final == "mode":
+            flips = (flip_probability > 0.5).float()
+        else:
+            flips = draw(f"sampling step {t}" + (f" jump {jump}" if jump else ""), flip_probability)
+        return put_known((z - flips).abs(), s, jump)
+
+    z = put_known(draw("sampling start", 0.5), grid[0])
+    yield z
+    for t, s in itertools.pairwise(grid):
+        z = step(z, t, s)
+        for jump in range(1, jumps + 1):
+            assert known is not None, "only known tokens give a reason to jump back"
+            again = step(draw(f"sampling jump {t} {jump}", transition(z, k[s], k[t])), t, s, jump)
+            z = torch.where(known.mask.any(1)[:, None, None], again, z)
+        yield z
+
+
 def sample_codes(
     denoiser: Denoiser,
     shape: tuple[int, int],
@@ -62,45 +207,8 @@ def sample_codes(
     config: SamplingConfig,
     seed: int,
     target: Target = "flip",
+    known: Known | None = None,
 ) -> Tensor:
-    """Draw codes by the exact reverse process.
-
-        z_T ~ Bernoulli(1/2)
-        for t > s along the grid T, ..., 0:
-            e = guided evidence of z_t
-            r = sigmoid(calibrate(e / tau, k_t))
-            flip each bit of z_t with probability r A + (1 - r) B, giving z_s
-
-    Args:
-        denoiser: network of `target`, (z_BNC, t/T, labels) -> logits.
-        shape: (tokens, bits) of a code.
-        labels: int64 (B,) class indices, -1 for none; or None.
-        index: int64 (B,): sample i is keyed on (seed, index[i], step) and does not depend on its batch.
-        schedule: of the noise.
-        config: the grid and the settings of the reverse process.
-        seed: of the noise.
-        target: what the network predicts; temperature and guidance work on the evidence in any case.
-
-    Returns:
-        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
-
-    Raises:
-        ValueError: more steps than T, or fewer than T for target z_prev.
-    """
-
-    def noise(purpose: str) -> Tensor:
-        return uniform(seed, purpose, index, math.prod(shape)).view(-1, *shape)
-
-    grid = schedule.grid(config.steps, config.spacing)
-    check_grid(grid, schedule, target)
-    network = evidence_network(denoiser, schedule, target)
-    k = schedule.k.tolist()
-    z = (noise("sampling start") < 0.5).float()
-    for t, s in itertools.pairwise(grid):
-        time = torch.full((len(z),), t / schedule.steps, device=z.device)
-        evidence = guided_evidence(network, z, time, labels, config.guidance).float()
-        r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
-        flip_probability = reverse_flip_probability(r, k[s], k[t])
-        threshold = 0.5 if s == 0 and config.final == "mode" else noise(f"sampling step {t}")
-        z = (z - (threshold < flip_probability).float()).abs()
-    return z
+    """Draw codes: the last state of `reverse_process`, which says what the arguments and the errors are."""
+    states = reverse_process(denoiser, shape, labels, index, schedule, config, seed, target, known)
+    return deque(states, maxlen=1)[0]

@@ -152,7 +152,7 @@ class Experiment:
                 "as a whole, and the adaptive weight would do so twice more; set compile to false"
             )
         schedule = self.diffusion.make_schedule()
-        check_grid(schedule.grid(self.sampling.steps, self.sampling.spacing), schedule, self.diffusion.target)
+        check_grid(self.sampling.times(schedule), schedule, self.diffusion.target)
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.workers)
 

@@ -92,8 +92,9 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     columns = settings.classes or list(range(known)) or [-1] * 10
     sampling = experiment.sampling
     shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
+    steps = len(sampling.grid) - 1 if sampling.grid else sampling.steps
     name = settings.file or (
-        f"seed{settings.seed}-steps{sampling.steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
+        f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     )
     fingerprint = {
         "autoencoder_hash": read_model_config(files.join(experiment.folder, AUTOENCODER))["hash"],

@@ -184,7 +184,8 @@ class PriorTask(Task):
 
     def objective(self, place: Place) -> Objective:
         experiment = self.experiment
-        return PriorObjective(experiment.diffusion, experiment.prior.label_dropout, experiment.seed)
+        prior = experiment.prior
+        return PriorObjective(experiment.diffusion, prior.label_dropout, experiment.seed, prior.known_share)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         latents = self._latents("train", place.device)

@@ -40,6 +40,7 @@ from tests.bld_core.toys import (
     STATES,
     TARGETS,
     Oracle,
+    TokenOracle,
     exact_profile,
     least_vlb,
     oracle_change,
@@ -369,6 +370,42 @@ def test_the_targets_oracles_have_the_same_loss(name: ScheduleName, steps: int) 
     assert losses["z_prev"].keys() == {"loss", "vlb"}
     torch.testing.assert_close(losses["z_prev"]["vlb"], losses["flip"]["vlb"], rtol=1e-3, atol=0)
     torch.testing.assert_close(losses["z_prev"]["loss"], 0.1 * losses["z_prev"]["vlb"])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_targets_oracles_have_the_same_loss_where_tokens_are_known(name: ScheduleName) -> None:
+    p, index = toy_distribution(2), torch.arange(2000)
+    z_0 = toy_codes(p, len(index)).transpose(1, 2)
+    known = torch.eye(3, dtype=torch.bool)[index % 3]
+    losses: dict[Target, dict[str, Tensor]] = {}
+    for target in TARGETS:
+        config = DiffusionConfig(steps=64, schedule=name, target=target)
+        schedule = config.make_schedule()
+        oracle = TokenOracle(p, schedule, target)
+        losses[target] = diffusion_loss(oracle, z_0, None, index, schedule, config, 1, known)
+        whole = diffusion_loss(oracle, z_0, None, index, schedule, config, 1)
+        assert not torch.equal(losses[target]["vlb"], whole["vlb"])  # what is known changes what is lost
+    for term in ("loss", "residual", "vlb"):
+        torch.testing.assert_close(losses["z0"][term], losses["flip"][term], rtol=1e-5, atol=0)
+    assert losses["z_prev"].keys() == {"loss", "vlb"}
+    torch.testing.assert_close(losses["z_prev"]["vlb"], losses["flip"]["vlb"], rtol=1e-3, atol=0)
+
+
+def test_known_tokens_do_not_count_for_a_network_of_single_steps() -> None:
+    config, index = DiffusionConfig(target="z_prev"), torch.arange(12)
+    schedule, z_0 = config.make_schedule(), (uniform(0, "toy code", index, 32) < 0.5).float().view(-1, 4, 8)
+    known = uniform(0, "toy mask", index, 4).argsort(1) < 2
+    output = torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def network(z: Tensor, time: Tensor, labels: Tensor | None, given: Tensor | None = None) -> Tensor:
+        assert given is known
+        assert torch.equal(z[known], z_0[known])
+        return output
+
+    diffusion_loss(network, z_0, None, index, schedule, config, 0, known)["loss"].backward()
+    assert output.grad is not None
+    assert (output.grad[known] == 0).all()
+    assert (output.grad[~known] != 0).any(-1).all()
 
 
 @every_schedule

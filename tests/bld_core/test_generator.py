@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import bld_core
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import save_model
 from bld_core.diffusion import DiffusionConfig, Target
-from bld_core.generator import Generator
+from bld_core.generator import Generator, known_tokens
 from bld_core.images import stack
 from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
@@ -34,10 +35,16 @@ def save_autoencoder(folder: Path, seed: int = 0) -> str:
     return save_model(str(folder / "autoencoder" / "final"), autoencoder.state_dict(), config)
 
 
-def save_prior(folder: Path, autoencoder_hash: str, classes: int = CLASSES, target: Target = "flip") -> None:
+def save_prior(
+    folder: Path,
+    autoencoder_hash: str,
+    classes: int = CLASSES,
+    target: Target = "flip",
+    known_share: float = 0.0,
+) -> None:
     """A tiny prior with random evidence."""
     config = {
-        "prior": asdict(PriorConfig(layers=1, width=16, heads=2, classes=classes)),
+        "prior": asdict(PriorConfig(layers=1, width=16, heads=2, classes=classes, known_share=known_share)),
         "diffusion": asdict(DiffusionConfig(steps=16, target=target)),
         "sampling": asdict(SamplingConfig(steps=4)),
         "autoencoder_hash": autoencoder_hash,
@@ -45,7 +52,7 @@ def save_prior(folder: Path, autoencoder_hash: str, classes: int = CLASSES, targ
         "run": "",
         "metrics": {},
     }
-    prior = tiny_prior(classes=classes)
+    prior = tiny_prior(classes=classes, known_share=known_share)
     perturb(prior)
     save_model(str(folder / "prior" / "final"), prior.state_dict(), config)
 
@@ -183,3 +190,134 @@ def test_a_generator_opens_from_any_file_system(tmp_path: Path) -> None:
     memory.put(str(tmp_path), f"/{tmp_path.name}", recursive=True)
     there, here = bld_core.load(f"memory://{tmp_path.name}"), bld_core.load(str(tmp_path))
     assert torch.equal(there.sample(3, seed=2), here.sample(3, seed=2))
+
+
+# --- Inpainting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0.0, 0.5], ids=["replacement", "conditioned"])
+def inpainter(tmp_path: Path, request: pytest.FixtureRequest) -> Generator:
+    save_prior(tmp_path, save_autoencoder(tmp_path), known_share=request.param)
+    return bld_core.load(str(tmp_path))
+
+
+def left_half(images: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(8) < 4).expand(len(images), 8, 8)
+
+
+def test_a_token_is_known_only_if_its_whole_patch_is() -> None:
+    mask = torch.ones(3, 8, 12, dtype=torch.bool)
+    mask[1, 3, 4] = False  # in the patch of row 0, column 1
+    mask[2, :, 8:] = False
+    assert known_tokens(mask, 2, 3).tolist() == [[True] * 6, [True, False, True] + [True] * 3, [True, True, False] * 2]
+
+
+def test_known_pixels_come_back_untouched_and_the_others_are_completed(inpainter: Generator) -> None:
+    images = stack(toy_images(5))
+    mask = left_half(images).clone()
+    mask[0] = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.7
+    completions = inpainter.inpaint(images, mask, count=6, seed=4)
+    assert completions.shape == (5, 6, 8, 8, 1)
+    assert completions.dtype == torch.uint8
+    for j in range(6):
+        assert torch.equal(completions[:, j][mask], images[mask])
+    for of_one in completions:
+        assert len({tuple(image.flatten().tolist()) for image in of_one}) > 1
+    shared = inpainter.inpaint(images, left_half(images)[:1], seed=4)
+    assert torch.equal(shared, inpainter.inpaint(images, left_half(images), seed=4))
+
+
+def test_with_everything_known_the_images_come_back(inpainter: Generator) -> None:
+    images = stack(toy_images(3))
+    everything = torch.ones(1, 8, 8, dtype=torch.bool)
+    assert torch.equal(inpainter.inpaint(images, everything, count=2), images[:, None].expand(-1, 2, -1, -1, -1))
+
+
+def test_with_nothing_known_it_is_sampling(inpainter: Generator) -> None:
+    images, nothing = stack(toy_images(6)), torch.zeros(1, 8, 8, dtype=torch.bool)
+    labels = [0, 1, 2, -1, 0, 1]
+    drawn = inpainter.inpaint(images, nothing, labels=labels, seed=3, guidance=1.0)
+    assert torch.equal(drawn[:, 0], inpainter.sample(labels=labels, seed=3, guidance=1.0))
+
+
+def test_hidden_pixels_never_show_through(inpainter: Generator) -> None:
+    images = stack(toy_images(4))
+    mask = left_half(images)
+    other = torch.where(mask[..., None], images, 255 - images)
+    here, there = (inpainter.inpaint(shown, mask, count=3, seed=2) for shown in (images, other))
+    assert torch.equal(here, there)
+
+
+def test_a_completion_is_a_function_of_seed_index_and_number(inpainter: Generator) -> None:
+    images = stack(toy_images(4))
+    mask = left_half(images)
+    whole = inpainter.inpaint(images, mask, count=3, seed=2, batch_size=1)
+    assert torch.equal(inpainter.inpaint(images, mask, count=2, seed=2, batch_size=1), whole[:, :2])
+    part = inpainter.inpaint(images[2:], mask[2:], count=3, seed=2, first_index=2, batch_size=1)
+    assert torch.equal(part, whole[2:])
+    assert not torch.equal(inpainter.inpaint(images, mask, count=3, seed=3, batch_size=1), whole)
+    twice = inpainter.inpaint(images[:1].expand(2, -1, -1, -1), mask[:1], seed=2)
+    assert not torch.equal(twice[0], twice[1])
+
+
+def test_a_bad_mask_or_count_is_refused(inpainter: Generator) -> None:
+    images, mask = stack(toy_images(2)), torch.ones(1, 8, 8, dtype=torch.bool)
+    for bad in (mask.byte(), torch.ones(1, 4, 8, dtype=torch.bool), mask.expand(3, -1, -1), mask[0]):
+        with pytest.raises(ValueError, match=r"the mask is .*torch\.bool of shape \(B, H, W\)"):
+            inpainter.inpaint(images, bad)
+    with pytest.raises(ValueError, match="count is 0"):
+        inpainter.inpaint(images, mask, count=0)
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
+        inpainter.inpaint(images, mask, labels=[0])
+    with pytest.raises(ValueError, match="class 3 asked for"):
+        inpainter.inpaint(images, mask, labels=[0, 3])
+
+
+def test_a_prior_without_marks_refuses_to_be_conditioned(generator: Generator) -> None:
+    images = stack(toy_images(2))
+    with pytest.raises(ValueError, match="known_share 0"):
+        generator.inpaint(images, left_half(images), inpainting="conditioned")
+
+
+@pytest.mark.parametrize("known_share", [0.0, 0.5])
+def test_the_stored_target_decides_completions_too(tmp_path: Path, known_share: float) -> None:
+    images = stack(toy_images(8))
+    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
+    drawn: list[torch.Tensor] = []
+    for target in targets:  # the same weights each time
+        folder = tmp_path / target
+        save_prior(folder, save_autoencoder(folder), target=target, known_share=known_share)
+        generator, mask = bld_core.load(str(folder)), left_half(images)
+        drawn.append(generator.inpaint(images, mask, count=2, seed=3, steps=16))
+        for j in range(2):
+            assert torch.equal(drawn[-1][:, j][mask], images[mask])
+        nothing = generator.inpaint(images, torch.zeros_like(mask), seed=3, grid=list(range(16, -1, -1)))
+        assert torch.equal(nothing[:, 0], generator.sample(8, seed=3, steps=16))
+    for first, second in itertools.combinations(drawn, 2):
+        assert not torch.equal(first, second)
+    refused: list[dict[str, Any]] = [{}, {"grid": [16, 8, 4, 2, 0]}]
+    for settings in refused:
+        with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
+            bld_core.load(str(tmp_path / "z_prev")).inpaint(images, left_half(images), **settings)
+
+
+def test_outpainting_continues_an_image(inpainter: Generator) -> None:
+    images = stack(toy_images(3))
+    wide = inpainter.outpaint(images, 22, labels=[0, 1, 2], seed=6)
+    assert wide.shape == (3, 8, 22, 1)
+    assert torch.equal(wide[:, :, :8], images)
+    assert torch.equal(
+        inpainter.outpaint(wide[:, :, :16], 22, labels=[0, 1, 2], seed=6), wide
+    )  # and goes on from there
+    assert not torch.equal(inpainter.outpaint(images, 22, labels=[0, 1, 2], seed=7), wide)
+    for width in (8, 4):
+        with pytest.raises(ValueError, match=rf"8 pixels wide and the result is to be {width}"):
+            inpainter.outpaint(images, width)
+
+
+def test_steps_that_are_asked_for_take_the_place_of_a_stored_grid(generator: Generator) -> None:
+    assert generator.prior is not None
+    expected = generator.sample(4, steps=8), generator.sample(4, steps=4)
+    generator.prior.config["sampling"] |= {"grid": [16, 12, 8, 4, 0]}
+    assert torch.equal(generator.sample(4, steps=8), expected[0])
+    assert torch.equal(generator.sample(4), expected[1])

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from bld_core.prior import Prior, PriorConfig, drop_labels, time_features
+from bld_core.diffusion import DiffusionConfig, Target, diffusion_terms
+from bld_core.noise import uniform
+from bld_core.objectives import PriorObjective
+from bld_core.prior import Prior, PriorConfig, draw_known, drop_labels, time_features
+from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.schedule import make_schedule
+from bld_core.training import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import perturb, tiny_prior
 
 Z = torch.randint(0, 2, (5, 4, 8), generator=torch.Generator().manual_seed(0)).float()
@@ -87,6 +95,7 @@ def test_labels_drop_for_each_sample_on_its_own() -> None:
         ({"layers": 0}, "layers is 0"),
         ({"classes": -1}, "classes is -1"),
         ({"label_dropout": 1.0}, r"label_dropout is 1\.0"),
+        ({"known_share": 1.5}, r"known_share is 1\.5"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(settings: dict[str, float], message: str) -> None:
@@ -97,3 +106,109 @@ def test_a_bad_field_is_named_with_its_value(settings: dict[str, float], message
 def test_an_unconditional_prior_has_no_class_weights() -> None:
     names = [name for name, _ in Prior(PriorConfig(layers=1, width=8, heads=1), 4, 8).named_parameters()]
     assert not any(name.startswith("label") for name in names)
+
+
+# --- Known tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_known_share_there_is_no_mark_and_everything_else_is_the_same() -> None:
+    plain, knowing = tiny_prior().state_dict(), tiny_prior(known_share=0.5).state_dict()
+    assert knowing.keys() - plain.keys() == {"known"}
+    for name, weight in plain.items():
+        assert torch.equal(weight, knowing[name]), name
+
+
+@torch.no_grad()
+def test_a_mark_matters_where_it_is_and_no_mark_is_none() -> None:
+    prior = tiny_prior(known_share=0.5)
+    perturb(prior)
+    none = prior(Z, TIME)
+    assert torch.equal(prior(Z, TIME, None, torch.zeros(5, 4, dtype=torch.bool)), none)
+    by_token = [prior(Z, TIME, None, (torch.arange(4) == token).expand(5, -1)) for token in range(4)]
+    for marked in by_token:
+        assert not torch.allclose(marked, none)
+    assert not torch.allclose(by_token[0], by_token[1])
+
+
+def test_known_tokens_are_drawn_for_each_sample_on_its_own() -> None:
+    n, tokens, share = 40_000, 5, 0.3
+    index = torch.arange(n)
+    known = draw_known(index, tokens, share, seed=0)
+    size = known.sum(1)
+    given = size > 0
+    assert abs(float(given.float().mean()) - share) < 4 * math.sqrt(share * (1 - share) / n)
+    assert int(size.max()) == tokens - 1
+    each = torch.bincount(size[given], minlength=tokens)[1:] / given.sum()  # sizes 1..4 alike, and the tokens, too
+    assert (each - 1 / 4).abs().max() < 4 * math.sqrt(0.25 * 0.75 / int(given.sum()))
+    assert (known[given].float().mean(0) - 0.5).abs().max() < 4 * math.sqrt(0.25 / int(given.sum()))
+    part = torch.arange(100, 200)
+    assert torch.equal(draw_known(part, tokens, share, seed=0), known[part])
+    assert not torch.equal(draw_known(index, tokens, share, seed=1), known)
+    assert draw_known(index, tokens, 1.0, seed=0).any(1).all()
+    with pytest.raises(ValueError, match="only 1 token"):
+        draw_known(index, 1, share, seed=0)
+
+
+def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
+    schedule, index = make_schedule("linear", 16), torch.arange(40)
+    z_0 = (uniform(0, "toy code", index, 32) < 0.5).float().view(-1, 4, 8)
+    u, t = uniform(0, "toy flips", index, 32).view(-1, 4, 8), index % 16 + 1
+    known = draw_known(index, 4, 1.0, seed=0)
+    evidence = torch.randn(40, 4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    shift = torch.randn(40, 4, 8, generator=torch.Generator().manual_seed(1)) * known[..., None]
+
+    def terms(evidence: Tensor, marks: Tensor | None) -> tuple[Tensor, Tensor]:
+        def denoiser(z: Tensor, time: Tensor, labels: Tensor | None, given: Tensor | None = None) -> Tensor:
+            assert given is marks
+            if given is not None:
+                assert torch.equal(z[given], z_0[given])
+            assert not torch.equal(z, z_0)
+            return evidence
+
+        return diffusion_terms(denoiser, z_0, None, t, u, schedule, known=marks)
+
+    here, there = terms(evidence, known), terms(evidence + shift, known)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other)  # what is said of known tokens changes nothing
+    (gradient,) = torch.autograd.grad(here[0].sum() + here[1].sum(), evidence)
+    assert (gradient[known] == 0).all()
+    assert (gradient[~known] != 0).any(-1).all()
+    # Each sample's term is the mean over its unknown tokens: that of those tokens alone.
+    i = 3
+    alone = diffusion_terms(
+        lambda z, time, labels: evidence[i][~known[i]][None], z_0[i][~known[i]][None], None, t[i : i + 1],
+        u[i][~known[i]][None], schedule,
+    )  # fmt: skip
+    for one, whole in zip(alone, here, strict=True):
+        torch.testing.assert_close(one[0], whole[i])
+    nothing = torch.zeros(40, 4, dtype=torch.bool)
+    for one, whole in zip(terms(evidence, None), terms(evidence, nothing), strict=True):
+        torch.testing.assert_close(one, whole)
+
+
+@pytest.mark.parametrize("target", ["flip", "z0"])
+def test_a_prior_learns_to_complete_from_what_is_known(target: Target) -> None:
+    # Token 2 copies token 1, a fair coin.
+    def codes(index: Tensor) -> Tensor:
+        first = (uniform(0, "toy copy", index, 1) < 0.5).float()
+        return torch.stack([first, first], dim=1)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(10_000):
+            index = torch.arange(64) + step * 64
+            yield Batch(codes(index), torch.full((64,), -1), index, [""] * 64)
+
+    config = TrainingConfig(steps=400, batch_size=64, warmup=20, learning_rate=1e-2, decay="cosine")
+    diffusion = DiffusionConfig(steps=16, target=target)
+    state = make_state(tiny_prior(classes=0, tokens=2, bits=1, known_share=0.5), config)
+    for _ in train(state, batches(), PriorObjective(diffusion, 0.0, 0, known_share=0.5), config):
+        pass
+    state.module.eval()
+    index = 10**6 + torch.arange(400)
+    z_0, mask = codes(index), torch.stack([index % 2 == 0, index % 2 == 1], dim=1)
+    known, sampling = Known(torch.where(mask[..., None], z_0, 0.5), mask), SamplingConfig(steps=16, temperature=1.0)
+    z = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target, known)
+    assert float((z == z_0).flatten(1).all(1).float().mean()) > 0.95
+    free = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target)
+    assert 0.4 < float(free.mean()) < 0.6  # and unconditional samples are still there
+    assert float((free[:, 0] == free[:, 1]).float().mean()) > 0.9

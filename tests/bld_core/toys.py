@@ -119,6 +119,45 @@ def chain_distribution(p: Tensor, schedule: NoiseSchedule, grid: list[int], targ
     return now
 
 
+def conditional_distributions(p: Tensor) -> Tensor:
+    """P(z_0 | one bit is known), for each bit and each of its values: (bit, value, z_0)."""
+    joint = p * known_states()
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def known_states(k: float = 1.0) -> Tensor:
+    """q(one bit of the state | that bit of z_0 is known), at signal k: (bit, value, state)."""
+    values = torch.tensor([0.0, 1.0], dtype=torch.float64)[None, :, None]
+    one = transition(values, 1.0, k)
+    return torch.where(STATES.T[:, None] == 1, one, 1 - one)
+
+
+def inpainting_distributions(p: Tensor, schedule: NoiseSchedule, jumps: int | None) -> Tensor:
+    """The exact distributions that inpainting with one known bit ends in, the oracle's: (bit, value, z_0).
+
+    `jumps` is how often replacement takes each step again; None is the conditioned chain.
+    """
+    k = schedule.k.tolist()
+    given = conditional_distributions(p)
+    unknown = ~torch.eye(3, dtype=torch.bool)
+    now = torch.full((3, 2, 1, 8), 1 / 8, dtype=torch.float64)
+    for t in range(schedule.steps, 0, -1):
+        plain = oracle_evidence(p, k[t])
+        reverse = torch.empty(3, 2, 8, 8, dtype=torch.float64)
+        for bit, value in itertools.product(range(3), range(2)):
+            evidence = plain if jumps is not None else oracle_evidence(given[bit, value], k[t])
+            r = torch.sigmoid(calibrate(evidence, k[t]))
+            change = reverse_flip_probability(r, k[t - 1], k[t])[:, None]
+            reverse[bit, value] = torch.where(_FLIPS, change, 1 - change)[:, :, unknown[bit]].prod(-1)
+        reverse = reverse * known_states(k[t - 1] if jumps is not None else 1.0)[:, :, None]
+        now = now @ reverse
+        if jumps:
+            beta = torch.tensor(1 - k[t] / k[t - 1], dtype=torch.float64)
+            forward = torch.where(_FLIPS, beta / 2, 1 - beta / 2).prod(-1)
+            now = now @ torch.linalg.matrix_power(forward @ reverse, jumps)
+    return now[:, :, 0]
+
+
 def total_variation(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 
@@ -142,6 +181,24 @@ def toy_codes(p: Tensor, count: int) -> Tensor:
     return STATES[torch.searchsorted(p.cumsum(0), u).clamp(max=7)].float()[:, None]
 
 
+class TokenOracle:
+    """The perfect denoiser of a toy whose 3 bits are 3 tokens of one bit; `given` are those of its conditionals."""
+
+    def __init__(self, p: Tensor, schedule: NoiseSchedule, target: Target = "flip") -> None:
+        self.plain = Oracle(p, schedule, target)
+        self.given = [[Oracle(q, schedule, target) for q in of_bit] for of_bit in conditional_distributions(p)]
+
+    def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
+        """Where there are marks, one token of each sample must have one."""
+        one_token = z.transpose(1, 2)
+        if known is None:
+            return self.plain(one_token, time, labels).transpose(1, 2)
+        assert bool((known.sum(1) == 1).all())
+        every = [[oracle(one_token, time, labels) for oracle in of_bit] for of_bit in self.given]
+        bit, value = known.long().argmax(1), z.squeeze(-1)[known].long()
+        return torch.stack([torch.stack(of_bit) for of_bit in every])[bit, value, torch.arange(len(z))].transpose(1, 2)
+
+
 # --- Tiny networks and data -----------------------------------------------------------------------------------------
 
 
@@ -153,9 +210,12 @@ def perturb(module: nn.Module, seed: int = 0) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def tiny_prior(seed: int = 0, classes: int = 3, tokens: int = 4, bits: int = 8) -> Prior:
+def tiny_prior(
+    seed: int = 0, classes: int = 3, tokens: int = 4, bits: int = 8, known_share: float = 0.0, layers: int = 1
+) -> Prior:
     torch.manual_seed(seed)
-    return Prior(PriorConfig(layers=1, width=16, heads=2, classes=classes), tokens, bits)
+    config = PriorConfig(layers=layers, width=16, heads=2, classes=classes, known_share=known_share)
+    return Prior(config, tokens, bits)
 
 
 TINY_AUTOENCODER = AutoencoderConfig(bits=8, channels=8, multipliers=[1, 1, 2], blocks=1, attention=[4])

@@ -16,6 +16,7 @@ from PIL import Image
 import bld_core
 from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
+from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sample import GridConfig, draw_grid
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
@@ -46,6 +47,59 @@ def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment)
         assert arrays["arr_1"].tolist() == [3, 7, -1, 3, 7, -1]
         again = bld_core.load(finished.folder).sample(labels=[3, 7, -1] * 2, seed=5, steps=4, guidance=1.0)
         assert np.array_equal(arrays["arr_0"], again.numpy())
+
+
+def test_a_picture_of_completions_shows_image_hole_and_completions(
+    finished: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = InpaintConfig(samples=[2, 0], box=[16, 0, 32, 32], completions=3, label=4, seed=5)
+    picture = Path(inpaint(finished, settings))
+    shown = np.asarray(Image.open(picture))
+    assert shown.shape == (2 * 66 + 2, 5 * 66 + 2)
+    cells = [
+        [shown[2 + 66 * row : 66 + 66 * row : 2, 2 + 66 * column : 66 + 66 * column : 2] for column in range(5)]
+        for row in range(2)
+    ]
+    held_out = read_images(settings, finished.data).squeeze(-1).numpy()
+    for image, (original, masked, *completions) in zip(held_out, cells, strict=True):
+        assert np.array_equal(original, image)
+        for cell in (masked, *completions):
+            assert np.array_equal(cell[:, :16], image[:, :16])
+        assert (masked[:, 16:] == 128).all()
+        assert len({cell.tobytes() for cell in completions}) > 1
+    generator = bld_core.load(finished.folder)
+    again = generator.inpaint(
+        torch.from_numpy(held_out[1:, ..., None]), read_mask(settings, 32)[None], count=3, labels=[4], seed=5,
+        first_index=1, steps=4, guidance=1.0,
+    )  # fmt: skip
+    assert np.array_equal(again[0, :, ..., 0].numpy(), np.stack(cells[1][2:]))
+    inpaint(finished, settings)
+    assert "already done" in capsys.readouterr().out
+
+    Image.fromarray(held_out[0]).save(tmp_path / "image.png")  # the same from files
+    Image.fromarray(read_mask(settings, 32).byte().numpy() * 255).save(tmp_path / "mask.png")
+    from_files = replace(settings, image=str(tmp_path / "image.png"), mask=str(tmp_path / "mask.png"), box=[])
+    assert np.array_equal(np.asarray(Image.open(inpaint(finished, from_files))), shown[: 66 + 2])
+
+
+def test_a_picture_that_cannot_be_made_is_refused(finished: Experiment, tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no image")
+    wrong = {
+        r"box is \[0, 0, 40, 4\]": {"box": [0, 0, 40, 4]},
+        r"small.png' is 8 x 8 pixels; it must be 32 x 32": {"mask": str(tmp_path / "small.png")},
+        r"mask .*cannot be read": {"mask": str(tmp_path / "text.png")},
+        r"image .*cannot be read": {"image": str(tmp_path / "text.png")},
+        r"positions are 0\.\.": {"samples": [10**6]},
+    }
+    for message, settings in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            inpaint(finished, InpaintConfig(**settings))  # pyright: ignore[reportArgumentType]
+    for settings in ({"completions": 0}, {"samples": []}, {"mask": "m.png", "box": [0, 0, 1, 1]}, {"box": [1, 2]}):
+        with pytest.raises(ValueError, match=r"inpaint\."):
+            InpaintConfig(**settings)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileNotFoundError):
+        inpaint(finished, InpaintConfig(mask=str(tmp_path / "absent.png")))
 
 
 def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experiment) -> None:

@@ -138,6 +138,12 @@ def test_a_prior_of_single_steps_is_configured_to_take_them_all() -> None:
     with pytest.raises(ValueError, match=r"16 sampling steps.*z_prev.*take all T = 64"):
         replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(steps=16))
     assert replace(experiment, diffusion=DiffusionConfig(target="z_prev")).diffusion.target == "z_prev"
+    with pytest.raises(ValueError, match=r"2 sampling steps.*z_prev.*take all T = 64"):  # the grid that is used
+        replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(grid=[64, 9, 0]))
+    every = SamplingConfig(grid=list(range(64, -1, -1)))
+    assert replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=every).sampling.steps == 16
+    with pytest.raises(ValueError, match=r"grid starts at 32.*T = 64"):
+        replace(experiment, sampling=SamplingConfig(grid=[32, 0]))
 
 
 def test_padded_images_are_not_resized() -> None:
