@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
         autoencoder_training=small_training(6, checkpoint_every=2),
     )
     monkeypatch.setattr(cluster_train, "AutoencoderTask", SpoiledTask)
-    with pytest.raises(FloatingPointError, match=r"step 4: the gradient is not finite") as stopped:
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss or its gradient is not finite") as stopped:
         train_autoencoder(experiment)
     spoiled = Path(experiment.folder, "spoiled").read_text()
     assert f"sample '{spoiled}': loss = nan, l1 = nan" in str(stopped.value)
