@@ -187,10 +187,8 @@ class Perceptual(nn.Module):
             return torch.stack(layers).sum(0)
 
 
-def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual | None:
-    """The perceptual term on a device; None where it has no weight. See `PublishedWeights.find` for the errors."""
-    if not config.perceptual:
-        return None
+def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual:
+    """LPIPS on a device, with the weights that `config` names. See `PublishedWeights.find` for the errors."""
     return Perceptual(VGG16.find(config.vgg_weights, config.vgg_sha256), config.vgg_sha256).to(device)
 
 

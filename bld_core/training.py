@@ -116,9 +116,9 @@ class TrainState:
         replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
         optimizer: over the network's parameters.
         ema: averaged weights.
-        step: optimizer steps taken.
-        skipped: steps left out because a gradient was not finite.
         learning_rate: of its optimizer at full height; a critic's follows the warm-up and the decay of the stage.
+        step: optimizer steps taken.
+        skipped: steps left out because the loss or a gradient was not finite.
         precision: of the forward pass; weights and losses are float32.
         critic: the discriminator that stage 1 is trained against, a state of its own.
     """
@@ -127,9 +127,9 @@ class TrainState:
     replica: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
+    learning_rate: float
     step: int = 0
     skipped: int = 0
-    learning_rate: float = 0.0
     precision: Precision = "float32"
     critic: TrainState | None = None
 
@@ -192,7 +192,7 @@ def make_state(
         fused=True,
     )
     ema = Ema(module, config.ema_decay)
-    return TrainState(module, replica, optimizer, ema, learning_rate=config.learning_rate, precision=config.precision)
+    return TrainState(module, replica, optimizer, ema, config.learning_rate, precision=config.precision)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

@@ -18,7 +18,7 @@ from bld_core.diffusion import Bound, DiffusionConfig, likelihood_bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
 from bld_core.latents import open_latents
-from bld_core.losses import VGG16, Perceptual
+from bld_core.losses import VGG16, load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
@@ -86,11 +86,7 @@ class Evaluator(Sampler):
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
         config, loss, device = experiment.evaluation, experiment.loss, self.generator.device
-        self.perceptual = (
-            Perceptual(VGG16.find(loss.vgg_weights, loss.vgg_sha256), loss.vgg_sha256).to(device)
-            if config.lpips
-            else None
-        )
+        self.perceptual = load_perceptual(loss, device) if config.lpips else None
         self.inception = (
             Inception(config.inception_weights, config.inception_sha256, device) if config.frechet else None
         )

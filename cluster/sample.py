@@ -109,12 +109,10 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         picture_url = files.join(stage.folder, "grid.png")
         if not stage.done:
             labels = columns * settings.rows
-            starts = range(0, len(labels), _IMAGES_AT_ONCE)
-            pieces = [
-                Draw(some, len(some), start, settings.seed)
-                for start in starts
-                if (some := labels[start : start + _IMAGES_AT_ONCE])
-            ]
+            pieces: list[Draw] = []
+            for start in range(0, len(labels), _IMAGES_AT_ONCE):
+                some = labels[start : start + _IMAGES_AT_ONCE]
+                pieces.append(Draw(some, len(some), start, settings.seed))
             images = torch.cat(list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw")))
             picture = grid(images, len(columns))
             stage.run.picture(picture, "grid.png")

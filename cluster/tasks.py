@@ -113,7 +113,8 @@ class AutoencoderTask(Task):
 
     def objective(self, place: Place) -> Objective:
         experiment = self.experiment
-        self._perceptual = load_perceptual(experiment.loss, place.device)
+        if experiment.loss.perceptual:
+            self._perceptual = load_perceptual(experiment.loss, place.device)
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:

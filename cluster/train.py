@@ -73,8 +73,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
 def _check_losses(experiment: Experiment) -> None:
     """Find what the losses need, and try the critic on one image without content, before anything is started."""
     loss, data = experiment.loss, experiment.data
-    perceptual = load_perceptual(loss, torch.device("cpu"))
-    if perceptual is not None:
+    if loss.perceptual:
+        perceptual = load_perceptual(loss, torch.device("cpu"))
         image = torch.zeros(1, data.channels, data.image_size, data.image_size)
         perceptual(image[..., :_SMALL, :_SMALL], image[..., :_SMALL, :_SMALL])
     if loss.adversarial:
