@@ -1,4 +1,7 @@
-"""Fixtures of the whole session: one Ray cluster, one S3 server, one small finished experiment."""
+"""Fixtures of the whole session: one Ray cluster, one S3 server, one small finished experiment.
+
+Two processes share the tests, one core each; all that needs the cluster runs in the same one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from bld_core.autoencoder import AutoencoderConfig
 from bld_core.images import ImageConfig
@@ -25,6 +29,14 @@ from cluster.experiment import EvaluationConfig, Experiment, SweepConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from cluster.train import train_autoencoder
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and "ray_session" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
