@@ -21,6 +21,7 @@ from bld_core.quantizer import BernoulliBottleneck
 Bottleneck = BernoulliBottleneck | VectorBottleneck | GaussianBottleneck
 
 _HEAD_CHANNELS = 64
+_LOUD = 6.0  # makes the first logits about 1 in size: bits half sure, not coin flips in which the image is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +216,10 @@ class Autoencoder(nn.Module):
         self.bottleneck = _bottleneck(config, entropy)
         self.encoder = _encoder(config, image_channels, self.bottleneck.inputs)
         self.decoder = _decoder(config, image_channels, self.bottleneck.outputs)
+        if config.latent == "binary":
+            with torch.no_grad():
+                for weights in self.encoder[-1].parameters():
+                    weights.mul_(_LOUD)
 
     @property
     def last_layer(self) -> Tensor:

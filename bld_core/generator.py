@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,20 @@ PRIOR = "prior/final"
 _PIXELS_AT_ONCE = 1 << 22  # in one pass of the autoencoder: 64 images of 256 x 256, 4 of 1024 x 1024
 
 
+def check_binary(config: Mapping[str, Any]) -> None:
+    """Whether an autoencoder has bits, given its config.json.
+
+    Raises:
+        ValueError: its latent is another: it is there for comparison, and can only reconstruct.
+    """
+    latent = config["autoencoder"]["latent"]
+    if latent != "binary":
+        raise ValueError(
+            f"the trained autoencoder {config['hash'][:12]} has a {latent} latent, which has no bits: it is there for "
+            "comparison, and can only reconstruct; train one with autoencoder.latent binary under another --name"
+        )
+
+
 @dataclass(frozen=True)
 class TrainedAutoencoder:
     """A finished stage 1: the network, in evaluation mode, and its config.json."""
@@ -41,6 +55,11 @@ class TrainedAutoencoder:
     def _at_once(self) -> int:
         """Images in one pass: few where they are large."""
         return max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """uint8 images (B, H, W, channels) -> what is left of them behind the latent, without its noise; the same."""
+        return torch.cat([to_uint8(self.network(to_float(some))[0]) for some in images.split(self._at_once)])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -64,15 +83,9 @@ class TrainedPrior:
 
 
 def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
-    """Open `<folder>/autoencoder/final`; see `bld_core.load` for the errors."""
+    """Open `<folder>/autoencoder/final`, whatever its latent; see `bld_core.load` for the errors."""
     location = files.join(folder, AUTOENCODER)
     config = read_model_config(location)
-    latent = config["autoencoder"]["latent"]
-    if latent != "binary":
-        raise ValueError(
-            f"the autoencoder in {location!r} has a {latent} latent, which has no bits: it is there for comparison; "
-            "train one with autoencoder.latent binary"
-        )
     network = Autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
     load_weights(location, network, config["hash"], device)
     return TrainedAutoencoder(network, config)
@@ -119,16 +132,26 @@ class Generator:
 
     def encode(self, images: Tensor) -> Tensor:
         """The likeliest bits of images (the mode, y > 1/2)."""
+        self._check_images(images)
+        check_binary(self.autoencoder.config)
+        return self.autoencoder.encode(images.to(self.device))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images through the autoencoder and back: with bits, `decode(encode(images))`."""
+        self._check_images(images)
+        return self.autoencoder.reconstruct(images.to(self.device))
+
+    def _check_images(self, images: Tensor) -> None:
         size, channels = self.autoencoder.config["image_size"], self.autoencoder.config["channels"]
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, channels):
             raise ValueError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; this autoencoder takes uint8 "
                 f"(B, {size}, {size}, {channels})"
             )
-        return self.autoencoder.encode(images.to(self.device))
 
     def decode(self, bits: Tensor) -> Tensor:
         """The images of bits."""
+        check_binary(self.autoencoder.config)
         shape = self.autoencoder.code_shape
         if bits.ndim != 4 or tuple(bits.shape[1:]) != shape:
             raise ValueError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")

@@ -13,7 +13,7 @@ from torch import Tensor
 import bld_core
 from bld_core import files
 from bld_core.autoencoder import to_float, to_uint8
-from bld_core.checkpoint import read_model_config
+from bld_core.checkpoint import CONFIG, read_model_config
 from bld_core.diffusion import Bound, DiffusionConfig, likelihood_bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
@@ -22,7 +22,7 @@ from bld_core.losses import VGG16, load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
-from bld_core.quantizer import CodeHealth, quantize
+from bld_core.quantizer import BernoulliBottleneck, CodeHealth
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.runtime import map_on_actors
@@ -71,8 +71,9 @@ class Reconstructions:
             "psnr_std": self.quality.psnr.deviation,
             "ssim": self.quality.ssim.mean,
             "ssim_std": self.quality.ssim.deviation,
-            **self.health.figures(),
         }
+        if self.health.count:  # there are bits
+            found |= self.health.figures()
         if config.lpips:
             found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
         if config.frechet:
@@ -80,8 +81,17 @@ class Reconstructions:
         return found
 
 
+@dataclass
+class Measured:
+    """What the actors have found; bound and samples where there is a prior."""
+
+    remade: Reconstructions = field(default_factory=Reconstructions)
+    bound: Bound | None = None
+    samples: list[Tensor] = field(default_factory=list)
+
+
 class Evaluator(Sampler):
-    """An actor that draws samples, and judges reconstructions and the bound."""
+    """An actor that judges reconstructions and, where there is a prior, draws samples and judges its bound."""
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
@@ -107,10 +117,11 @@ class Evaluator(Sampler):
         images = stack(list(read_images(url, self.experiment.data, Counter())))
         for batch in images.split(self.experiment.latents.batch_size):
             x = to_float(batch.to(self.generator.device))
-            logits = autoencoder.encode(x)
-            remade = to_uint8(autoencoder.decode(quantize(logits)))
+            features = autoencoder.encode(x)
+            remade = to_uint8(autoencoder.decode(autoencoder.bottleneck(features)[0]))
             found.quality.update(batch, remade.cpu())
-            found.health.update(logits)
+            if isinstance(autoencoder.bottleneck, BernoulliBottleneck):
+                found.health.update(features)
             if self.perceptual is not None:
                 found.lpips.update(self.perceptual(x, to_float(remade)))
             if self.inception is not None:
@@ -144,6 +155,8 @@ def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
 def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     """Finished experiment -> <folder>/evaluation: report.json and pictures.
 
+    Where there is no prior (yet), it is stage 1 alone that is evaluated, whatever its latent.
+
     Args:
         experiment: its configuration.
         fresh: evaluate again even if the same report is there.
@@ -152,13 +165,16 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         The report: figures by name.
 
     Raises:
-        FileNotFoundError: a stage is not finished.
+        FileNotFoundError: stage 1 is not finished.
     """
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
-    prior = read_model_config(files.join(experiment.folder, PRIOR))
-    experiment.check_autoencoder(autoencoder)
+    has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
+    prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
+    experiment.check_autoencoder(autoencoder, binary=has_prior)
     _check(experiment)
-    identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
+    identity = {"autoencoder_hash": autoencoder["hash"]}
+    if prior is not None:
+        identity |= {"prior_hash": prior["hash"], "prior_run": prior["run"]}
     fingerprint = {
         **identity,
         **experiment.fingerprint("data", "sampling", "evaluation"),
@@ -169,22 +185,32 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
             return files.read_json(report_url)
-        classes = prior["prior"]["classes"]
-        remade, bound, samples = _measure(experiment, classes)
-        figures = remade.figures(experiment.evaluation)
-        figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
-        if experiment.evaluation.class_accuracy and classes:
-            labels = sample_labels(0, len(samples), classes)
-            assert labels is not None, "there are classes"
-            figures |= _class_accuracy(experiment, samples, labels)
-        pictures = {"samples.png": grid(samples[:_PICTURE_SAMPLES], classes or 10), **_reconstructions(experiment)}
+        measured = _measure(experiment, prior)
+        figures = measured.remade.figures(experiment.evaluation)
+        pictures = _reconstructions(experiment)
+        report: dict[str, Any] = {"figures": figures}
+        if prior is not None:
+            classes = prior["prior"]["classes"]
+            samples = torch.cat(measured.samples)
+            figures |= _prior_figures(experiment, classes, measured, samples)
+            pictures["samples.png"] = grid(samples[:_PICTURE_SAMPLES], classes or 10)
+            report |= {"samples": len(samples), "sampling": asdict(experiment.sampling)}
         for name, picture in pictures.items():
             files.write_bytes(files.join(stage.folder, name), png(picture))
             stage.run.picture(picture, name)
         stage.run.metrics(figures, 0)
-        report = {"figures": figures, "samples": len(samples), "sampling": asdict(experiment.sampling), **identity}
-        files.write_json(report_url, report)
-        return report
+        files.write_json(report_url, report | identity)
+        return report | identity
+
+
+def _prior_figures(experiment: Experiment, classes: int, measured: Measured, samples: Tensor) -> dict[str, float]:
+    assert measured.bound is not None, "one of the pieces is the bound"
+    figures = {"bound": measured.bound.bits_per_bit, "bound_se": measured.bound.standard_error}
+    if experiment.evaluation.class_accuracy and classes:
+        labels = sample_labels(0, len(samples), classes)
+        assert labels is not None, "there are classes"
+        figures |= _class_accuracy(experiment, samples, labels)
+    return figures
 
 
 def _check(experiment: Experiment) -> None:
@@ -197,24 +223,26 @@ def _check(experiment: Experiment) -> None:
         INCEPTION.find(config.inception_weights, config.inception_sha256)
 
 
-def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, Bound, Tensor]:
-    total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
-    pieces: list[Reconstruct | Draw | Judge] = [Judge()]
-    for start in range(0, total, batch):
-        count = min(batch, total - start)
-        pieces.append(Draw(sample_labels(start, count, classes), count, start, experiment.seed))
+def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
+    pieces: list[Reconstruct | Draw | Judge] = []
+    if prior is not None:
+        total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
+        pieces.append(Judge())
+        for start in range(0, total, batch):
+            count = min(batch, total - start)
+            labels = sample_labels(start, count, prior["prior"]["classes"])
+            pieces.append(Draw(labels, count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    remade, bound, samples = Reconstructions(), None, []
+    found = Measured()
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
         match result:
             case Reconstructions():
-                remade.merge(result)
+                found.remade.merge(result)
             case Bound():
-                bound = result
+                found.bound = result
             case _:
-                samples.append(result)
-    assert bound is not None, "one of the pieces is the bound"
-    return remade, bound, torch.cat(samples)
+                found.samples.append(result)
+    return found
 
 
 def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
@@ -236,8 +264,7 @@ def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[in
 
 def _reconstructions(experiment: Experiment) -> dict[str, Any]:
     pixels = stack(first_images(experiment.data.validation, experiment.data, _PICTURE_IMAGES))
-    generator = bld_core.load(experiment.folder)
-    return {"reconstructions.png": reconstruction_grid(pixels, generator.decode(generator.encode(pixels)))}
+    return {"reconstructions.png": reconstruction_grid(pixels, bld_core.load(experiment.folder).reconstruct(pixels))}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -246,11 +273,17 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"reconstruction PSNR     {figures['psnr']:7.2f} dB  (held-out images, sd {figures['psnr_std']:.2f})",
         f"reconstruction SSIM     {figures['ssim']:7.3f}     (sd {figures['ssim_std']:.3f})",
-        f"dead bits               {figures['dead_bits']:7.1%}     entropy {figures['bit_entropy']:.3f} bits a bit, "
-        f"correlation {figures['bit_correlation']:.3f}",
-        f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
-        f"(held-out codes, se {figures['bound_se']:.4f})",
     ]
+    if "dead_bits" in figures:
+        lines.append(
+            f"dead bits               {figures['dead_bits']:7.1%}     entropy {figures['bit_entropy']:.3f} bits a bit, "
+            f"correlation {figures['bit_correlation']:.3f}"
+        )
+    if "bound" in figures:
+        lines.append(
+            f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
+            f"(held-out codes, se {figures['bound_se']:.4f})"
+        )
     if "lpips" in figures:
         lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")
     lines += [f"{name:<23} {value:7.2f}     of reconstructions" for name, value in figures.items() if name[:2] == "rf"]

@@ -9,6 +9,7 @@ from typing import Any
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
 from bld_core.diffusion import DiffusionConfig, check_grid
+from bld_core.generator import check_binary
 from bld_core.images import AugmentationConfig, ImageConfig
 from bld_core.latents import LatentConfig
 from bld_core.losses import LossConfig
@@ -166,23 +167,23 @@ class Experiment:
         """(h, w, c) of a code."""
         return self.autoencoder.code_shape(self.data.image_size)
 
-    def check_autoencoder(self, trained: Mapping[str, Any]) -> None:
+    def check_autoencoder(self, trained: Mapping[str, Any], *, binary: bool = True) -> None:
         """Compare a trained autoencoder's config.json with this configuration.
 
+        Args:
+            trained: that file.
+            binary: whether what follows needs its bits.
+
         Raises:
-            ValueError: it was trained for other images or another code.
+            ValueError: it was trained for other images or another code, or has no bits where they are needed.
         """
         expected = {
             "code_shape": list(self.code_shape),
             "image_size": self.data.image_size,
             "channels": self.data.channels,
         }
-        if trained["autoencoder"]["latent"] != "binary":
-            raise ValueError(
-                f"the trained autoencoder {trained['hash'][:12]} has a {trained['autoencoder']['latent']} latent, "
-                "which has no bits: it is there for comparison; train one with autoencoder.latent binary under another "
-                "--name"
-            )
+        if binary:
+            check_binary(trained)
         wrong = [
             f"{name} {trained[name]} (configured: {value})"
             for name, value in expected.items()

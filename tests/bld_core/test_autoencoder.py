@@ -95,3 +95,12 @@ def test_training_reduces_the_loss() -> None:
     losses = [float(report.terms["loss"]) for report in train(state, batches, objective, config)]
     assert len(losses) == 80
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(("channels", "multipliers"), [(8, [1, 2, 4]), (32, [1, 1, 2, 2])])
+def test_bits_start_half_sure(channels: int, multipliers: list[int]) -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=channels, multipliers=multipliers, attention=[])
+    with torch.no_grad():
+        logits = Autoencoder(config, 3).encode(torch.rand(4, 3, 32, 32) * 2 - 1)
+    assert 0.5 < float(logits.std()) < 2  # a draw of logits near 0 would say nothing of the image

@@ -74,6 +74,7 @@ def test_images_become_bits_and_bits_images(generator: Generator) -> None:
     assert decoded.dtype == torch.uint8
     with torch.no_grad():  # the same as the network's own way through the mode
         assert torch.equal(decoded, to_uint8(tiny_autoencoder()(to_float(images))[0]))
+    assert torch.equal(generator.reconstruct(images), decoded)
 
 
 def test_samples_are_a_function_of_seed_and_index(generator: Generator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,12 @@ import yaml
 from PIL import Image
 
 import bld_core
+from bld_core.autoencoder import Autoencoder
+from bld_core.baselines.vector import VectorBottleneck
+from bld_core.checkpoint import save_model
+from bld_core.generator import AUTOENCODER
+from bld_core.images import first_images, stack
+from bld_core.metrics.reconstruction import ReconstructionQuality
 from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
@@ -111,6 +117,38 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     one = evaluate(replace(finished, cluster=replace(finished.cluster, workers=1)), fresh=True)["figures"]
     assert one == pytest.approx(figures, rel=1e-12)
     assert "dB" in table(report)
+
+
+def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:
+    experiment = replace(encoded, root=str(tmp_path), autoencoder=replace(encoded.autoencoder, latent="vector"))
+    torch.manual_seed(0)
+    network = Autoencoder(experiment.autoencoder, 1)
+    assert isinstance(network.bottleneck, VectorBottleneck)
+    torch.nn.init.normal_(network.bottleneck.codebook)
+    config = {
+        "autoencoder": asdict(experiment.autoencoder),
+        "code_shape": experiment.code_shape,
+        "image_size": 32,
+        "channels": 1,
+    }
+    save_model(str(Path(experiment.folder, AUTOENCODER)), network.state_dict(), config)
+    report = evaluate(experiment)
+    images = stack(first_images(experiment.data.validation, experiment.data, 1000))
+    generator = bld_core.load(experiment.folder)
+    quality = ReconstructionQuality()
+    quality.update(images, generator.reconstruct(images))
+    assert report["figures"] == pytest.approx(
+        {
+            "psnr": quality.psnr.mean,
+            "psnr_std": quality.psnr.deviation,
+            "ssim": quality.ssim.mean,
+            "ssim_std": quality.ssim.deviation,
+        },
+        rel=1e-4,  # another batch size
+    )
+    assert "dead bits" not in table(report)
+    with pytest.raises(ValueError, match=r"vector latent, which has no bits.*can only reconstruct"):
+        generator.encode(images)
 
 
 def test_a_new_prior_makes_samples_again(finished: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
