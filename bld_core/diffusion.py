@@ -453,7 +453,7 @@ def stratified_bound(
     labels: Tensor | None,
     count: int,
     repeats: int,
-    batch_size: int,
+    batch_size: int = 256,
 ) -> Bound:
     """The sum of what the steps of any chain cost, on held-out codes, as `strided_bound` has it.
 

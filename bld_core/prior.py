@@ -61,8 +61,8 @@ class PriorConfig:
             raise ValueError(f"prior.known_share is {self.known_share}; it must lie in [0, 1]")
         if self.known_share and self.model != "binary":
             raise ValueError(
-                f"prior.known_share is {self.known_share} with prior.model {self.model}, which is not trained with known "
-                "tokens; set it to 0, or model to binary"
+                f"prior.known_share is {self.known_share} with prior.model {self.model}, which is not trained with "
+                "known tokens; set it to 0, or model to binary"
             )
 
 
@@ -129,7 +129,9 @@ def time_features(time: Tensor, width: int) -> Tensor:
 class Trunk(nn.Module):
     """What the networks of all priors share: bits in, a class, a position, transformer blocks, features out."""
 
-    def __init__(self, config: PriorConfig, tokens: int, bits: int, *, timed: bool = False, causal: bool = False) -> None:
+    def __init__(
+        self, config: PriorConfig, tokens: int, bits: int, *, timed: bool = False, causal: bool = False
+    ) -> None:
         super().__init__()
         width = config.width
         self.classes = config.classes
