@@ -93,7 +93,7 @@ def token_nll(logits_BNC: Tensor, z_BNC: Tensor) -> Tensor:
 
 
 def with_null_class(labels: Tensor | None, guidance: float) -> tuple[Tensor | None, int]:
-    """Labels of one batched call, and how many copies of the samples it takes: 2 where guidance asks for the null class.
+    """Labels of one batched call, and how many copies of the samples it takes: 2 where there is guidance, else 1.
 
     The second copy is then that of the null class, as `ChainedHead.draw` takes it.
     """
