@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -144,6 +145,7 @@ class _Feed:
                 self._ahead = {tuple(following): self._reader.submit(self._latents.read, following)}
         elif self._on_device is None and _has_room(self._device, self._codes):
             self._on_device = torch.from_numpy(self._codes.packed).to(self._device)
+            self._codes = replace(self._codes, packed=self._codes.packed[:0].copy())
         self._visit, self._labels = visit, self._codes.labels[visit.order]
         self._index = np.arange(visit.start, visit.start + len(visit.order))
 
