@@ -1,4 +1,4 @@
-"""Packed latent shards: the whole data set as bits, readable by anything that reads Parquet.
+"""Packed latent shards, written: the whole data set as bits, readable by anything that reads Parquet.
 
 One Parquet file for each image shard (no compression, no dictionary) and a manifest.json, written last. Bits are in
 row-major (h, w, c) order, most significant first, as numpy.packbits.
@@ -10,10 +10,9 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -21,11 +20,10 @@ from torch import Tensor
 
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float
-from bld_core.bits import pack_bits, unpack_bits
+from bld_core.bits import pack_bits
 from bld_core.images import LabelledImage, stack
-from bld_core.noise import key_of, permutation, uniform
+from bld_core.noise import key_of, uniform
 from bld_core.quantizer import quantize
-from bld_core.training import Batch, TrainingConfig, worker_share
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -146,129 +144,16 @@ def shard_metadata(data: bytes) -> dict[str, Any]:
     return metadata
 
 
-@dataclass(frozen=True)
-class Latents:
-    """An encoded data set in memory, still packed.
-
-    Attributes:
-        packed: uint8 (rows, h*w*c/8).
-        labels: int64 (rows,); -1 is none.
-        keys: sample key of each row.
-        shape: (h, w, c).
-        manifest: the manifest that lists the files.
-        hash: sha256 of the manifest, which names every file's sha256: it identifies the data.
-    """
-
-    packed: Tensor
-    labels: Tensor
-    keys: list[str]
-    shape: tuple[int, int, int]
-    manifest: dict[str, Any]
-    hash: str
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def to(self, device: torch.device) -> Latents:
-        """The same data with its tensors on a device."""
-        return replace(self, packed=self.packed.to(device), labels=self.labels.to(device))
-
-    def codes(self, rows: Tensor) -> Tensor:
-        """The codes of the given rows as tokens: uint8 0/1, (B, h*w, c), on the device of `packed`."""
-        h, w, c = self.shape
-        return unpack_bits(self.packed[rows], (h * w, c))
-
-
-def open_latents(path: str, split: Split = "train") -> Latents:
-    """Read an encoded data set; every file is checked against the manifest.
-
-    Args:
-        path: the latents folder, a path or URL.
-        split: which part.
-
-    Raises:
-        FileNotFoundError: no manifest: the data set was not (completely) encoded.
-        ValueError: a file differs from the manifest, or the split is empty.
-    """
-    location = files.join(path, MANIFEST)
-    if not files.exists(location):
-        raise FileNotFoundError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
-    manifest_bytes = files.read_bytes(location)
-    manifest = json.loads(manifest_bytes)
-    if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{location!r} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
-    h, w, c = manifest["shape"]
-    entries = [entry for entry in manifest["files"] if entry["split"] == split]
-    if not any(entry["rows"] for entry in entries):
-        raise ValueError(f"{path!r} holds no {split} codes; set data.{split} and encode again")
-    tables = [_read_checked(files.join(path, entry["file"]), entry) for entry in entries]
-    packed = np.concatenate([_bits_column(table, h * w * c // 8) for table in tables])
-    labels = np.concatenate([table["label"].to_numpy() for table in tables])
-    keys = [key for table in tables for key in table["key"].to_pylist()]
-    return Latents(
-        torch.from_numpy(packed),
-        torch.from_numpy(labels.astype(np.int64)),
-        keys,
-        (h, w, c),
-        manifest,
-        files.sha256(manifest_bytes),
-    )
-
-
-def _read_checked(url: str, entry: dict[str, Any]) -> pa.Table:
-    data = files.read_bytes(url)
-    found = files.sha256(data)
-    if found != entry["sha256"]:
-        raise ValueError(
-            f"{url!r} has sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}: it was changed or damaged; "
-            "delete it and encode again"
-        )
-    return pq.read_table(io.BytesIO(data))
-
-
-def _bits_column(table: pa.Table, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
-        for chunk in table["bits"].chunks
-    ]
-    return np.concatenate([np.empty(0, np.uint8), *chunks]).reshape(-1, width)
-
-
-def latent_batches(
-    latents: Latents, config: TrainingConfig, seed: int, start_step: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """One worker's share of every global batch from `start_step` on, without end.
-
-    Epochs are seeded permutations laid end to end, so the batch of any step is arithmetic: a restart needs nothing
-    but the step, and the global batch is the same for any number of workers.
-    """
-    share = worker_share(config, world)
-    orders: dict[int, Tensor] = {}
-    step = start_step
-    while True:
-        index = step * config.batch_size + rank * share + torch.arange(share)
-        epochs = index // len(latents)
-        rows = torch.empty(share, dtype=torch.int64)
-        for epoch in epochs.unique().tolist():
-            if epoch not in orders:
-                orders = {e: order for e, order in orders.items() if e == epoch - 1}
-                orders[epoch] = permutation(seed, "latent order", epoch, len(latents))
-            here = epochs == epoch
-            rows[here] = orders[epoch][index[here] % len(latents)]
-        keys = [latents.keys[row] for row in rows.tolist()]
-        rows, index = rows.to(latents.packed.device), index.to(latents.packed.device)
-        yield Batch(latents.codes(rows), latents.labels[rows], index, keys)
-        step += 1
-
-
 def manifest_entry(
     file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What the manifest says of one file."""
+    """What the manifest says of one file; its `classes` are one more than its largest label."""
+    labels = pq.read_table(io.BytesIO(data), columns=["label"])["label"].to_numpy()
     return {
         "file": file,
         "split": split,
         "rows": rows,
+        "classes": int(labels.max(initial=-1)) + 1,
         "sha256": files.sha256(data),
         "source": source,
         "skipped": dict(sorted(skipped.items())),

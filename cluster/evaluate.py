@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,10 @@ import bld_core
 from bld_core import files
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import CONFIG, read_model_config
+from bld_core.codes import open_latents
 from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
-from bld_core.latents import open_latents
 from bld_core.losses import VGG16, load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
@@ -133,11 +134,10 @@ class Evaluator(Sampler):
     def _judge(self) -> Bound:
         prior = self.generator.prior
         assert prior is not None, "evaluation starts from a finished prior"
-        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation")
+        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation").read()
         device = self.generator.device
-        held_out = held_out.to(device)
-        codes = held_out.codes(torch.arange(len(held_out), device=device))
-        return prior.model.bound(prior.network, codes, held_out.labels, self.experiment.seed)
+        codes, labels = held_out.codes(np.arange(len(held_out))), torch.from_numpy(held_out.labels)
+        return prior.model.bound(prior.network, codes.to(device), labels.to(device), self.experiment.seed)
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:

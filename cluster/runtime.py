@@ -25,6 +25,8 @@ class ClusterConfig:
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: shards that are read and decoded at the same time for each training worker of stage 1.
         gpu: give each worker one GPU.
+        latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
+            larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died.
     """
 
@@ -33,6 +35,7 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
     gpu: bool = False
+    latents_gb: float = 8.0
     max_failures: int = 3
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class ClusterConfig:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+        if self.latents_gb <= 0:
+            raise ValueError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
     @property
     def device(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
+from bld_core.codes import open_latents
+from bld_core.epochs import latent_batches
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
-from bld_core.latents import Latents, Split, latent_batches, open_latents
 from bld_core.losses import PatchCritic, Perceptual, load_perceptual
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import make_model
@@ -172,12 +174,10 @@ class PriorTask(Task):
     def __init__(self, experiment: Experiment, source: str) -> None:
         self.experiment = experiment
         self.training = experiment.prior_training
+        self._latents = files.join(source, "latents")
         self.source = source
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
-
-    def _latents(self, split: Split, device: torch.device) -> Latents:
-        return open_latents(files.join(self.source, "latents"), split).to(device)
 
     def network(self) -> nn.Module:
         return self.model.network()
@@ -186,14 +186,16 @@ class PriorTask(Task):
         return self.model.objective(self.experiment.seed)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        latents = self._latents("train", place.device)
-        return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
+        experiment, latents = self.experiment, open_latents(self._latents)
+        memory_gb, device = experiment.cluster.latents_gb, place.device
+        return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment, model, seed = self.experiment, self.model, self.experiment.seed
-        held_out = self._latents("validation", device)
-        rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        bound = model.bound(network, held_out.codes(rows), held_out.labels[rows], seed)
+        held_out = open_latents(self._latents, "validation").read()
+        rows = np.arange(min(len(held_out), _VALIDATION_CODES))
+        codes, classes = held_out.codes(rows).to(device), torch.from_numpy(held_out.labels[rows]).to(device)
+        bound = model.bound(network, codes, classes, seed)
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
         z = model.sample(network, labels, index, experiment.sampling, seed)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from bld_core import files
 from bld_core.checkpoint import CONFIG, load_state, read_model_config, save_model, save_state
+from bld_core.codes import open_latents
 from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
-from bld_core.latents import open_latents
 from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
 from bld_core.training import Report, TrainState, make_state, train
@@ -114,9 +114,12 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
             f"{autoencoder['hash'][:12]}: run encode_latents.py --fresh"
         )
     classes = experiment.prior.classes
-    if int(latents.labels.max()) >= classes > 0:
-        raise ValueError(f"the latents hold class {int(latents.labels.max())}; prior.classes is {classes}: raise it")
+    if latents.classes > classes > 0:
+        raise ValueError(f"the latents hold class {latents.classes - 1}; prior.classes is {classes}: raise it")
     fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
+    window = latents.window(experiment.cluster.latents_gb)
+    if window < len(latents.shards):  # it streams, in an order that depends on the window
+        fingerprint["latents_window"] = window
     with open_stage(experiment, "prior", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
             config = {

@@ -46,6 +46,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_shards(ShardConfig(output=output, images_per_shard=405)).patterns
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where remote latents are kept, here and in every process that is started from here."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["BLD_CACHE"] = str(folder)
+    return folder
+
+
 def small_training(steps: int, **fields: object) -> TrainingConfig:
     settings: dict[str, object] = {
         "steps": steps,

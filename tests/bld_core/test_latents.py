@@ -20,13 +20,11 @@ from bld_core.bits import unpack_bits
 from bld_core.images import LabelledImage, stack
 from bld_core.latents import (
     FORMAT_VERSION,
-    MANIFEST,
     LatentConfig,
     LatentRows,
     encode_images,
     latent_shard_bytes,
     manifest_entry,
-    open_latents,
     shard_metadata,
 )
 from bld_core.noise import key_of, uniform
@@ -178,78 +176,6 @@ def test_draws_are_1_as_often_as_the_probability_says() -> None:
         y = torch.sigmoid(autoencoder.encode(to_float(stack(images)))).permute(0, 2, 3, 1)[0]
     share = unpack_bits(rows.bits, (4, 4, 8)).float().mean(0)
     assert ((share - y).abs() < 5 * (y * (1 - y) / 127).sqrt() + 1e-6).all()
-
-
-# --- The data set -----------------------------------------------------------------------------------------------------
-
-
-def write_data_set(folder: str, config: LatentConfig, cuts: tuple[int, ...] = (4, 9)) -> list[LatentRows]:
-    """12 images: two training shards and a validation shard."""
-    images, shards, entries = toy_images(12), list[LatentRows](), list[dict[str, Any]]()
-    for i, (start, end) in enumerate(itertools.pairwise((0, *cuts, 12))):
-        rows = encode_images(tiny_autoencoder(), images[start:end], config, 0)
-        data, name = latent_shard_bytes(rows, {"shape": SHAPE}), f"shard-{i}.parquet"
-        files.write_bytes(files.join(folder, name), data)
-        split = "validation" if end == 12 else "train"
-        entries.append(manifest_entry(name, data, len(rows.key), f"shard-{i}.tar", split, {}))
-        shards.append(rows)
-    manifest = {"format": FORMAT_VERSION, "shape": SHAPE, "autoencoder_hash": "abc", "files": entries}
-    files.write_json(files.join(folder, MANIFEST), manifest)
-    return shards
-
-
-def test_a_data_set_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
-    for folder in (str(tmp_path), f"memory://{tmp_path.name}"):
-        first, second, held_out = write_data_set(folder, LatentConfig(draws=2, mirror=True, batch_size=4))
-        latents = open_latents(folder)
-        assert latents.shape == SHAPE
-        assert latents.keys == first.key + second.key
-        assert latents.labels.tolist() == first.label + second.label
-        assert torch.equal(latents.packed, torch.cat([first.bits, second.bits]))
-        assert len(latents) == len(first.key) + len(second.key)
-        rows = torch.tensor([3, 0, len(first.key)])
-        codes = latents.codes(rows)
-        assert torch.equal(codes.view(-1, *SHAPE), unpack_bits(latents.packed[rows], SHAPE))
-        assert codes.shape == (3, 4, 8)
-        assert open_latents(folder, "validation").keys == held_out.key
-
-
-def test_the_hash_tells_data_sets_apart(tmp_path: Path) -> None:
-    configs = {"a": LatentConfig(), "b": LatentConfig(), "c": LatentConfig(draws=2)}
-    for name, config in configs.items():
-        write_data_set(str(tmp_path / name), config)
-    a, b, c = (open_latents(str(tmp_path / name)).hash for name in configs)
-    assert a == b
-    assert a != c
-
-
-def test_an_unfinished_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*is missing.*encode_latents"):
-        open_latents(str(tmp_path))
-
-
-def test_a_changed_file_is_refused_with_both_hashes(tmp_path: Path) -> None:
-    write_data_set(str(tmp_path), LatentConfig())
-    path = tmp_path / "shard-1.parquet"
-    expected = files.sha256(path.read_bytes())
-    data = bytearray(path.read_bytes())
-    data[40] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"shard-1\.parquet.*{files.sha256(bytes(data))[:12]}.*{expected[:12]}"):
-        open_latents(str(tmp_path))
-    open_latents(str(tmp_path), "validation")  # which is another file
-
-
-def test_another_format_and_an_empty_split_are_refused(tmp_path: Path) -> None:
-    write_data_set(str(tmp_path), LatentConfig())
-    manifest = files.read_json(str(tmp_path / MANIFEST))
-    only_train = [entry for entry in manifest["files"] if entry["split"] == "train"]
-    files.write_json(str(tmp_path / MANIFEST), {**manifest, "files": only_train})
-    with pytest.raises(ValueError, match=r"no validation codes; set data\.validation"):
-        open_latents(str(tmp_path), "validation")
-    files.write_json(str(tmp_path / MANIFEST), {**manifest, "format": 2})
-    with pytest.raises(ValueError, match=r"format 2; this version reads 1"):
-        open_latents(str(tmp_path))
 
 
 @pytest.mark.parametrize(("field", "value"), [("draws", -1), ("draws", 128), ("batch_size", 0)])

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 from bld_core.checkpoint import load_state, save_state
 from bld_core.diffusion import DiffusionConfig
 from bld_core.ema import Ema
-from bld_core.latents import latent_batches
 from bld_core.objectives import PriorObjective
 from bld_core.training import TrainingConfig, TrainState, learning_rate, make_state, train, worker_share
-from tests.bld_core.toys import random_latents, tiny_prior, toy_batches
+from tests.bld_core.toys import tiny_prior, toy_batches
 
 ROWS = 22
 
@@ -115,49 +113,6 @@ def test_a_batch_that_does_not_divide_is_named_with_the_workers() -> None:
     assert [worker_share(config, world) for world in (1, 2, 3, 12)] == [12, 6, 4, 1]
     with pytest.raises(ValueError, match=r"batch_size 12 .* 5 workers, accumulate 1; make it a multiple of 5"):
         worker_share(config, 5)
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("start", [0, 3])
-def test_the_shares_of_all_workers_are_the_batch_of_one(world: int, start: int) -> None:
-    latents, config = random_latents(ROWS), TrainingConfig(batch_size=8)  # 22 rows: batches cross the epochs' ends
-    one = latent_batches(latents, config, 0, start)
-    many = [latent_batches(latents, config, 0, start, rank, world) for rank in range(world)]
-    for _ in range(12):
-        batch, parts = next(one), [next(share) for share in many]
-        for whole, shares in zip(batch[:3], zip(*(part[:3] for part in parts), strict=True), strict=True):
-            assert torch.equal(torch.cat(shares), whole)
-        assert batch.keys == [key for part in parts for key in part.keys]
-
-
-def test_batches_restart_anywhere_and_their_index_counts_samples() -> None:
-    latents, config = random_latents(ROWS), TrainingConfig(batch_size=8)
-    whole = list(itertools.islice(latent_batches(latents, config, 0, 0), 12))
-    for start in (1, 5, 11):
-        again = next(latent_batches(latents, config, 0, start))
-        assert all(torch.equal(a, b) for a, b in zip(again[:3], whole[start][:3], strict=True))
-    assert torch.equal(torch.cat([batch.sample_index for batch in whole]), torch.arange(96))
-
-
-def test_every_epoch_visits_each_row_once_in_another_order() -> None:
-    latents = random_latents(ROWS)
-    number_of = {tuple(code.flatten().tolist()): i for i, code in enumerate(latents.codes(torch.arange(ROWS)))}
-    assert len(number_of) == ROWS
-    config = TrainingConfig(batch_size=4)
-    rows: list[int] = []
-    for batch in itertools.islice(latent_batches(latents, config, 0, 0), 3 * ROWS // 4 + 1):
-        here = [number_of[tuple(code.flatten().tolist())] for code in batch.data]
-        assert torch.equal(batch.labels, latents.labels[here])
-        rows += here
-    epochs = [rows[i * ROWS : (i + 1) * ROWS] for i in range(3)]
-    for epoch in epochs:
-        assert Counter(epoch) == Counter(range(ROWS))
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-def test_a_batch_larger_than_the_data_takes_whole_epochs() -> None:
-    batch = next(latent_batches(random_latents(3), TrainingConfig(batch_size=9), 0, 0))
-    assert Counter(batch.labels.tolist()) == {0: 3, 1: 3, 2: 3}
 
 
 @pytest.mark.parametrize(

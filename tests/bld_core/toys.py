@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import itertools
 import math
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.bits import pack_bits
+from bld_core.codes import Latents, open_latents
 from bld_core.diffusion import Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
+from bld_core.epochs import latent_batches
 from bld_core.images import LabelledImage, Sample
-from bld_core.latents import Latents, latent_batches
+from bld_core.latents import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
 from bld_core.noise import uniform
 from bld_core.prior import Prior, PriorConfig
 from bld_core.schedule import NoiseSchedule
@@ -226,13 +234,30 @@ def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
     return Autoencoder(TINY_AUTOENCODER, channels).eval()
 
 
-def random_latents(rows: int, shape: tuple[int, int, int] = (2, 2, 8), classes: int = 3) -> Latents:
-    """An encoded data set of random bits, in memory."""
-    h, w, c = shape
-    index = torch.arange(rows)
-    bits = (uniform(5, "toy bits", index, h * w * c) < 0.3).to(torch.uint8)
-    keys = [f"{i:04d}" for i in range(rows)]
-    return Latents(pack_bits(bits), index % classes, keys, shape, {}, "toy")
+def write_latents(folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,)) -> None:
+    """An encoded data set of random 2 x 2 x 8 bits: shards of so many rows. Row i has key i and class i modulo 3."""
+    entries = list[dict[str, Any]]()
+    start = 0
+    for shard, rows in enumerate((*train, *validation)):
+        index = torch.arange(start, start + rows)
+        bits = pack_bits((uniform(5, "toy bits", index, 32) < 0.3).to(torch.uint8))
+        keys, labels, zeros = [f"{i:04d}" for i in index], (index % 3).tolist(), [0] * rows
+        data = latent_shard_bytes(LatentRows(keys, labels, zeros, zeros, bits), {"shape": [2, 2, 8]})
+        split: Split = "train" if shard < len(train) else "validation"
+        name = f"{split}/{shard}.parquet"
+        files.write_bytes(files.join(folder, name), data)
+        entries.append(manifest_entry(name, data, rows, f"{shard}.tar", split, {}))
+        start += rows
+    files.write_json(files.join(folder, MANIFEST), {"format": FORMAT_VERSION, "shape": [2, 2, 8], "files": entries})
+
+
+@functools.cache
+def random_latents(*shards: int) -> Latents:
+    """The training part of such a data set; its files are there until the process ends."""
+    folder = tempfile.mkdtemp(prefix="toy-latents-")
+    atexit.register(shutil.rmtree, folder)
+    write_latents(folder, train=shards)
+    return open_latents(folder)
 
 
 def toy_batches(config: TrainingConfig, rows: int, start_step: int = 0) -> Iterator[Batch]:

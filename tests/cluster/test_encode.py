@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from bld_core.codes import open_latents
 from bld_core.files import read_json
-from bld_core.latents import open_latents
 from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from tests.conftest import copy_of
@@ -23,9 +23,11 @@ def test_every_image_is_encoded_once_and_the_manifest_says_so(encoded: Experimen
     train, validation = open_latents(folder), open_latents(folder, "validation")
     assert len(train) == 1617
     assert len(validation) == 180
-    assert len({*train.keys, *validation.keys}) == 1797
     assert train.shape == (4, 4, 8)
-    assert set(train.labels.tolist()) == set(range(10))
+    assert train.classes == validation.classes == 10
+    rows = train.read()
+    assert len({*rows.keys.to_pylist(), *validation.read().keys.to_pylist()}) == 1797
+    assert set(rows.labels.tolist()) == set(range(10))
     assert all(entry["skipped"] == {} for entry in train.manifest["files"])
 
 

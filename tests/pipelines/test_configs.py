@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +45,14 @@ def places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLD_ROOT", "/runs")
 
 
-def read(monkeypatch: pytest.MonkeyPatch, name: str) -> Experiment:
-    """The experiment that any command makes of a configuration."""
+def read(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Experiment:
+    """The experiment that any command makes of a configuration and of flags after it."""
     made: list[Experiment] = []
 
     def keep(experiment: Experiment, flags: object) -> None:
         made.append(experiment)
 
-    monkeypatch.setattr(sys, "argv", ["any.py", "--config", str(CONFIGS[name])])
+    monkeypatch.setattr(sys, "argv", ["any.py", "--config", str(CONFIGS[name]), *flags])
     command("", keep)
     return made[0]
 
@@ -117,6 +118,19 @@ def test_the_class_table_is_what_classes_add(monkeypatch: pytest.MonkeyPatch) ->
         label = Prior(config, 256, 64).label
     assert label is not None
     assert label.weight.numel() / 1e6 == pytest.approx(CLASS_TABLE, rel=0.01)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_a_prior_of_another_size_keeps_everything_else(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = CONFIGS["demo"].parent / "prior" / f"{size}.yaml"
+    plain, sized = read(monkeypatch, "imagenet256"), read(monkeypatch, "imagenet256", "--prior", str(preset))
+    shape = {"layers": sized.prior.layers, "width": sized.prior.width, "heads": sized.prior.heads}
+    assert sized == replace(plain, prior=replace(plain.prior, **shape))
+    with torch.device("meta"):
+        prior = Prior(replace(sized.prior, classes=0), 256, 32)
+    said = re.search(r": ([\d.]+)M parameters", preset.read_text())
+    assert said is not None
+    assert sum(weights.numel() for weights in prior.parameters()) / 1e6 == pytest.approx(float(said[1]), rel=0.01)
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
