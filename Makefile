@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: .venv/ready  ## the whole pipeline on handwritten digits, a few minutes on two CPU cores
 	BLD_ROOT=$(ROOT) python pipelines/make_shards.py --images_per_shard 405 --output $(ROOT)/digits
 	BLD_ROOT=$(ROOT) python pipelines/run_all.py --config configs/demo.yaml
-	@echo 'pictures, curves and parameters of this run: make ui'
+	@echo 'report: $(abspath $(ROOT))/demo/evaluation/report.html'
 
 test: .venv/ready  ## all tests; BLD_REAL_DATA names a folder of real image shards for those that need them
 	pytest

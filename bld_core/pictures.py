@@ -1,9 +1,11 @@
-"""Grids of images as one picture."""
+"""Images as pictures: grids, files, masks."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +29,12 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     for i in range(count):
         top, left = _GAP + i // columns * (height + _GAP), _GAP + i % columns * (width + _GAP)
         canvas[top : top + height, left : left + width] = images[i]
-    return Image.fromarray(canvas.squeeze(-1).numpy() if channels == 1 else canvas.numpy())
+    return picture(canvas)
+
+
+def picture(image_HWC: Tensor) -> Image.Image:
+    """One image, uint8 (H, W, 1 or 3), as a picture: grey or RGB."""
+    return Image.fromarray((image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).numpy())
 
 
 def reconstruction_grid(images: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
@@ -55,3 +62,49 @@ def png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, format="PNG")
     return out.getvalue()
+
+
+def read_picture(data: bytes, size: int, channels: int, name: str) -> Tensor:
+    """A picture's file as an image of exactly this size, uint8 (size, size, channels).
+
+    Args:
+        data: the file.
+        size: in pixels, of both sides.
+        channels: 1 is grey, 3 is RGB; other pictures are converted.
+        name: of the picture in messages.
+
+    Raises:
+        ValueError: it is no picture, or has another size.
+    """
+    try:
+        shown = Image.open(io.BytesIO(data))
+        if shown.size == (size, size):
+            pixels = np.array(shown.convert("L" if channels == 1 else "RGB"))
+            return torch.from_numpy(pixels).view(size, size, channels)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    raise ValueError(
+        f"{name} is {shown.width} x {shown.height} pixels; it must be {size} x {size}, as the images are that the "
+        "networks take"
+    )
+
+
+def mask_of_picture(data: bytes, size: int, name: str) -> Tensor:
+    """What a picture of a mask says is known, where it is white: bool (size, size); see `read_picture`."""
+    return read_picture(data, size, 1, name)[..., 0] >= 128
+
+
+def mask_of_box(box: Sequence[int], size: int, name: str) -> Tensor:
+    """What is known outside of a box, left, top, right, bottom in pixels: bool (size, size).
+
+    Raises:
+        ValueError: the box does not lie within the image.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise ValueError(
+            f"{name} is {list(box)}; left < right and top < bottom must lie in 0..{size}, the image's pixels"
+        )
+    mask = torch.ones(size, size, dtype=torch.bool)
+    mask[top:bottom, left:right] = False
+    return mask

@@ -22,6 +22,7 @@ from bld_core.latents import (
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
+from cluster.tracking import lineage
 
 
 class Job(NamedTuple):
@@ -68,8 +69,10 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
             skipped: Counter[str] = sum((Counter(entry["skipped"]) for entry in entries), Counter())
             stage.run.metrics({f"skipped {reason}": count for reason, count in skipped.items()}, len(entries))
             manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
-            files.write_json(files.join(stage.folder, MANIFEST), manifest)
-            stage.run.tags({"bld.autoencoder_hash": autoencoder["hash"]})
+            manifest_url = files.join(stage.folder, MANIFEST)
+            files.write_json(manifest_url, manifest)
+            latents_hash = files.sha256(files.read_bytes(manifest_url))
+            stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})
         return stage.folder
 
 

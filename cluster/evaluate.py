@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,11 @@ from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import BernoulliBottleneck, CodeHealth
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
+from cluster.plots import bit_usage_plot
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Sampler
 from cluster.stages import open_stage
+from cluster.tracking import lineage
 
 _PICTURE_IMAGES = 32
 _PICTURE_SAMPLES = 80
@@ -180,10 +183,14 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
             return files.read_json(report_url)
+        stage.run.tags(lineage(autoencoder, prior))
         measured = _measure(experiment, prior)
         figures = measured.remade.figures(experiment.evaluation)
         pictures = _reconstructions(experiment)
-        report: dict[str, Any] = {"figures": figures}
+        report: dict[str, Any] = {"figures": figures, "protocol": _protocol(fingerprint)}
+        if measured.remade.health.count:
+            report["bit_usage"] = measured.remade.health.usage.tolist()
+            pictures["bit-usage.png"] = bit_usage_plot(measured.remade.health.usage)
         if prior is not None:
             classes = prior["prior"]["classes"]
             samples = torch.cat(measured.samples)
@@ -196,6 +203,14 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         stage.run.metrics(figures, 0)
         files.write_json(report_url, report | identity)
         return report | identity
+
+
+def _protocol(fingerprint: dict[str, Any]) -> str:
+    """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
+    images = ("shards", "data.image_size", "data.channels", "data.fit", "vgg_sha256")
+    decides = {name: value for name, value in fingerprint.items() if name in images or name.startswith("evaluation.")}
+    decides.pop("evaluation.batch_size")  # of the work, not of what is measured
+    return files.sha256(json.dumps(decides, sort_keys=True).encode())
 
 
 def _prior_figures(experiment: Experiment, classes: int, measured: Measured, samples: Tensor) -> dict[str, float]:

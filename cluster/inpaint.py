@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bld_core import files
@@ -16,11 +13,12 @@ from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import ImageConfig, decode, first_images, stack
 from bld_core.models import trained_model
-from bld_core.pictures import grid, png
+from bld_core.pictures import grid, mask_of_box, mask_of_picture, png
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.sample import Sampler
 from cluster.stages import open_stage
+from cluster.tracking import lineage
 
 _HIDDEN = 128
 
@@ -123,25 +121,8 @@ def read_mask(settings: InpaintConfig, size: int) -> Tensor:
         ValueError: the mask is no image or has another size, or the box does not lie within the image.
     """
     if settings.mask:
-        data = files.read_bytes(settings.mask)
-        try:
-            picture = Image.open(io.BytesIO(data)).convert("L")
-        except OSError as error:
-            raise ValueError(f"inpaint.mask {settings.mask!r} cannot be read as an image: {error}") from error
-        if picture.size != (size, size):
-            raise ValueError(
-                f"inpaint.mask {settings.mask!r} is {picture.width} x {picture.height} pixels; it must be {size} x "
-                f"{size} as data.image_size, so that a pixel of it is a pixel of the image"
-            )
-        return torch.from_numpy(np.asarray(picture) >= 128)
-    left, top, right, bottom = settings.box or [size // 4, size // 4, size - size // 4, size - size // 4]
-    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
-        raise ValueError(
-            f"inpaint.box is {settings.box}; left < right and top < bottom must lie in 0..{size}, the image's pixels"
-        )
-    mask = torch.ones(size, size, dtype=torch.bool)
-    mask[top:bottom, left:right] = False
-    return mask
+        return mask_of_picture(files.read_bytes(settings.mask), size, f"inpaint.mask {settings.mask!r}")
+    return mask_of_box(settings.box or [size // 4, size // 4, size - size // 4, size - size // 4], size, "inpaint.box")
 
 
 def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False) -> str:
@@ -164,8 +145,9 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
     images, mask = read_images(settings, experiment.data), read_mask(settings, experiment.data.image_size)
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     trained_model(prior, experiment.code_shape).steps(experiment.sampling, completing=True)
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     fingerprint = {
-        "autoencoder_hash": read_model_config(files.join(experiment.folder, AUTOENCODER))["hash"],
+        "autoencoder_hash": autoencoder["hash"],
         "prior_hash": prior["hash"],
         "prior_run": prior["run"],
         "pixels": files.sha256(images.numpy().tobytes() + mask.numpy().tobytes()),
@@ -177,6 +159,7 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
     with open_stage(experiment, stage_name, fingerprint, "inpainting.png", fresh=fresh, on_change="redo") as stage:
         picture_url = files.join(stage.folder, "inpainting.png")
         if not stage.done:
+            stage.run.tags(lineage(autoencoder, prior))
             pieces = [Piece(number, image, mask, settings) for number, image in enumerate(images)]
             drawn = map_on_actors(Inpainter, (experiment,), "complete", pieces, experiment.cluster, "inpaint")
             masked = torch.where(mask[..., None], images, _HIDDEN).to(torch.uint8)

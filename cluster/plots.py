@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,10 +16,12 @@ from torch import Tensor
 
 _DEAD_BELOW = 0.01
 _FAIR = 0.5
-_DEAD, _ALIVE, _LINE = "#d62728", "#4c78a8", "#555555"
+_DEAD, _ALIVE, _LINE = "#d62728", "#4c78a8", "#888888"
+_PANEL_INCHES = 3.6, 2.4
+_MARKED = 24  # points that are few enough to be seen one by one
 
 
-def bit_usage_plot(usage: Tensor) -> Image.Image:
+def bit_usage_figure(usage: Tensor, inches: tuple[float, float] = (9.6, 3.6)) -> Figure:
     """How often each bit channel of the code is one: a bar from 1/2, a fair bit, to the share.
 
     So a fair bit is flat, and a bit that is always the same fills half of the height, whichever value it is stuck at.
@@ -22,9 +29,7 @@ def bit_usage_plot(usage: Tensor) -> Image.Image:
 
     Args:
         usage: (c,), the share of ones of each channel, in [0, 1]; drawn in the order of the code.
-
-    Returns:
-        RGB, 960 x 360 pixels.
+        inches: width and height, 100 pixels each.
 
     Raises:
         ValueError: not a share for each channel.
@@ -36,8 +41,7 @@ def bit_usage_plot(usage: Tensor) -> Image.Image:
             "shares in [0, 1]: take the mean of the codes over images and positions"
         )
     dead = (share < _DEAD_BELOW) | (share > 1 - _DEAD_BELOW)
-    figure = Figure(figsize=(9.6, 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=inches, dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.bar(
         np.arange(len(share)), share - _FAIR, 0.8, bottom=_FAIR, color=np.where(dead, _DEAD, _ALIVE).tolist(), zorder=2
@@ -52,5 +56,72 @@ def bit_usage_plot(usage: Tensor) -> Image.Image:
     axes.set_xlabel("bit channel")
     axes.set_ylabel("share of ones")
     axes.set_title(f"Bit usage: {dead.sum()} of {len(share)} channels dead (red)")
+    return figure
+
+
+def bit_usage_plot(usage: Tensor) -> Image.Image:
+    """`bit_usage_figure` as a picture, RGB, 960 x 360 pixels."""
+    return _picture(bit_usage_figure(usage))
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of a panel that belong together.
+
+    Attributes:
+        x: numbers.
+        y: a figure at each x.
+        error: standard error of each figure; empty draws none.
+        name: for the legend, which one line alone does not need.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: a title, what the axes show, its lines."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+
+
+def panel_figure(panel: Panel) -> Figure:
+    """A diagram, 360 x 240 pixels."""
+    figure = Figure(figsize=_PANEL_INCHES, dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for line in panel.lines:
+        marker = "o" if len(line.x) <= _MARKED else ""
+        axes.errorbar(
+            line.x, line.y, line.error or None, label=line.name, marker=marker, markersize=4, linewidth=1.5, capsize=3
+        )
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(panel.lines) > 1:
+        axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an element of an HTML page: its ink has the colour of the text around it, its ground is clear."""
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):  # text as text, in the fonts of the page
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        )
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace("#000000", "currentColor")
+
+
+def _picture(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -18,6 +18,7 @@ from bld_core.pictures import grid, png
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
+from cluster.tracking import lineage
 
 _IMAGES_AT_ONCE = 64
 
@@ -97,8 +98,9 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     name = settings.file or (
         f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     )
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     fingerprint = {
-        "autoencoder_hash": read_model_config(files.join(experiment.folder, AUTOENCODER))["hash"],
+        "autoencoder_hash": autoencoder["hash"],
         "prior_hash": prior["hash"],
         "prior_run": prior["run"],
         **experiment.fingerprint("sampling"),
@@ -109,6 +111,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     with open_stage(experiment, stage_name, fingerprint, "samples.npz", fresh=fresh, on_change="redo") as stage:
         picture_url = files.join(stage.folder, "grid.png")
         if not stage.done:
+            stage.run.tags(lineage(autoencoder, prior))
             labels = columns * settings.rows
             pieces: list[Draw] = []
             for start in range(0, len(labels), _IMAGES_AT_ONCE):

@@ -1,29 +1,49 @@
-"""MLflow: one parent run per experiment, one child per stage; the model registry."""
+"""MLflow: one parent run per experiment, one child per stage."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shlex
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunStatus
+from mlflow.entities import LifecycleStage, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Run as RecordedRun
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from PIL.Image import Image
 
-import bld_core
 from bld_core import files
-from bld_core.checkpoint import CONFIG, WEIGHTS
-from bld_core.generator import AUTOENCODER, PRIOR
 
 if TYPE_CHECKING:
     from cluster.experiment import Experiment
+
+COMMIT = "mlflow.source.git.commit"
+STARTS = "bld.starts"
+"""Tag of a run: a line for each start of it, with the time, the commit and the command."""
+_LONGEST_TAG = 8000  # characters that MLflow keeps
+
+# MLflow sends a request again after 0, 2, 4, ... 64, 120, 120, 120 seconds: a server that is back within 8 minutes has
+# every point, and each once, for what makes it a point is in the request. Training waits meanwhile.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "10",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "1.0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +56,28 @@ class TrackingConfig:
         experiment: MLflow experiment that holds the runs; empty takes the name of this experiment.
         model: name in the model registry; empty takes the name of this experiment.
         alias: registry alias that `register.py` moves to the version that it makes.
+        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
+            priors of one autoencoder; across autoencoders take a figure of images.
+        champion_lower: the lower figure is the better one.
+        champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
     """
 
     uri: str = ""
     experiment: str = ""
     model: str = ""
     alias: str = "latest-trained"
+    champion_figure: str = "bound"
+    champion_lower: bool = True
+    champion_margin: float = 0.001
+
+    def __post_init__(self) -> None:
+        if "@" in urlsplit(self.uri).netloc:
+            raise ValueError(
+                "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        if not self.champion_margin >= 0:
+            raise ValueError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
 
     def resolve(self, root: str) -> str:
         """The tracking URI for an experiment root.
@@ -56,6 +92,13 @@ class TrackingConfig:
                 f"root {root!r} is not a local folder, and SQLite needs one: set tracking.uri to an MLflow server"
             )
         return f"sqlite:///{files.absolute(root)}/mlflow.db"
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a tracking server that outlasts a server which is away for some minutes; also of its registry."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(uri)
 
 
 @dataclass(frozen=True)
@@ -73,12 +116,23 @@ class Run:
     @property
     def client(self) -> MlflowClient:
         """A client; MLflow shares the connections behind it."""
-        return MlflowClient(self.uri)
+        return connect(self.uri)
+
+    @cached_property
+    def _reached(self) -> dict[str, int]:
+        """The last step of each figure that an earlier start of this run has logged."""
+        return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data.to_proto().metrics}
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log figures of a step."""
+        """Log figures of a step.
+
+        Steps between the last checkpoint and an interruption are taken twice. Their figures are logged once: those of
+        the start before stay.
+        """
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, [Metric(name, float(v), now, step) for name, v in values.items()])
+        new = [Metric(name, float(v), now, step) for name, v in values.items() if step > self._reached.get(name, -1)]
+        if new:
+            self.client.log_batch(self.run_id, new)
 
     def picture(self, image: Image, name: str) -> None:
         """Log a picture under an artifact path such as reconstructions/step-000500.png."""
@@ -90,13 +144,36 @@ class Run:
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
-        for name, value in values.items():
-            self.client.set_tag(self.run_id, name, value)
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in values.items()])
 
     def end(self, succeeded: bool) -> None:
         """Mark the run finished or failed; a failed run is reopened when its stage resumes."""
         status = RunStatus.to_string(RunStatus.FINISHED if succeeded else RunStatus.FAILED)
         self.client.set_terminated(self.run_id, status)
+
+
+class SystemLoad:
+    """How busy this machine is: MLflow's own monitors and names, without their thread and their clock."""
+
+    def __init__(self) -> None:
+        self._monitors: list[CPUMonitor | DiskMonitor | NetworkMonitor | GPUMonitor] = [
+            CPUMonitor(),
+            DiskMonitor(),
+            NetworkMonitor(),
+        ]
+        with contextlib.suppress(RuntimeError):  # no GPU
+            self._monitors.append(GPUMonitor())
+        self.figures()  # the use of the CPU is a mean since the call before
+
+    def figures(self) -> dict[str, float]:
+        """Figures named system/...: CPU since the call before, network since the object was made, the rest now."""
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            named: dict[str, Any] = monitor.aggregate_metrics()
+            found |= {f"system/{name}": value for name, value in named.items()}
+        return found
 
 
 def git_commit() -> str:
@@ -110,6 +187,33 @@ def git_commit() -> str:
     return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 
+def lineage(autoencoder: Mapping[str, Any], prior: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a result was made from, as tags: data -> autoencoder -> latents -> prior, each by its hash.
+
+    Args:
+        autoencoder: the config.json of the autoencoder; its data are the names and sizes of its training shards.
+        prior: that of the prior, where one is used.
+    """
+    made_from = {
+        "bld.data_hash": autoencoder.get("data_hash", "unknown"),  # not noted by early versions
+        "bld.autoencoder_hash": autoencoder["hash"],
+    }
+    if prior is not None:
+        made_from |= {"bld.latents_hash": prior["latents_hash"], "bld.prior_hash": prior["hash"]}
+    return made_from
+
+
+def without_secrets(text: str) -> str:
+    """The text, its URLs without user names, passwords and what follows a "?name=" or "&name=": keys, signatures."""
+    return re.sub(r"([?&][\w-]+=)[^&\s]+", r"\1***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
+
+
+def _start(commit: str) -> str:
+    """A line of the tag `STARTS`: when, from which code, by which command this process works."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return without_secrets(f"{now} {commit} {shlex.join(['python', *sys.argv])}")
+
+
 def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     """The MLflow run of a stage: the recorded one, reopened, or a new child of the experiment's parent run.
 
@@ -119,23 +223,34 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
     """
     uri = experiment.tracking.resolve(experiment.root)
-    client = MlflowClient(uri)
-    if run_id is not None:
-        try:
-            alive = client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            alive = False  # another tracking server than before
-        if alive:
-            client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-            return Run(uri, run_id)
-    parent = _parent_run(client, experiment)
-    tags = {"mlflow.runName": stage, "mlflow.parentRunId": parent, "mlflow.source.git.commit": git_commit()}
+    client, commit = connect(uri), git_commit()
+    before = find_run(uri, run_id) if run_id is not None else None
+    if before is not None:
+        run = Run(uri, before.info.run_id)
+        client.update_run(run.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        run.tags({STARTS: f"{before.data.tags.get(STARTS, '')}\n{_start(commit)}".strip()[-_LONGEST_TAG:]})
+        return run
+    tags = {
+        "mlflow.runName": stage,
+        "mlflow.parentRunId": _parent_run(client, experiment),
+        COMMIT: commit,
+        STARTS: _start(commit)[-_LONGEST_TAG:],
+    }
     run = client.create_run(_mlflow_experiment(client, experiment), tags=tags)
-    parameters = [Param(name, value[:6000]) for name, value in experiment.parameters().items()]
+    parameters = [Param(name, without_secrets(value)[:6000]) for name, value in experiment.parameters().items()]
     client.log_batch(run.info.run_id, params=parameters)
     return Run(uri, run.info.run_id)
+
+
+def find_run(uri: str, run_id: str) -> RecordedRun | None:
+    """A run as MLflow knows it, or None: it was deleted, or belongs to another tracking server."""
+    try:
+        found = connect(uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return found if found.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
 def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
@@ -161,59 +276,8 @@ def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     tags = {
         "mlflow.runName": experiment.name,
         "bld.folder": experiment.folder,
-        "mlflow.source.git.commit": git_commit(),
+        COMMIT: git_commit(),
     }
     run = client.create_run(mlflow_experiment, tags=tags)
     client.set_terminated(run.info.run_id)
     return run.info.run_id
-
-
-def register(experiment: Experiment) -> tuple[str, str]:
-    """Register autoencoder and prior as one version of a model, under an alias.
-
-    The version's artifacts are a folder that `bld_core.load` opens. Running it again for the same pair adds nothing.
-
-    Args:
-        experiment: finished, both stages.
-
-    Returns:
-        (model name, version).
-
-    Raises:
-        FileNotFoundError: a stage is not finished.
-        ValueError: prior and autoencoder do not belong together.
-    """
-    pair = bld_core.load(experiment.folder)
-    if pair.prior is None:
-        raise FileNotFoundError(f"{experiment.folder!r} has no finished prior: run stage2_prior.py first")
-    name = experiment.tracking.model or experiment.name
-    client = MlflowClient(experiment.tracking.resolve(experiment.root))
-    hashes = {"autoencoder_hash": pair.autoencoder.config["hash"], "prior_hash": pair.prior.config["hash"]}
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if {key: version.tags.get(key) for key in hashes} == hashes:
-            client.set_registered_model_alias(name, experiment.tracking.alias, version.version)
-            return name, str(version.version)
-    run_id = pair.prior.config["run"]
-    for part in (AUTOENCODER, PRIOR):
-        for file in (WEIGHTS, CONFIG):
-            with tempfile.TemporaryDirectory() as folder:
-                local = Path(folder, file)
-                local.write_bytes(files.read_bytes(files.join(experiment.folder, part, file)))
-                client.log_artifact(run_id, str(local), f"model/{part}")
-    source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    version = client.create_model_version(name, source, run_id, tags=hashes)
-    client.set_registered_model_alias(name, experiment.tracking.alias, version.version)
-    return name, str(version.version)
-
-
-def fetch_model(uri: str, name: str, alias: str, folder: str) -> str:
-    """Download the version of a registered model that an alias names; returns a folder for `bld_core.load`."""
-    client = MlflowClient(uri)
-    version = client.get_model_version_by_alias(name, alias)
-    assert version.source is not None, "every version was made with a source"
-    return mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=folder, tracking_uri=uri)

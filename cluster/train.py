@@ -30,7 +30,7 @@ from cluster.ingest import check_feed
 from cluster.progress import Progress, on_terminal
 from cluster.stages import Stage, open_stage
 from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
-from cluster.tracking import Run
+from cluster.tracking import Run, SystemLoad, lineage
 
 _CHECKPOINTS_KEPT = 2
 _FINAL = "final"
@@ -65,7 +65,9 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
                 "code_shape": experiment.code_shape,
                 "image_size": experiment.data.image_size,
                 "channels": experiment.data.channels,
+                "data_hash": fingerprint["shards"],
             }
+            stage.run.tags({"bld.data_hash": fingerprint["shards"]})
             _fit(stage, AutoencoderTask(experiment), config)
         return files.join(stage.folder, _FINAL)
 
@@ -129,6 +131,7 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
                 "autoencoder_hash": made_by,
                 "latents_hash": latents.hash,
             }
+            stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
             _fit(stage, PriorTask(experiment, source), config)
         return files.join(stage.folder, _FINAL)
 
@@ -160,7 +163,7 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
         metrics = files.read_json(f"{folder}/meta.json")["metrics"]
     final = files.join(stage.folder, _FINAL)
     digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
-    stage.run.tags({"bld.hash": digest})
+    stage.run.tags({f"bld.{stage.name}_hash": digest})
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -180,6 +183,7 @@ def _work(config: dict[str, Any]) -> str:
         with checkpoint.as_directory() as folder:
             positions = load_state(folder, state)["positions"]
     run: Run | None = config["run"] if place.rank == 0 else None
+    load = SystemLoad() if place.rank == 0 else None
     bar = tqdm_ray.tqdm if config["bar"] else None
     progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
@@ -189,8 +193,9 @@ def _work(config: dict[str, Any]) -> str:
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
                 figures = _figures(report, state, place)
-                if run is not None and progress is not None:
-                    run.metrics({f"train_{name}": value for name, value in figures.items()}, report.step)
+                if run is not None and load is not None and progress is not None:
+                    named = {f"train_{name}": value for name, value in figures.items()}
+                    run.metrics(named | load.figures(), report.step)
                     progress.update(report.step, figures)
             look = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0

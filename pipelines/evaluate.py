@@ -1,15 +1,16 @@
-"""Evaluate a finished experiment: reconstruction, likelihood bound, samples; <root>/<name>/evaluation/report.json."""
+"""Evaluate a finished experiment: reconstruction, likelihood bound, samples; <root>/<name>/evaluation/report.html."""
 
 from argparse import Namespace
 
 from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
+from cluster.report import write_report
 from pipelines.command import command, fresh_flag, next_command
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
     print(table(evaluate(experiment, flags.fresh)))
-    print(f"report: {experiment.folder}/evaluation/report.json")
+    print(f"report: {write_report(experiment)}, its figures beside it in report.json")
     next_command("register.py")
 
 

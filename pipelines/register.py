@@ -1,16 +1,19 @@
-"""Register autoencoder and prior as one version in the MLflow registry, under an alias."""
+"""Register autoencoder and prior as one version in the MLflow registry, under an alias; the better one is champion."""
 
+import shlex
 from argparse import Namespace
 
 from cluster.experiment import Experiment
-from cluster.tracking import register
+from cluster.registry import register
 from pipelines.command import command
 
 
 def main(experiment: Experiment, _: Namespace) -> None:
-    name, version = register(experiment)
-    print(f"registered: models:/{name}@{experiment.tracking.alias} is version {version}")
-    print("next: make ui")
+    made, tracking = register(experiment), experiment.tracking
+    print(f"registered: models:/{made.name}@{tracking.alias} is version {made.version}")
+    print(made.rule)
+    serve = ["mlflow", "models", "serve", "--model-uri", f"models:/{made.name}@champion", "--env-manager", "local"]
+    print(f"next: MLFLOW_TRACKING_URI={shlex.quote(tracking.resolve(experiment.root))} {shlex.join(serve)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from argparse import Namespace
 from cluster.encode import encode_latents
 from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
+from cluster.report import write_report
 from cluster.sample import GridConfig, draw_grid
 from cluster.train import train_autoencoder, train_prior
 from pipelines.command import command, next_command
@@ -16,7 +17,7 @@ def main(experiment: Experiment, _: Namespace) -> None:
     print(f"prior: {train_prior(experiment)}")
     samples = draw_grid(experiment, GridConfig())
     print(table(evaluate(experiment)))
-    print(f"samples: {samples}\nreconstructions: {experiment.folder}/evaluation/reconstructions.png")
+    print(f"samples: {samples}\nreport: {write_report(experiment)}")
     next_command("register.py")
 
 

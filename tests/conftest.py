@@ -1,4 +1,4 @@
-"""Fixtures of the whole session: one Ray cluster, one S3 server, one small finished experiment.
+"""Fixtures of the session: one Ray cluster, one S3 server, one MLflow server, one small finished experiment.
 
 Two processes share the tests, one core each; all that needs the cluster runs in the same one.
 """
@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from torch import nn
 
-from bld_core.autoencoder import AutoencoderConfig
+from bld_core import files
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig
+from bld_core.checkpoint import save_model
+from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import ImageConfig
 from bld_core.latents import LatentConfig
-from bld_core.prior import PriorConfig
+from bld_core.prior import Prior, PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.training import TrainingConfig
 from cluster.encode import encode_latents
 from cluster.experiment import EvaluationConfig, Experiment, SweepConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
+from cluster.tracking import TrackingConfig
 from cluster.train import train_autoencoder
 
 torch.set_num_threads(1)
@@ -157,3 +165,99 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class HttpServer:
+    """A command that serves HTTP on a loopback port, in a process group of its own."""
+
+    def __init__(self, command: list[str], health: str, log: Path, **environment: str) -> None:
+        self.command, self.health, self.log = command, health, log
+        self.environment = os.environ | environment
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(self.health, timeout=5):
+                    return
+            except OSError:
+                assert self._process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        raise TimeoutError(self.log.read_text())
+
+    def kill(self) -> None:
+        """End it at once, in the middle of whatever it does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class MlflowServer(HttpServer):
+    """A real `mlflow server` on SQLite, which keeps artifacts, too."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        super().__init__(command, f"{self.uri}/health", folder / "log", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """The one MLflow server."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.kill()
+
+
+def random_pair(root: Path, digits: dict[str, str], uri: str, *, autoencoder: int = 0, prior: int = 0) -> Experiment:
+    """An experiment whose networks have random weights, by their seeds: finished without training."""
+    experiment = small_experiment(root, digits, "pair")
+    experiment = replace(experiment, tracking=TrackingConfig(uri=uri))
+    h, w, c = experiment.code_shape
+    parts: list[tuple[str, int, nn.Module, dict[str, object]]] = [
+        (
+            AUTOENCODER,
+            autoencoder,
+            Autoencoder(experiment.autoencoder, 1),
+            {
+                "autoencoder": asdict(experiment.autoencoder),
+                "code_shape": (h, w, c),
+                "image_size": 32,
+                "channels": 1,
+                "data_hash": "d" * 64,
+            },
+        ),
+        (
+            PRIOR,
+            prior,
+            Prior(experiment.prior, h * w, c),
+            {
+                "prior": asdict(experiment.prior),
+                "diffusion": asdict(experiment.diffusion),
+                "sampling": asdict(experiment.sampling),
+                "latents_hash": "1" * 64,
+                "run": "none",
+            },
+        ),
+    ]
+    digest = ""
+    for place, seed, network, config in parts:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        extra = {} if place == AUTOENCODER else {"autoencoder_hash": digest}
+        digest = save_model(files.join(experiment.folder, place), network.state_dict(), config | extra)
+    return experiment

@@ -27,7 +27,6 @@ from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sample import GridConfig, draw_grid
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
-from cluster.tracking import fetch_model, register
 from cluster.train import train_prior
 from tests.conftest import copy_of
 
@@ -165,16 +164,6 @@ def test_a_new_prior_makes_samples_again(finished: Experiment, capsys: pytest.Ca
     finally:
         config.write_text(original)
     assert "already done" not in capsys.readouterr().out
-
-
-def test_a_registered_pair_gives_the_same_samples(finished: Experiment, tmp_path: Path) -> None:
-    name, version = register(finished)
-    assert (name, version) == ("small", "1")
-    assert register(finished) == (name, version), "the same pair was registered twice"
-    uri = finished.tracking.resolve(finished.root)
-    folder = fetch_model(uri, name, finished.tracking.alias, str(tmp_path))
-    before, after = (bld_core.load(place).sample(labels=[1, 2], seed=3) for place in (finished.folder, folder))
-    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("model", ["autoregressive", "absorbing"])

@@ -90,6 +90,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: list[str] = []
+    curves: list[list[tuple[int, float]]] = []
     for name in ("undisturbed", "killed"):
         experiment = replace(
             encoded,
@@ -101,9 +102,22 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
         flag = tmp_path / "died"
         if name == "killed":
             monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
-        hashes.append(read_model_config(train_autoencoder(experiment))["hash"])
+        config = read_model_config(train_autoencoder(experiment))
+        hashes.append(config["hash"])
+        run = Run(experiment.tracking.resolve(experiment.root), config["run"])
+        history = run.client.get_metric_history(run.run_id, "train_loss")
+        curves.append(sorted((metric.step, metric.value) for metric in history))
+        recorded = run.client.get_run(run.run_id)
+        everyone = run.client.search_runs([recorded.info.experiment_id], "tags.mlflow.runName = 'autoencoder'")
+        assert [each.info.run_id for each in everyone] == [run.run_id]
+        known = recorded.data
+        assert known.tags["bld.autoencoder_hash"] == config["hash"]
+        assert known.tags["bld.data_hash"] == config["data_hash"]
+        assert "system/cpu_utilization_percentage" in known.metrics
     assert flag.exists(), "the worker was never killed"
     assert hashes[0] == hashes[1]
+    assert [step for step, _ in curves[1]] == list(range(1, 10)), "steps 6 and 7 were taken twice, and logged once"
+    assert curves[0] == curves[1]
 
 
 class SpoiledTask(AutoencoderTask):

@@ -113,8 +113,14 @@ def test_the_whole_order_of_work_on_fashion_images(
     said = capsys.readouterr().out
     assert "reconstruction PSNR" in said
     assert "next: python pipelines/register.py --config" in said
-    assert (tmp_path / "fashion/evaluation/reconstructions.png").is_file()
+    (report,) = re.findall(r"^report: (.*)$", said, re.M)
+    assert Path(report).is_relative_to(tmp_path / "fashion/evaluation")
+    page = Path(report).read_text()
+    assert page.count("<img") == 2  # samples, reconstructions
+    assert page.count("<svg") > 5  # bits, curves
     assert run(monkeypatch, "run_all.py", *flags) == 0
     assert capsys.readouterr().out.count("already done") == 5
     assert run(monkeypatch, "register.py", *flags) == 0
-    assert "models:/fashion@latest-trained is version 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "models:/fashion@latest-trained is version 1" in said
+    assert "champion is who has the lower bound, by 0.001 or more: there was none, so version 1 is" in said

@@ -1,0 +1,241 @@
+"""The report of an experiment: one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from mlflow.entities import Run as RecordedRun
+from PIL import Image
+
+from bld_core import files
+from bld_core.checkpoint import CONFIG, read_model_config
+from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.pictures import png
+from cluster.experiment import Experiment
+from cluster.paper import Table, tables_for
+from cluster.plots import Line, Panel, bit_usage_figure, panel_figure, svg
+from cluster.stages import RECORD
+from cluster.tracking import STARTS, connect, find_run, git_commit, lineage, without_secrets
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_STAGES = ("autoencoder", "latents", "prior", "evaluation")
+_HALF = 5.4, 2.7  # inches of a drawing that has half of the page
+_WIDEST = 1600  # pixels of a picture in the page
+_IMAGES, _CODES, _SAMPLES = "Reconstruction", "Health of the code", "Prior and samples"
+
+
+class Figure(NamedTuple):
+    """How a figure is shown: where, its name, its digits and unit, and what it says."""
+
+    group: str
+    title: str
+    form: str
+    says: str
+
+
+class Row(NamedTuple):
+    """A figure as it is shown."""
+
+    group: str
+    title: str
+    value: str
+    spread: str
+    says: str
+
+
+_FIGURES = {
+    "psnr": Figure(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
+    "ssim": Figure(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
+    "lpips": Figure(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
+    "rfid": Figure(_IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"),
+    "dead_bits": Figure(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
+    "bit_entropy": Figure(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
+    "bit_usage_mean": Figure(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
+    "bit_correlation": Figure(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
+    "bound": Figure(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
+    "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between real images and samples, as sets; lower is better"),
+    "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
+    "classifier_accuracy": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
+}
+_TILES = ("psnr", "ssim", "dead_bits", "bound", "fid", "class_accuracy")
+_GROUPS = (_IMAGES, _CODES, _SAMPLES)
+_TRAINED = ("autoencoder", "prior")
+_NOT_LOSSES = tuple(
+    f"train_{name}" for name in ("gradient_norm", "learning_rate", "skipped", "adaptive", "adversarial", "critic")
+)
+_TIME = "%Y-%m-%d %H:%M UTC"
+_SPREADS = {"_std": "sd", "_se": "se"}
+_CAPTIONS = {
+    "samples.png": "Samples of the prior; a column for each class, where there are classes.",
+    "reconstructions.png": "Held-out images; below each row its reconstructions, and the differences: grey is none.",
+}
+_DRAWN = "bit-usage.png"  # the page draws it again, in its own colours
+
+
+def write_report(experiment: Experiment) -> str:
+    """Evaluated experiment -> <folder>/evaluation/report.html: pictures, curves, figures, and where they come from.
+
+    Curves and command lines are those that MLflow holds; where it has lost a run, the page goes without.
+
+    Args:
+        experiment: evaluated; stage 1 alone, too.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: not evaluated yet.
+    """
+    folder = files.join(experiment.folder, "evaluation")
+    url = files.join(folder, "report.json")
+    if not files.exists(url):
+        raise FileNotFoundError(f"{url!r} is missing: run evaluate.py first")
+    report, autoencoder = files.read_json(url), read_model_config(files.join(experiment.folder, AUTOENCODER))
+    has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
+    prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
+    figures, runs = report["figures"], _runs(experiment)
+    rows = _rows(figures)
+    made_from = lineage(autoencoder, prior).items()
+    tables = tables_for(experiment.data.image_size, experiment.prior.classes)
+    page = {
+        "name": experiment.name,
+        "summary": _summary(experiment, autoencoder, report),
+        "tiles": [rows[name] for name in _TILES if name in rows],
+        "groups": {group: [row for row in rows.values() if row.group == group] for group in _GROUPS},
+        "pictures": _pictures(folder),
+        "usage": svg(bit_usage_figure(torch.tensor(usage), _HALF)) if (usage := report.get("bit_usage")) else "",
+        "curves": {run.info.run_name: _curves(experiment, run) for run in runs if run.info.run_name in _TRAINED},
+        "tables": [_beside(table, experiment, figures) for table in tables if figures.keys() & table.columns.values()],
+        "left_out": [table.title for table in tables if not figures.keys() & table.columns.values()],
+        "lineage": {tag.removeprefix("bld.").removesuffix("_hash"): value for tag, value in made_from},
+        "runs": [_provenance(run) for run in runs],
+        "parameters": {name: without_secrets(value) for name, value in experiment.parameters().items()},
+        "written": f"{datetime.now(UTC):{_TIME}}",
+        "commit": git_commit(),
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page_url = files.join(folder, "report.html")
+    files.write_bytes(page_url, environment.from_string(_TEMPLATE.read_text()).render(page).encode())
+    return page_url
+
+
+def _runs(experiment: Experiment) -> list[RecordedRun]:
+    """The MLflow runs that made the experiment, as far as they are there."""
+    uri = experiment.tracking.resolve(experiment.root)
+    records = [files.join(experiment.folder, stage, RECORD) for stage in _STAGES]
+    found = [find_run(uri, files.read_json(record)["run"]) for record in records if files.exists(record)]
+    return [run for run in found if run is not None]
+
+
+def _summary(experiment: Experiment, autoencoder: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    size, channels, (h, w, c) = autoencoder["image_size"], autoencoder["channels"], autoencoder["code_shape"]
+    binary = autoencoder["autoencoder"]["latent"] == "binary"
+    latent = f"{h} x {w} x {c} bits, {h * w * c // 8:,} bytes" if binary else f"a {h} x {w} x {c} latent"
+    lines = [f"images of {size} x {size} x {channels} as {latent}"]
+    if "sampling" in report:
+        sampling = report["sampling"]
+        steps = len(sampling["grid"]) - 1 if sampling["grid"] else sampling["steps"]
+        settings = f"temperature {sampling['temperature']:g}, guidance {sampling['guidance']:g}"
+        lines.append(f"{report['samples']:,} samples of {steps} steps, {settings}")
+    return lines
+
+
+def _rows(figures: Mapping[str, float]) -> dict[str, Row]:
+    """The figures as they are shown; a deviation or an error stands behind the figure that it belongs to."""
+    rows: dict[str, Row] = {}
+    for name, value in figures.items():
+        if any(name.endswith(end) and name.removesuffix(end) in figures for end in _SPREADS):
+            continue
+        group = _IMAGES if name.startswith("rfd") else _SAMPLES
+        shown = _FIGURES.get(name, Figure(group, name.replace("_", " "), "{:.4g}", ""))
+        spreads = [f"{short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures]
+        rows[name] = Row(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
+    return rows
+
+
+def _pictures(folder: str) -> list[tuple[str, str]]:
+    """Data URI and caption of each picture of the evaluation."""
+    found: list[tuple[str, str]] = []
+    names = [name for name in files.listing(folder) if name.endswith(".png") and name != _DRAWN]
+    for name in sorted(
+        names, key=lambda name: (list(_CAPTIONS).index(name) if name in _CAPTIONS else len(_CAPTIONS), name)
+    ):
+        data = files.read_bytes(files.join(folder, name))
+        picture = Image.open(io.BytesIO(data))
+        if picture.width > _WIDEST:
+            data = png(picture.resize((_WIDEST, picture.height * _WIDEST // picture.width), Image.Resampling.LANCZOS))
+        caption = _CAPTIONS.get(name, name.removesuffix(".png").replace("-", " "))
+        found.append((f"data:image/png;base64,{base64.b64encode(data).decode()}", caption))
+    return found
+
+
+def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
+    """Diagrams of a training run: the loss and its terms, the held-out figures, how the steps went."""
+    client, known = connect(experiment.tracking.resolve(experiment.root)), run.data.metrics
+
+    def history(key: str) -> dict[int, float]:
+        return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+
+    def line(key: str) -> Line:
+        values = dict(sorted(history(key).items()))
+        errors = history(f"{key}_se") if f"{key}_se" in known else {}
+        error = [errors.get(step, 0.0) for step in values] if errors else []
+        return thinned(Line(list(values), list(values.values()), error, key.partition("_")[2]))
+
+    keys = [key for key in known if key.startswith(("train_", "val_")) and not key.endswith("_se")]
+    terms = sorted(key for key in keys if key.startswith("train_") and key not in _NOT_LOSSES)
+    losses = list({tuple(curve.y): curve for curve in map(line, terms)}.values())  # a loss of one term is that term
+    panels = [Panel("loss", "step", "", losses)] if losses else []
+    for key in sorted(set(keys) - set(terms), key=lambda key: (key.startswith("train_"), _place(key), key)):
+        name = key.partition("_")[2]
+        title = _FIGURES[name].title if name in _FIGURES else name.replace("_", " ")
+        panels.append(Panel(f"{title}, held-out" if key.startswith("val_") else title, "step", "", [line(key)]))
+    return [svg(panel_figure(panel)) for panel in panels]
+
+
+def _place(key: str) -> int:
+    """Where a figure stands among those that are known."""
+    name = key.partition("_")[2]
+    return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
+
+
+def thinned(line: Line, most: int = 400) -> Line:
+    """A curve of at most so many points, each the mean of its neighbours."""
+    share = -(-len(line.x) // most)
+    if share <= 1:
+        return line
+
+    def means(values: Sequence[float]) -> list[float]:
+        return [fmean(values[i : i + share]) for i in range(0, len(values), share)]
+
+    return Line(means(line.x), means(line.y), means(line.error), line.name)
+
+
+def _beside(table: Table, experiment: Experiment, figures: Mapping[str, float]) -> dict[str, Any]:
+    """Our row above the paper's, of which those of the same images are marked."""
+    ours = [f"{figures[figure]:.2f}" if figure in figures else "-" for figure in table.columns.values()]
+    rows = [("ours", f"this experiment, {experiment.name}", ours)]
+    for row in table.rows:
+        kind = "same" if experiment.name in row.experiments else ""
+        rows.append((kind, row.name, [f"{value:.2f}" for value in row.values]))
+    return {"title": table.title, "columns": list(table.columns), "rows": rows}
+
+
+def _provenance(run: RecordedRun) -> dict[str, Any]:
+    """Of a stage: its run, how long it took, and every start of it."""
+    begin, end = run.info.start_time, run.info.end_time
+    return {
+        "stage": run.info.run_name,
+        "run": run.info.run_id,
+        "status": run.info.status.lower(),
+        "took": f"{timedelta(milliseconds=end - begin)}".partition(".")[0] if end else "",
+        "starts": [line.split(" ", 2) for line in run.data.tags.get(STARTS, "").splitlines()],
+    }

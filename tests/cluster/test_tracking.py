@@ -1,0 +1,113 @@
+"""Tracking on a real MLflow server: each point once, whatever happens; lineage; nothing secret."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bld_core.images import ImageConfig
+from cluster.experiment import Experiment
+from cluster.tracking import COMMIT, STARTS, Run, SystemLoad, TrackingConfig, lineage, start_run, without_secrets
+from tests.conftest import MlflowServer, small_experiment
+
+
+def curve(run: Run, name: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, name))
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, mlflow_server: MlflowServer) -> Experiment:
+    tracking = TrackingConfig(uri=mlflow_server.uri)
+    return replace(small_experiment(tmp_path, {"train": "t", "validation": "v"}), tracking=tracking)
+
+
+def test_a_server_that_is_away_for_a_while_loses_nothing(experiment: Experiment, mlflow_server: MlflowServer) -> None:
+    run = start_run(experiment, "prior", None)
+    reached, away = [0], threading.Event()
+
+    def training() -> None:
+        for step in range(1, 31):
+            run.metrics({"loss": 1 / step, "bound": 2 / step}, step)
+            reached[0] = step
+            if step == 10:
+                away.wait()
+                run.picture(Image.new("L", (4, 4)), "samples/step-0000010.png")
+        run.end(succeeded=True)
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    while reached[0] < 10:
+        time.sleep(0.01)
+    mlflow_server.kill()
+    away.set()
+    time.sleep(2)
+    assert reached[0] == 10, "the server was not away"
+    mlflow_server.start()
+    thread.join(60)
+    assert curve(run, "loss") == [(step, 1 / step) for step in range(1, 31)]
+    assert curve(run, "bound") == [(step, 2 / step) for step in range(1, 31)]
+    assert [file.path for file in run.client.list_artifacts(run.run_id, "samples")] == ["samples/step-0000010.png"]
+    assert run.client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_steps_that_are_taken_twice_are_logged_once(experiment: Experiment) -> None:
+    first = start_run(experiment, "prior", None)
+    for step in range(1, 9):
+        first.metrics({"loss": 1.0 / step}, step)
+    first.metrics({"val_bound": 0.5}, 4)
+    second = start_run(experiment, "prior", first.run_id)  # from a checkpoint of step 4
+    assert second == first
+    for step in range(5, 13):
+        second.metrics({"loss": 1.0 / step + (1e-7 if step <= 8 else 0)}, step)  # another machine rounds otherwise
+    second.metrics({"val_bound": 0.4}, 8)
+    assert curve(second, "loss") == [(step, 1.0 / step) for step in range(1, 13)]
+    assert curve(second, "val_bound") == [(4, 0.5), (8, 0.4)]
+    starts = second.client.get_run(second.run_id).data.tags[STARTS].splitlines()
+    assert len(starts) == 2
+    assert all("python" in start for start in starts)
+
+
+def test_nothing_secret_reaches_mlflow(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = "https://me:hunter2@shop.example/train-{0000..0001}.tar?X-Amz-Signature=hunter2&part=hunter2"
+    monkeypatch.setattr("sys.argv", ["stage1_ae.py", "--data.train", signed])
+    run = start_run(replace(experiment, data=ImageConfig(train=signed, image_size=32)), "autoencoder", None)
+    known = run.client.get_run(run.run_id).data
+    assert "hunter2" not in str(known.to_dictionary())
+    assert known.params["data.train"] == (
+        "https://***@shop.example/train-{0000..0001}.tar?X-Amz-Signature=***&part=***"
+    )
+    assert "stage1_ae.py --data.train 'https://***@shop.example" in known.tags[STARTS]
+    assert known.tags[COMMIT] in known.tags[STARTS]
+    for plain in ("s3://bucket/train-????.tar", "runs/a=b", "me@example.org"):
+        assert without_secrets(plain) == plain
+
+
+def test_a_password_in_the_address_is_refused_without_showing_it() -> None:
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_PASSWORD") as refused:
+        TrackingConfig(uri="http://me:hunter2@mlflow:5000")
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"champion_margin is -1"):
+        TrackingConfig(champion_margin=-1)
+
+
+def test_lineage_names_what_each_result_was_made_from() -> None:
+    autoencoder, prior = {"hash": "a", "data_hash": "d"}, {"hash": "p", "latents_hash": "l"}
+    assert lineage(autoencoder) == {"bld.data_hash": "d", "bld.autoencoder_hash": "a"}
+    assert list(lineage(autoencoder, prior).values()) == ["d", "a", "l", "p"]
+    assert lineage({"hash": "a"})["bld.data_hash"] == "unknown"  # of an early version
+
+
+def test_the_load_of_the_machine_has_mlflows_names_and_is_of_now() -> None:
+    load = SystemLoad()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    figures = load.figures()
+    assert 0 < figures["system/cpu_utilization_percentage"] <= 100
+    assert 0 < figures["system/system_memory_usage_percentage"] < 100
+    assert figures["system/network_receive_megabytes"] >= 0
