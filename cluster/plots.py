@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -12,6 +15,8 @@ from torch import Tensor
 _DEAD_BELOW = 0.01
 _FAIR = 0.5
 _DEAD, _ALIVE, _LINE = "#d62728", "#4c78a8", "#555555"
+_PROFILE_BINS = 64
+_PANEL_INCHES = 4.8, 3.6
 
 
 def bit_usage_plot(usage: Tensor) -> Image.Image:
@@ -37,7 +42,6 @@ def bit_usage_plot(usage: Tensor) -> Image.Image:
         )
     dead = (share < _DEAD_BELOW) | (share > 1 - _DEAD_BELOW)
     figure = Figure(figsize=(9.6, 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.bar(
         np.arange(len(share)), share - _FAIR, 0.8, bottom=_FAIR, color=np.where(dead, _DEAD, _ALIVE).tolist(), zorder=2
@@ -52,5 +56,86 @@ def bit_usage_plot(usage: Tensor) -> Image.Image:
     axes.set_xlabel("bit channel")
     axes.set_ylabel("share of ones")
     axes.set_title(f"Bit usage: {dead.sum()} of {len(share)} channels dead (red)")
+    return _picture(figure)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of a panel that belong together.
+
+    Attributes:
+        x: numbers, or names, whose points are not joined.
+        y: a figure at each x.
+        error: standard error of each figure; empty draws none.
+        name: for the legend; empty stays out of it.
+    """
+
+    x: Sequence[float] | Sequence[str]
+    y: Sequence[float]
+    error: Sequence[float] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram of a picture: a title, what the axes show, its lines, and whether x doubles at each step."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    doubling: bool = False
+
+
+def panels_plot(panels: Sequence[Panel]) -> Image.Image:
+    """Diagrams beside one another, RGB, 480 x 360 pixels each."""
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * len(panels), height), dpi=100, layout="constrained")
+    for number, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for line in panel.lines:
+            joined = "none" if any(isinstance(x, str) for x in line.x) else "-"
+            axes.errorbar(
+                line.x,
+                line.y,
+                line.error or None,
+                label=line.name,
+                linestyle=joined,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        if panel.doubling:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.x_label)
+        axes.set_ylabel(panel.y_label)
+        axes.grid(alpha=0.3)
+        if any(line.name for line in panel.lines):
+            axes.legend(fontsize="small")
+    return _picture(figure)
+
+
+def profile_plot(profile: Sequence[float]) -> Image.Image:
+    """Where a likelihood bound comes from: what it gains for each unit of t/T, neighbouring steps taken together.
+
+    Args:
+        profile: of a `Bound` over all T steps: what each t adds to it, from t = 1 on.
+    """
+    steps = len(profile)
+    bins = min(steps, _PROFILE_BINS)
+    edges = np.linspace(0, steps, bins + 1).round().astype(int)
+    sums = np.add.reduceat(np.asarray(profile), edges[:-1])
+    density = sums * steps / np.diff(edges)
+    centre = (edges[:-1] + edges[1:] + 1) / (2 * steps)
+    title = f"Likelihood bound {sum(profile):.4f} bits a bit: the area"
+    return panels_plot(
+        [Panel(title, "t / T", "bits a bit, for each unit of t / T", [Line(centre.tolist(), density.tolist())])]
+    )
+
+
+def _picture(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.diffusion import likelihood_bound
+from bld_core.diffusion import Bound, strided_bound
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
 from bld_core.latents import Latents, Split, latent_batches, open_latents
@@ -28,7 +28,7 @@ from bld_core.sampling import sample_codes
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
-from cluster.plots import bit_usage_plot
+from cluster.plots import bit_usage_plot, profile_plot
 
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
@@ -82,6 +82,10 @@ class Task(ABC):
     def position(self) -> list[int]:
         """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
         return []
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        """Which of several averages of the weights is the best; the first, where the stage has no measure of it."""
+        return 0
 
     @abstractmethod
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
@@ -192,17 +196,35 @@ class PriorTask(Task):
         latents = self._latents("train", place.device)
         return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
 
+    def _bound(self, network: nn.Module, device: torch.device, grid: Sequence[int] | None = None) -> Bound:
+        """Of some held-out codes; of the chain that takes the steps of a grid, or all of them."""
+        experiment = self.experiment
+        schedule = experiment.diffusion.make_schedule()
+        held_out = self._latents("validation", device)
+        rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
+        return strided_bound(
+            network,
+            held_out.codes(rows),
+            held_out.labels[rows],
+            schedule,
+            grid or schedule.grid(schedule.steps),
+            target=experiment.diffusion.target,
+            seed=experiment.seed,
+        )
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        bounds = [self._bound(network, device).bits_per_bit for network in networks]
+        return bounds.index(min(bounds))
+
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment = self.experiment
         schedule, target, seed = experiment.diffusion.make_schedule(), experiment.diffusion.target, experiment.seed
-        held_out = self._latents("validation", device)
-        rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        codes, classes = held_out.codes(rows), held_out.labels[rows]
-        bound = likelihood_bound(network, codes, classes, schedule, target=target, seed=seed)
+        bound, sampled = (self._bound(network, device, grid) for grid in (None, experiment.sampling.times(schedule)))
         h, w, c = experiment.code_shape
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
         z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, seed, target)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, h, w, c)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
-        return Evaluation(figures, {"samples": grid(images, 10)})
+        figures["val_bound_sampling"] = sampled.bits_per_bit
+        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})
