@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,12 @@ from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
 from bld_core.diffusion import DiffusionConfig
+from bld_core.inference import for_inference
 from bld_core.noise import key_of
 from bld_core.prior import Prior, PriorConfig
 from bld_core.quantizer import quantize
 from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.training import Precision
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
@@ -111,6 +114,7 @@ class Generator:
         self.autoencoder = autoencoder
         self.prior = prior
         self.device = torch.device(device)
+        self._copies: dict[tuple[Precision, bool], tuple[TrainedPrior, TrainedAutoencoder]] = {}
 
     @property
     def classes(self) -> int:
@@ -152,8 +156,8 @@ class Generator:
             seed: of the noise. Image i is a function of (seed, first_index + i) and its settings.
             first_index: index of the first image, so that one set can be drawn in parts.
             batch_size: images in one pass.
-            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final) that differ from
-                those stored with the prior; steps or spacing put a stored grid out of use.
+            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final, precision, compile)
+                that differ from those stored with the prior; steps or spacing put a stored grid out of use.
 
         Returns:
             uint8 (count, H, W, channels).
@@ -282,15 +286,31 @@ class Generator:
         diffusion = DiffusionConfig(**self.prior.config["diffusion"])
         schedule = diffusion.make_schedule()
         h, w, c = self.autoencoder.code_shape
+        prior, autoencoder = self._networks(self.prior, config)
         parts: list[Tensor] = []
         for start in range(0, len(index), batch_size):
             some = slice(start, start + batch_size)
             chosen = None if labels is None else labels[some].to(self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
             place, target = index[some].to(self.device), diffusion.target
-            z = sample_codes(self.prior.network, (h * w, c), chosen, place, schedule, config, seed, target, given)
-            parts.append(self.decode(z.view(-1, h, w, c)).cpu())
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                z = sample_codes(prior.network, (h * w, c), chosen, place, schedule, config, seed, target, given)
+                parts.append(autoencoder.decode(z.view(-1, h, w, c)).cpu())
         return torch.cat(parts)
+
+    def _networks(self, prior: TrainedPrior, config: SamplingConfig) -> tuple[TrainedPrior, TrainedAutoencoder]:
+        """The pair that draws: itself, or a faster copy, made once."""
+        precision, compiled = key = config.precision, config.compile
+        if key == ("float32", False):
+            return prior, self.autoencoder
+        if key not in self._copies:
+            autoencoder = copy.deepcopy(self.autoencoder.network)
+            autoencoder.decoder = for_inference(autoencoder.decoder, precision, compiled=compiled)
+            self._copies[key] = (
+                replace(prior, network=for_inference(prior.network, precision, compiled=compiled)),
+                replace(self.autoencoder, network=autoencoder),
+            )
+        return self._copies[key]
 
 
 def known_tokens(mask_BHW: Tensor, h: int, w: int) -> Tensor:

@@ -106,6 +106,18 @@ def test_labels_guidance_and_settings_matter(generator: Generator) -> None:
     assert torch.equal(generator.sample(labels=[0] * 16, seed=7, **stored), plain)
 
 
+def test_precision_rounds_and_compiling_is_no_other_sampler(generator: Generator) -> None:
+    labels = [0, 1, 2] * 8
+    plain = generator.sample(labels=labels, seed=7, guidance=1.0)
+    rounded, again = (generator.sample(labels=labels, seed=7, guidance=1.0, precision="bfloat16") for _ in range(2))
+    assert torch.equal(rounded, again)
+    assert not torch.equal(rounded, plain)
+    assert float((rounded.int() - plain.int()).abs().float().mean()) < 3  # grey levels: a few bits tip
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(generator.sample(labels=labels, seed=7, guidance=1.0, compile=True), plain)
+    assert torch.equal(generator.sample(labels=labels, seed=7, guidance=1.0), plain)
+
+
 def test_no_labels_are_the_null_class(generator: Generator) -> None:
     assert torch.equal(generator.sample(6, seed=1), generator.sample(labels=[-1] * 6, seed=1))
 
