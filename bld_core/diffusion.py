@@ -31,7 +31,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The Bernoulli diffusion (Section 4).
+    """The Bernoulli diffusion (Section 4), of prior.model binary; the other models do not read it.
 
     Args:
         steps: T, the number of noise levels in training.
@@ -433,14 +433,44 @@ def strided_bound(
     Raises:
         ValueError: fewer than two codes, a grid that is none, or one that skips steps for target z_prev.
     """
-    if len(z_0) < 2:
-        raise ValueError(f"the bound got {len(z_0)} held-out codes; it needs at least 2 for a standard error")
     levels = torch.tensor(list(reversed(grid)), device=z_0.device)
     if len(levels) < 2 or levels[0] != 0 or levels[-1] != schedule.steps or bool((levels.diff() <= 0).any()):
         raise ValueError(f"the grid is {list(grid)}; it must decrease from T = {schedule.steps} to 0")
     check_grid(grid, schedule, target)
     network = evidence_network(denoiser, schedule, target)
     count = len(levels) - 1
+
+    def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
+        u = uniform(seed, f"bound flips {repeat}", index, math.prod(z.shape[1:])).view(z.shape)
+        return diffusion_terms(network, z, y, levels[n + 1], u, schedule, s=levels[n])[1]
+
+    return stratified_bound(term, z_0, labels, count, repeats, batch_size)
+
+
+def stratified_bound(
+    term: Callable[[Tensor, Tensor | None, Tensor, Tensor, int], Tensor],
+    z_0: Tensor,
+    labels: Tensor | None,
+    count: int,
+    repeats: int,
+    batch_size: int = 256,
+) -> Bound:
+    """The sum of what the steps of any chain cost, on held-out codes, as `strided_bound` has it.
+
+    Args:
+        term: (z_0, labels, index, n, repeat) -> (B,) nats a bit: what each sample pays for its step n, int64 (B,), of
+            which n = 0 is the one that ends in the code; its noise is keyed on (index, repeat).
+        z_0: clean codes, 0/1, (M, N, C).
+        labels: int64 (M,) or None.
+        count: steps of the chain.
+        repeats: steps that a sample meets; one is enough where there is only one.
+        batch_size: codes in one forward pass; changes nothing but memory.
+
+    Raises:
+        ValueError: fewer than two codes.
+    """
+    if len(z_0) < 2:
+        raise ValueError(f"the bound got {len(z_0)} held-out codes; it needs at least 2 for a standard error")
     step = torch.empty(repeats, len(z_0), dtype=torch.int64)
     bits = torch.empty(repeats, len(z_0), dtype=torch.float64)
     for repeat in range(repeats):
@@ -448,13 +478,11 @@ def strided_bound(
             chunk = slice(start, start + batch_size)
             z = z_0[chunk].float()
             index = torch.arange(start, start + len(z), device=z.device)
-            u = uniform(seed, f"bound flips {repeat}", index, math.prod(z.shape[1:])).view(z.shape)
             position = (index.double() * _GOLDEN_RATIO + repeat / repeats) % 1.0
             n = (position * count).long()
-            y = None if labels is None else labels[chunk]
             with torch.no_grad():
-                _, vlb = diffusion_terms(network, z, y, levels[n + 1], u, schedule, s=levels[n])
-            step[repeat, chunk], bits[repeat, chunk] = n.cpu(), vlb.double().cpu() * (count / math.log(2))
+                nats = term(z, None if labels is None else labels[chunk], index, n, repeat)
+            step[repeat, chunk], bits[repeat, chunk] = n.cpu(), nats.double().cpu() * (count / math.log(2))
     per_sample = bits.mean(0)
     profile = torch.bincount(step.flatten(), bits.flatten(), count) / bits.numel()
     # Samples carry different levels, so this spread covers the data and the choice of level.

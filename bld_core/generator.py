@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
-from bld_core.diffusion import DiffusionConfig
 from bld_core.inference import for_inference
+from bld_core.models import PriorModel, trained_model
 from bld_core.noise import key_of
-from bld_core.prior import Prior, PriorConfig
 from bld_core.quantizer import quantize
-from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.sampling import Known, SamplingConfig
 from bld_core.training import Precision
 
 AUTOENCODER = "autoencoder/final"
@@ -60,10 +59,11 @@ class TrainedAutoencoder:
 
 @dataclass(frozen=True)
 class TrainedPrior:
-    """A finished stage 2: the network, in evaluation mode, and its config.json."""
+    """A finished stage 2: the network, in evaluation mode, its config.json, and the model that it names."""
 
-    network: Prior
+    network: nn.Module
     config: dict[str, Any]
+    model: PriorModel
 
 
 def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
@@ -94,10 +94,10 @@ def load_prior(folder: str, autoencoder: TrainedAutoencoder, device: str = "cpu"
             f"the prior in {location!r} was trained on codes of autoencoder {config['autoencoder_hash'][:12]}, but the "
             f"autoencoder there is {autoencoder.config['hash'][:12]}: encode and train the prior again with --fresh"
         )
-    h, w, c = autoencoder.code_shape
-    network = Prior(PriorConfig(**config["prior"]), h * w, c)
+    model = trained_model(config, autoencoder.code_shape)
+    network = model.network()
     load_weights(location, network, config["hash"], device)
-    return TrainedPrior(network, config)
+    return TrainedPrior(network, config, model)
 
 
 def load_generator(folder: str, device: str = "cpu") -> Generator:
@@ -205,7 +205,8 @@ class Generator:
             uint8 (B, count, H, W, channels), the known pixels byte for byte as they were.
 
         Raises:
-            ValueError: no prior, an unknown class, images or a mask of another shape, or a setting out of bounds.
+            ValueError: no prior or an autoregressive one, an unknown class, images or a mask of another shape, or a
+                setting out of bounds.
         """
         h, w, _ = self.autoencoder.code_shape
         if mask.dtype != torch.bool or mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
@@ -283,8 +284,6 @@ class Generator:
         if settings.keys() & {"steps", "spacing"}:
             settings = {"grid": [], **settings}
         config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
-        diffusion = DiffusionConfig(**self.prior.config["diffusion"])
-        schedule = diffusion.make_schedule()
         h, w, c = self.autoencoder.code_shape
         prior, autoencoder = self._networks(self.prior, config)
         parts: list[Tensor] = []
@@ -292,9 +291,8 @@ class Generator:
             some = slice(start, start + batch_size)
             chosen = None if labels is None else labels[some].to(self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
-            place, target = index[some].to(self.device), diffusion.target
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                z = sample_codes(prior.network, (h * w, c), chosen, place, schedule, config, seed, target, given)
+                z = prior.model.sample(prior.network, chosen, index[some].to(self.device), config, seed, given)
                 parts.append(autoencoder.decode(z.view(-1, h, w, c)).cpu())
         return torch.cat(parts)
 

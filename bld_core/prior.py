@@ -1,12 +1,14 @@
 """The transformer prior (Section 4.2): evidence logits e(z_t, t, y) over binary tokens.
 
 Shapes: z_BNC bits; h_BND features of width D. A label of -1 means none, here as in the latent shards.
+The trunk is also that of the priors it is compared with, in `bld_core.baselines`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +17,28 @@ from torch import Tensor, nn
 from bld_core.layers import Layers
 from bld_core.noise import uniform
 
+ModelName = Literal["binary", "autoregressive", "absorbing"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """The transformer prior (Section 4.2).
 
     Args:
+        model: what the transformer models: "binary", the paper's Bernoulli diffusion; or, with the same trunk on the
+            same codes, what Table 5 compares it with: "autoregressive", one token after the other, or "absorbing",
+            masked tokens unmasked in random order.
         layers: transformer blocks.
         width: features a token.
         heads: attention heads; they divide the width.
         classes: number of classes; 0 makes an unconditional prior.
         label_dropout: probability, for each sample, that training hides its class behind the learned null class.
         known_share: share of the training samples that get a random set of their tokens, of any size, kept clean and
-            marked as known, so that the prior can complete an image exactly; 0 trains without it.
+            marked as known, so that the prior can complete an image exactly; 0 trains without it. For "binary" alone:
+            "absorbing" completes images exactly without it, and "autoregressive" cannot.
     """
 
+    model: ModelName = "binary"
     layers: int = 24
     width: int = 768
     heads: int = 12
@@ -50,34 +59,63 @@ class PriorConfig:
             raise ValueError(f"prior.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not 0 <= self.known_share <= 1:
             raise ValueError(f"prior.known_share is {self.known_share}; it must lie in [0, 1]")
+        if self.known_share and self.model != "binary":
+            raise ValueError(
+                f"prior.known_share is {self.known_share} with prior.model {self.model}, which is not trained with "
+                "known tokens; set it to 0, or model to binary"
+            )
+
+
+class Cache:
+    """Keys and values of the tokens that a causal block has seen, so that each is computed once."""
+
+    def __init__(self, tokens: int) -> None:
+        """Room for `tokens` of them."""
+        self.tokens = tokens
+        self.count = 0
+        self.kept: list[Tensor] = []
+
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        """Keys and values of the next token, each (B, heads, 1, D / heads) -> those of all so far."""
+        if not self.kept:
+            self.kept = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in new]
+        for kept, x in zip(self.kept, new, strict=True):
+            assert x.shape[2] == 1, "tokens come one by one"
+            kept[:, :, self.count] = x[:, :, 0]
+        self.count += 1
+        return [kept[:, :, : self.count] for kept in self.kept]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, by PyTorch's fused kernel."""
+    """Multi-head self-attention by PyTorch's fused kernel, over all tokens, or (causal) over those up to each."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, h_BND: Tensor) -> Tensor:
+    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
+        """With a cache, h_BND is the one token that follows those in it."""
         B, N, D = h_BND.shape
         q, k, v = self.qkv(h_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
+        return self.out(seen.transpose(1, 2).reshape(B, N, D))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, causal)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, h_BND: Tensor) -> Tensor:
-        h_BND = h_BND + self.attention(self.norm_1(h_BND))
+    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
+        h_BND = h_BND + self.attention(self.norm_1(h_BND), cache)
         return h_BND + self.mlp(self.norm_2(h_BND))
 
 
@@ -88,32 +126,54 @@ def time_features(time: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class Prior(nn.Module):
+class Trunk(nn.Module):
+    """What the networks of all priors share: bits in, a class, a position, transformer blocks, features out."""
+
+    def __init__(
+        self, config: PriorConfig, tokens: int, bits: int, *, timed: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__()
+        width = config.width
+        self.classes = config.classes
+        self.embed = nn.Linear(bits, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        if timed:
+            self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.blocks = Layers(*(Block(width, config.heads, causal) for _ in range(config.layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def initialise(self) -> None:
+        """Draw the weights of all layers, those of a subclass, too: each calls it when it has made its own."""
+        self.apply(_initialise)
+        for block in self.blocks:  # each block adds to the stream; together they keep its scale
+            assert isinstance(block, Block)
+            for linear in (block.attention.out, block.mlp[2]):
+                assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+        if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
+            nn.init.normal_(self.label.weight, std=0.2)
+
+    def of_class(self, labels: Tensor | None, count: int) -> Tensor:
+        """Features (count, D) of int64 labels (count,), -1 or None for the null class; 0 where there are no classes."""
+        if self.label is None:
+            return self.position.new_zeros(count, self.position.shape[1])
+        if labels is None:
+            labels = torch.full((count,), -1, device=self.position.device)
+        return self.label(torch.where(labels < 0, self.classes, labels))
+
+
+class Prior(Trunk):
     """Bidirectional transformer over the tokens of a code, conditioned on time and, optionally, on a class.
 
     Time enters as t/T, never as a count of sampling steps, so one model serves every grid.
     """
 
     def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
-        super().__init__()
-        width = config.width
-        self.classes = config.classes
-        self.embed = nn.Linear(bits, width)
-        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = Layers(*(Block(width, config.heads) for _ in range(config.layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, bits)
-        self.apply(_initialise)
-        for block in self.blocks:  # each block adds to the stream; together they keep its scale
-            assert isinstance(block, Block)
-            for linear in (block.attention.out, block.mlp[2]):
-                assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
-        if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
-            nn.init.normal_(self.label.weight, std=0.2)
-        self.known = nn.Parameter(torch.randn(width) * 0.2) if config.known_share else None  # as loud
+        super().__init__(config, tokens, bits, timed=True)
+        self.head = nn.Linear(config.width, bits)
+        self.initialise()
+        self.known = nn.Parameter(torch.randn(config.width) * 0.2) if config.known_share else None  # as loud as a label
         nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
 
     def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Tensor:
@@ -137,10 +197,7 @@ class Prior(nn.Module):
                 )
             h_BND = h_BND + known[..., None] * self.known
         condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))
-        if self.label is not None:
-            if labels is None:
-                labels = torch.full((len(z_BNC),), -1, device=z_BNC.device)
-            condition = condition + self.label(torch.where(labels < 0, self.classes, labels))
+        condition = condition + self.of_class(labels, len(z_BNC))
         h_BND = h_BND + condition[:, None, :]
         return self.head(self.norm(self.blocks(h_BND)))
 

@@ -32,6 +32,10 @@ from bld_core.training import Precision
 class SamplingConfig:
     """How codes are drawn from a trained prior (Section 4.1).
 
+    Where prior.model is not binary, temperature and guidance work on the logits of the bits. "absorbing" has as many
+    noise levels as tokens, T = N: more steps than that are taken as N, and `final` must be "sample". "autoregressive"
+    always takes one step a token: it does not read steps and spacing, and takes no grid.
+
     Args:
         steps: number of reverse steps, 1..T; each is one pass of the network.
         spacing: equal steps of the signal "k", or of "t" as the paper's.

@@ -14,13 +14,14 @@ import bld_core
 from bld_core import files
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import read_model_config
-from bld_core.diffusion import Bound, DiffusionConfig, likelihood_bound
+from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
 from bld_core.latents import open_latents
 from bld_core.losses import VGG16, load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
+from bld_core.models import trained_model
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import CodeHealth, quantize
 from cluster.experiment import EvaluationConfig, Experiment
@@ -125,15 +126,7 @@ class Evaluator(Sampler):
         device = self.generator.device
         held_out = held_out.to(device)
         codes = held_out.codes(torch.arange(len(held_out), device=device))
-        diffusion = DiffusionConfig(**prior.config["diffusion"])
-        return likelihood_bound(
-            prior.network,
-            codes,
-            held_out.labels,
-            diffusion.make_schedule(),
-            target=diffusion.target,
-            seed=self.experiment.seed,
-        )
+        return prior.model.bound(prior.network, codes, held_out.labels, self.experiment.seed)
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -158,6 +151,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     experiment.check_autoencoder(autoencoder)
     _check(experiment)
+    steps = trained_model(prior, experiment.code_shape).steps(experiment.sampling)
     identity = {"autoencoder_hash": autoencoder["hash"], "prior_hash": prior["hash"], "prior_run": prior["run"]}
     fingerprint = {
         **identity,
@@ -182,7 +176,8 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             files.write_bytes(files.join(stage.folder, name), png(picture))
             stage.run.picture(picture, name)
         stage.run.metrics(figures, 0)
-        report = {"figures": figures, "samples": len(samples), "sampling": asdict(experiment.sampling), **identity}
+        sampling = {**asdict(experiment.sampling), "steps": steps}
+        report = {"figures": figures, "samples": len(samples), "sampling": sampling, **identity}
         files.write_json(report_url, report)
         return report
 

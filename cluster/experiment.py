@@ -8,10 +8,11 @@ from typing import Any
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
-from bld_core.diffusion import DiffusionConfig, check_grid
+from bld_core.diffusion import DiffusionConfig
 from bld_core.images import AugmentationConfig, ImageConfig
 from bld_core.latents import LatentConfig
 from bld_core.losses import LossConfig
+from bld_core.models import make_model
 from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.schedule import ScheduleName
@@ -101,7 +102,7 @@ class Experiment:
         autoencoder_training: stage 1.
         latents: the encoded data set.
         prior: the transformer prior.
-        diffusion: the Bernoulli diffusion.
+        diffusion: the Bernoulli diffusion, where the prior is one.
         prior_training: stage 2.
         sampling: how samples are drawn.
         evaluation: what is measured.
@@ -140,7 +141,7 @@ class Experiment:
         shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
         object.__setattr__(self, "root", files.absolute(self.root))
         object.__setattr__(self, "data", replace(self.data, **shards))
-        self.autoencoder.code_shape(self.data.image_size)
+        h, w, c = self.code_shape
         if self.loss.entropy and self.autoencoder.latent != "binary":
             raise ValueError(
                 f"loss.entropy is {self.loss.entropy} with autoencoder.latent {self.autoencoder.latent}, which has no "
@@ -151,8 +152,7 @@ class Experiment:
                 "autoencoder_training.compile is on with loss.adversarial above 0: a compiled network goes backwards "
                 "as a whole, and the adaptive weight would do so twice more; set compile to false"
             )
-        schedule = self.diffusion.make_schedule()
-        check_grid(self.sampling.times(schedule), schedule, self.diffusion.target)
+        make_model(self.prior, self.diffusion, h * w, c).steps(self.sampling)
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.workers)
 

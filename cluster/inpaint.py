@@ -15,6 +15,7 @@ from bld_core import files
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import ImageConfig, decode, first_images, stack
+from bld_core.models import trained_model
 from bld_core.pictures import grid, png
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
@@ -158,10 +159,11 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
 
     Raises:
         FileNotFoundError: a stage is not finished, or the image or mask is missing.
-        ValueError: an unknown class, or an image, mask or box that does not fit.
+        ValueError: an unknown class, an autoregressive prior, or an image, mask or box that does not fit.
     """
     images, mask = read_images(settings, experiment.data), read_mask(settings, experiment.data.image_size)
     prior = read_model_config(files.join(experiment.folder, PRIOR))
+    trained_model(prior, experiment.code_shape).steps(experiment.sampling, completing=True)
     fingerprint = {
         "autoencoder_hash": read_model_config(files.join(experiment.folder, AUTOENCODER))["hash"],
         "prior_hash": prior["hash"],

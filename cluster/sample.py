@@ -13,6 +13,7 @@ import bld_core
 from bld_core import files
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.models import trained_model
 from bld_core.pictures import grid, png
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
@@ -92,7 +93,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     columns = settings.classes or list(range(known)) or [-1] * 10
     sampling = experiment.sampling
     shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
-    steps = len(sampling.grid) - 1 if sampling.grid else sampling.steps
+    steps = trained_model(prior, experiment.code_shape).steps(sampling)
     name = settings.file or (
         f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     )

@@ -35,6 +35,11 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
         FileNotFoundError: no encoded data set yet.
         ValueError: bad input, before anything is started.
     """
+    if experiment.prior.model != "binary":
+        raise ValueError(
+            f"prior.model is {experiment.prior.model}, but lambda and the schedule are those of binary "
+            "diffusion: sweep with prior.model binary"
+        )
     read_model_config(files.join(experiment.folder, AUTOENCODER))
     for split in ("train", "validation"):
         open_latents(files.join(experiment.folder, "latents"), split)

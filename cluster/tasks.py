@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.diffusion import Bound, strided_bound
+from bld_core.diffusion import Bound
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
 from bld_core.latents import Latents, Split, latent_batches, open_latents
 from bld_core.losses import PatchCritic, Perceptual, load_perceptual
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
-from bld_core.objectives import AutoencoderObjective, PriorObjective
+from bld_core.models import make_model
+from bld_core.objectives import AutoencoderObjective
 from bld_core.pictures import grid, reconstruction_grid
-from bld_core.prior import Prior
 from bld_core.quantizer import CodeHealth
-from bld_core.sampling import sample_codes
+from bld_core.sampling import SamplingConfig
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
@@ -179,52 +179,41 @@ class PriorTask(Task):
         self.experiment = experiment
         self.training = experiment.prior_training
         self.source = source
+        h, w, c = experiment.code_shape
+        self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
 
     def _latents(self, split: Split, device: torch.device) -> Latents:
         return open_latents(files.join(self.source, "latents"), split).to(device)
 
     def network(self) -> nn.Module:
-        h, w, c = self.experiment.code_shape
-        return Prior(self.experiment.prior, h * w, c)
+        return self.model.network()
 
     def objective(self, place: Place) -> Objective:
-        experiment = self.experiment
-        prior = experiment.prior
-        return PriorObjective(experiment.diffusion, prior.label_dropout, experiment.seed, prior.known_share)
+        return self.model.objective(self.experiment.seed)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         latents = self._latents("train", place.device)
         return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
 
-    def _bound(self, network: nn.Module, device: torch.device, grid: Sequence[int] | None = None) -> Bound:
-        """Of some held-out codes; of the chain that takes the steps of a grid, or all of them."""
-        experiment = self.experiment
-        schedule = experiment.diffusion.make_schedule()
+    def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         held_out = self._latents("validation", device)
         rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        return strided_bound(
-            network,
-            held_out.codes(rows),
-            held_out.labels[rows],
-            schedule,
-            grid or schedule.grid(schedule.steps),
-            target=experiment.diffusion.target,
-            seed=experiment.seed,
-        )
+        return self.model.bound(network, held_out.codes(rows), held_out.labels[rows], self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         bounds = [self._bound(network, device).bits_per_bit for network in networks]
         return bounds.index(min(bounds))
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
-        experiment = self.experiment
-        schedule, target, seed = experiment.diffusion.make_schedule(), experiment.diffusion.target, experiment.seed
-        bound, sampled = (self._bound(network, device, grid) for grid in (None, experiment.sampling.times(schedule)))
-        h, w, c = experiment.code_shape
+        experiment, model, seed = self.experiment, self.model, self.experiment.seed
+        bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = sample_codes(network, (h * w, c), labels, index, schedule, experiment.sampling, seed, target)
-        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, h, w, c)).cpu()
+        z = model.sample(network, labels, index, experiment.sampling, seed)
+        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         figures["val_bound_sampling"] = sampled.bits_per_bit
-        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})
+        pictures = {"samples": grid(images, 10)}
+        if len(bound.profile) > 1:
+            pictures["bound-profile"] = profile_plot(bound.profile)
+        return Evaluation(figures, pictures)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from bld_core.checkpoint import save_model
 from bld_core.diffusion import DiffusionConfig, Target
 from bld_core.generator import Generator, known_tokens
 from bld_core.images import stack
-from bld_core.prior import PriorConfig
+from bld_core.models import make_model
+from bld_core.prior import ModelName, PriorConfig
 from bld_core.sampling import SamplingConfig
-from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, tiny_prior, toy_images
+from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
 
 CLASSES = 3
 
@@ -41,10 +43,12 @@ def save_prior(
     classes: int = CLASSES,
     target: Target = "flip",
     known_share: float = 0.0,
+    model: ModelName = "binary",
 ) -> None:
     """A tiny prior with random evidence."""
+    settings = PriorConfig(model=model, layers=1, width=16, heads=2, classes=classes, known_share=known_share)
     config = {
-        "prior": asdict(PriorConfig(layers=1, width=16, heads=2, classes=classes, known_share=known_share)),
+        "prior": asdict(settings),
         "diffusion": asdict(DiffusionConfig(steps=16, target=target)),
         "sampling": asdict(SamplingConfig(steps=4)),
         "autoencoder_hash": autoencoder_hash,
@@ -52,7 +56,8 @@ def save_prior(
         "run": "",
         "metrics": {},
     }
-    prior = tiny_prior(classes=classes, known_share=known_share)
+    torch.manual_seed(0)
+    prior = make_model(settings, DiffusionConfig(), 4, 8).network()
     perturb(prior)
     save_model(str(folder / "prior" / "final"), prior.state_dict(), config)
 
@@ -187,6 +192,35 @@ def test_the_stored_target_decides_what_the_network_means(tmp_path: Path) -> Non
     assert not torch.equal(z0, z_prev)
     with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
         bld_core.load(str(tmp_path / "z_prev")).sample(1)
+
+
+def test_a_prior_from_before_models_had_names_is_binary(generator: Generator, tmp_path: Path) -> None:
+    expected = generator.sample(4, seed=2)
+    config = tmp_path / "prior/final/config.json"
+    made = json.loads(config.read_text())
+    assert made["prior"].pop("model") == "binary"
+    config.write_text(json.dumps(made))
+    assert torch.equal(bld_core.load(str(tmp_path)).sample(4, seed=2), expected)
+
+
+@pytest.mark.parametrize("model", ["autoregressive", "absorbing"])
+def test_the_stored_model_decides_how_samples_are_drawn(tmp_path: Path, model: ModelName) -> None:
+    save_prior(tmp_path, save_autoencoder(tmp_path), model=model)
+    generator, images, labels = bld_core.load(str(tmp_path)), stack(toy_images(4)), [0, 1, 2, -1]
+    whole = generator.sample(labels=labels * 4, seed=7, guidance=1.0)
+    assert whole.shape == (16, 8, 8, 1)
+    assert len({tuple(image.flatten().tolist()) for image in whole}) > 8
+    assert torch.equal(generator.sample(labels=labels * 4, seed=7, guidance=1.0, steps=16), whole)  # 4 tokens, 4 steps
+    with pytest.raises(ValueError, match=rf"mode with prior.model {model}"):
+        generator.sample(1, final="mode")
+    if model == "autoregressive":
+        with pytest.raises(ValueError, match=r"autoregressive.*cannot complete"):
+            generator.inpaint(images, left_half(images))
+    else:
+        assert not torch.equal(generator.sample(labels=labels * 4, seed=7, guidance=1.0, steps=1), whole)
+        completions = generator.inpaint(images, left_half(images), count=3, labels=labels)
+        assert torch.equal(completions[:, 1, :, :4], images[:, :, :4])
+        assert torch.equal(generator.outpaint(images, 14)[:, :, :8], images)
 
 
 def test_an_empty_folder_is_not_an_experiment(tmp_path: Path) -> None:

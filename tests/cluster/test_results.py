@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import bld_core
 from bld_core.checkpoint import average_name, read_model_config
+from bld_core.prior import ModelName
 from cluster.evaluate import evaluate, table
 from cluster.experiment import Experiment
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
@@ -25,6 +26,7 @@ from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
 from cluster.tracking import fetch_model, register
 from cluster.train import train_prior
+from tests.conftest import copy_of
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +154,36 @@ def test_a_registered_pair_gives_the_same_samples(finished: Experiment, tmp_path
     folder = fetch_model(uri, name, finished.tracking.alias, str(tmp_path))
     before, after = (bld_core.load(place).sample(labels=[1, 2], seed=3) for place in (finished.folder, folder))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("model", ["autoregressive", "absorbing"])
+def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_path: Path, model: ModelName) -> None:
+    experiment = replace(
+        encoded,
+        root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")),
+        prior=replace(encoded.prior, model=model),
+        evaluation=replace(encoded.evaluation, class_accuracy=False),
+    )
+    trained = read_model_config(train_prior(experiment))
+    assert trained["prior"]["model"] == model
+    assert 0.3 < trained["metrics"]["val_bound"] < 1.02
+    draw_grid(experiment, GridConfig(classes=[3, -1], rows=2, seed=5))
+    steps = 16 if model == "autoregressive" else 4
+    [folder] = Path(experiment.folder, "samples").glob("seed5*/")
+    assert folder.name.startswith(f"seed5-steps{steps}-")
+    with np.load(folder / "samples.npz") as arrays:
+        again = bld_core.load(experiment.folder).sample(labels=[3, -1] * 2, seed=5, guidance=1.0)
+        assert np.array_equal(arrays["arr_0"], again.numpy())
+    report = evaluate(experiment)
+    assert report["sampling"]["steps"] == steps
+    assert report["figures"]["bound"] == pytest.approx(trained["metrics"]["val_bound"], rel=1e-3)
+    with pytest.raises(ValueError, match=rf"prior.model is {model}.*sweep with prior.model binary"):
+        sweep_prior(experiment)
+    if model == "autoregressive":
+        with pytest.raises(ValueError, match=r"cannot complete an image"):
+            inpaint(experiment, InpaintConfig(samples=[0]))
+    else:
+        assert Path(inpaint(experiment, InpaintConfig(samples=[0], completions=2))).is_file()
 
 
 def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment) -> None:

@@ -1,0 +1,126 @@
+"""The three priors behind one seam: what differs between binary diffusion and what Table 5 compares it with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from bld_core.baselines.absorbing import AbsorbingModel
+from bld_core.baselines.autoregressive import AutoregressiveModel
+from bld_core.diffusion import Bound, DiffusionConfig, check_grid, likelihood_bound, strided_bound
+from bld_core.objectives import PriorObjective
+from bld_core.prior import Prior, PriorConfig
+from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.training import Objective
+
+
+class PriorModel(Protocol):
+    """One way to model codes of N tokens of C bits; `prior.model` names it."""
+
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+        ...
+
+    def objective(self, seed: int) -> Objective:
+        """What stage 2 minimises, in nats a bit."""
+        ...
+
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
+        """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models.
+
+        It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has.
+        """
+        ...
+
+    def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
+        """How many steps a sample takes; `completing` asks for codes of which a part is known.
+
+        Raises:
+            ValueError: settings that this model cannot follow, or it cannot complete codes.
+        """
+        ...
+
+    def sample(
+        self,
+        network: nn.Module,
+        labels: Tensor | None,
+        index: Tensor,
+        sampling: SamplingConfig,
+        seed: int,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Draw codes, float 0/1 (B, N, C), on the device of `index`; sample i is keyed on (seed, index[i]).
+
+        The errors are those of `steps`.
+        """
+        ...
+
+
+class BinaryModel:
+    """The paper's: Bernoulli diffusion over the bits (Section 4)."""
+
+    def __init__(self, config: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> None:
+        self.config, self.diffusion, self.shape = config, diffusion, (tokens, bits)
+        self.schedule = diffusion.make_schedule()
+
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+        return Prior(self.config, *self.shape)
+
+    def objective(self, seed: int) -> Objective:
+        """Eq. 13."""
+        return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
+
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
+        """The bound of all T steps, or of the grid of `sampling`."""
+        schedule, target = self.schedule, self.diffusion.target
+        if sampling is None:
+            return likelihood_bound(network, z_0, labels, schedule, target=target, seed=seed)
+        return strided_bound(network, z_0, labels, schedule, sampling.times(schedule), target=target, seed=seed)
+
+    def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
+        """Those of the grid; to complete codes may take some of them several times.
+
+        Raises:
+            ValueError: a grid that is none, or one that skips steps for target z_prev.
+        """
+        del completing
+        grid = sampling.times(self.schedule)
+        check_grid(grid, self.schedule, self.diffusion.target)
+        return len(grid) - 1
+
+    def sample(
+        self,
+        network: nn.Module,
+        labels: Tensor | None,
+        index: Tensor,
+        sampling: SamplingConfig,
+        seed: int,
+        known: Known | None = None,
+    ) -> Tensor:
+        """The reverse process; the errors are those of `bld_core.sampling.reverse_process`."""
+        target = self.diffusion.target
+        return sample_codes(network, self.shape, labels, index, self.schedule, sampling, seed, target, known)
+
+
+def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> PriorModel:
+    """The model that `prior.model` names, for codes of `tokens` tokens of `bits` bits."""
+    match prior.model:
+        case "binary":
+            return BinaryModel(prior, diffusion, tokens, bits)
+        case "autoregressive":
+            return AutoregressiveModel(prior, tokens, bits)
+        case "absorbing":
+            return AbsorbingModel(prior, tokens, bits)
+
+
+def trained_model(config: Mapping[str, Any], code_shape: tuple[int, int, int]) -> PriorModel:
+    """The model of a trained prior, from its config.json and the (h, w, c) of its codes."""
+    h, w, c = code_shape
+    return make_model(PriorConfig(**config["prior"]), DiffusionConfig(**config["diffusion"]), h * w, c)
