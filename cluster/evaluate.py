@@ -24,8 +24,10 @@ from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import trained_model
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import CodeHealth, quantize
+from bld_core.sampling import SamplingConfig
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
+from cluster.plots import profile_plot
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Sampler
 from cluster.stages import open_stage
@@ -44,7 +46,9 @@ class Reconstruct:
 
 @dataclass(frozen=True)
 class Judge:
-    """Piece of work: the likelihood bound of the held-out codes."""
+    """Piece of work: the likelihood bound of the held-out codes, for all steps or for those of `sampling`."""
+
+    sampling: SamplingConfig | None
 
 
 @dataclass
@@ -99,8 +103,8 @@ class Evaluator(Sampler):
                 return self._reconstruct(url)
             case Draw():
                 return self.draw(piece)
-            case Judge():
-                return self._judge()
+            case Judge(sampling):
+                return self._judge(sampling)
 
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:
@@ -119,14 +123,14 @@ class Evaluator(Sampler):
                 found.remade.update(self.inception(remade))
         return found
 
-    def _judge(self) -> Bound:
+    def _judge(self, sampling: SamplingConfig | None) -> Bound:
         prior = self.generator.prior
         assert prior is not None, "evaluation starts from a finished prior"
         held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation")
         device = self.generator.device
         held_out = held_out.to(device)
         codes = held_out.codes(torch.arange(len(held_out), device=device))
-        return prior.model.bound(prior.network, codes, held_out.labels, self.experiment.seed)
+        return prior.model.bound(prior.network, codes, held_out.labels, self.experiment.seed, sampling)
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -164,20 +168,26 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if stage.done:
             return files.read_json(report_url)
         classes = prior["prior"]["classes"]
-        remade, bound, samples = _measure(experiment, classes)
+        remade, (bound, sampled), samples = _measure(experiment, classes)
         figures = remade.figures(experiment.evaluation)
         figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+        figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
         if experiment.evaluation.class_accuracy and classes:
             labels = sample_labels(0, len(samples), classes)
             assert labels is not None, "there are classes"
             figures |= _class_accuracy(experiment, samples, labels)
-        pictures = {"samples.png": grid(samples[:_PICTURE_SAMPLES], classes or 10), **_reconstructions(experiment)}
+        pictures = {
+            "samples.png": grid(samples[:_PICTURE_SAMPLES], classes or 10),
+            "bound-profile.png": profile_plot(bound.profile),
+            **_reconstructions(experiment),
+        }
         for name, picture in pictures.items():
             files.write_bytes(files.join(stage.folder, name), png(picture))
             stage.run.picture(picture, name)
         stage.run.metrics(figures, 0)
         sampling = {**asdict(experiment.sampling), "steps": steps}
-        report = {"figures": figures, "samples": len(samples), "sampling": sampling, **identity}
+        report = {"figures": figures, "bound_profile": bound.profile, "samples": len(samples), "sampling": sampling}
+        report |= identity
         files.write_json(report_url, report)
         return report
 
@@ -192,24 +202,23 @@ def _check(experiment: Experiment) -> None:
         INCEPTION.find(config.inception_weights, config.inception_sha256)
 
 
-def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, Bound, Tensor]:
+def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, list[Bound], Tensor]:
     total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
-    pieces: list[Reconstruct | Draw | Judge] = [Judge()]
+    pieces: list[Reconstruct | Draw | Judge] = [Judge(None), Judge(experiment.sampling)]
     for start in range(0, total, batch):
         count = min(batch, total - start)
         pieces.append(Draw(sample_labels(start, count, classes), count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    remade, bound, samples = Reconstructions(), None, []
+    remade, bounds, samples = Reconstructions(), list[Bound](), []
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
         match result:
             case Reconstructions():
                 remade.merge(result)
             case Bound():
-                bound = result
+                bounds.append(result)
             case _:
                 samples.append(result)
-    assert bound is not None, "one of the pieces is the bound"
-    return remade, bound, torch.cat(samples)
+    return remade, bounds, torch.cat(samples)
 
 
 def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
@@ -245,6 +254,8 @@ def table(report: dict[str, Any]) -> str:
         f"correlation {figures['bit_correlation']:.3f}",
         f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
         f"(held-out codes, se {figures['bound_se']:.4f})",
+        f"... of the steps sampled {figures['bound_sampling']:7.4f}     bits a bit "
+        f"({report['sampling']['steps']} steps, se {figures['bound_sampling_se']:.4f})",
     ]
     if "lpips" in figures:
         lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")

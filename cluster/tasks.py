@@ -181,6 +181,7 @@ class PriorTask(Task):
         self.source = source
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
+        self._held_out: tuple[Tensor, Tensor] | None = None
 
     def _latents(self, split: Split, device: torch.device) -> Latents:
         return open_latents(files.join(self.source, "latents"), split).to(device)
@@ -196,9 +197,11 @@ class PriorTask(Task):
         return latent_batches(latents, self.training, self.experiment.seed, step, place.rank, place.world)
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
-        held_out = self._latents("validation", device)
-        rows = torch.arange(min(len(held_out), _VALIDATION_CODES), device=device)
-        return self.model.bound(network, held_out.codes(rows), held_out.labels[rows], self.experiment.seed, sampling)
+        if self._held_out is None:
+            latents = self._latents("validation", device)
+            rows = torch.arange(min(len(latents), _VALIDATION_CODES), device=device)
+            self._held_out = latents.codes(rows), latents.labels[rows]
+        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         bounds = [self._bound(network, device).bits_per_bit for network in networks]
