@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from bld_core.baselines.autoregressive import AutoregressiveModel
 from bld_core.diffusion import Bound, DiffusionConfig, check_grid, likelihood_bound, strided_bound
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig
-from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.sampling import Known, SamplingConfig, reverse_process, sample_codes
 from bld_core.training import Objective
 
 
@@ -107,6 +107,13 @@ class BinaryModel:
         """The reverse process; the errors are those of `bld_core.sampling.reverse_process`."""
         target = self.diffusion.target
         return sample_codes(network, self.shape, labels, index, self.schedule, sampling, seed, target, known)
+
+    def states(
+        self, network: nn.Module, labels: Tensor | None, index: Tensor, sampling: SamplingConfig, seed: int
+    ) -> Iterator[Tensor]:
+        """The states z_T, ..., z_0 of the reverse process that `sample` takes the last of."""
+        target = self.diffusion.target
+        return reverse_process(network, self.shape, labels, index, self.schedule, sampling, seed, target)
 
 
 def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> PriorModel:

@@ -17,19 +17,17 @@ from bld_core.checkpoint import read_model_config
 from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
-from bld_core.latents import open_latents
 from bld_core.losses import VGG16, load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import trained_model
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import CodeHealth, quantize
-from bld_core.sampling import SamplingConfig
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.plots import profile_plot
 from cluster.runtime import map_on_actors
-from cluster.sample import Draw, Sampler
+from cluster.sample import Draw, Judge, Sampler
 from cluster.stages import open_stage
 
 _PICTURE_IMAGES = 32
@@ -42,13 +40,6 @@ class Reconstruct:
     """Piece of work: reconstruct the images of one validation shard."""
 
     url: str
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Piece of work: the likelihood bound of the held-out codes, for all steps or for those of `sampling`."""
-
-    sampling: SamplingConfig | None
 
 
 @dataclass
@@ -103,8 +94,8 @@ class Evaluator(Sampler):
                 return self._reconstruct(url)
             case Draw():
                 return self.draw(piece)
-            case Judge(sampling):
-                return self._judge(sampling)
+            case Judge():
+                return self.judge(piece)
 
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:
@@ -122,15 +113,6 @@ class Evaluator(Sampler):
                 found.real.update(self.inception(batch))
                 found.remade.update(self.inception(remade))
         return found
-
-    def _judge(self, sampling: SamplingConfig | None) -> Bound:
-        prior = self.generator.prior
-        assert prior is not None, "evaluation starts from a finished prior"
-        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation")
-        device = self.generator.device
-        held_out = held_out.to(device)
-        codes = held_out.codes(torch.arange(len(held_out), device=device))
-        return prior.model.bound(prior.network, codes, held_out.labels, self.experiment.seed, sampling)
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -207,7 +189,8 @@ def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, lis
     pieces: list[Reconstruct | Draw | Judge] = [Judge(None), Judge(experiment.sampling)]
     for start in range(0, total, batch):
         count = min(batch, total - start)
-        pieces.append(Draw(sample_labels(start, count, classes), count, start, experiment.seed))
+        labels = sample_labels(start, count, classes)
+        pieces.append(Draw(experiment.sampling, labels, count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
     remade, bounds, samples = Reconstructions(), list[Bound](), []
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
@@ -254,7 +237,7 @@ def table(report: dict[str, Any]) -> str:
         f"correlation {figures['bit_correlation']:.3f}",
         f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
         f"(held-out codes, se {figures['bound_se']:.4f})",
-        f"... of the steps sampled {figures['bound_sampling']:7.4f}     bits a bit "
+        f"... of steps sampled    {figures['bound_sampling']:7.4f}     bits a bit "
         f"({report['sampling']['steps']} steps, se {figures['bound_sampling_se']:.4f})",
     ]
     if "lpips" in figures:

@@ -216,7 +216,4 @@ class PriorTask(Task):
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         figures["val_bound_sampling"] = sampled.bits_per_bit
-        pictures = {"samples": grid(images, 10)}
-        if len(bound.profile) > 1:
-            pictures["bound-profile"] = profile_plot(bound.profile)
-        return Evaluation(figures, pictures)
+        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})

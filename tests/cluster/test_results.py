@@ -59,8 +59,13 @@ def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Exper
 
 
 def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment) -> None:
-    grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5)))
+    grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5, process=4)))
     assert Image.open(grid).size == (3 * 66 + 2, 2 * 66 + 2)
+    process = np.asarray(Image.open(grid.with_name("process.png")))
+    assert process.shape == (3 * 66 + 2, 4 * 66 + 2)
+    for row in range(3):  # a sample of the first row and its way there
+        sample = np.asarray(Image.open(grid))[:66, 66 * row : 66 * row + 66]
+        assert np.array_equal(process[66 * row : 66 * row + 66, 3 * 66 : 4 * 66], sample)
     with np.load(grid.with_name("samples.npz")) as arrays:
         assert arrays["arr_0"].shape == (6, 32, 32, 1)
         assert arrays["arr_1"].tolist() == [3, 7, -1, 3, 7, -1]
@@ -177,6 +182,8 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
     report = evaluate(experiment)
     assert report["sampling"]["steps"] == steps
     assert report["figures"]["bound"] == pytest.approx(trained["metrics"]["val_bound"], rel=1e-3)
+    with pytest.raises(ValueError, match=rf"grid.process is 4, but prior.model is {model}"):
+        draw_grid(experiment, GridConfig(process=4))
     with pytest.raises(ValueError, match=rf"prior.model is {model}.*sweep with prior.model binary"):
         sweep_prior(experiment)
     if model == "autoregressive":
