@@ -149,8 +149,7 @@ def sample_unmasking(
         Codes, float 0/1, (B, tokens, bits), on the device of `index`.
     """
     tokens, bits = shape
-    labels = with_null_class(labels, config.guidance)
-    copies = 1 if labels is None else len(labels) // len(index)
+    labels, copies = with_null_class(labels, config.guidance)
     order = random_order(seed, "sampling order", index, tokens)
     z, masked = torch.zeros(len(index), *shape, device=index.device), torch.ones_like(order, dtype=torch.bool)
     if known is not None:

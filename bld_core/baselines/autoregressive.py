@@ -87,8 +87,7 @@ def sample_in_order(
         Codes, float 0/1, (B, tokens, bits), on the device of `index`.
     """
     tokens, bits = shape
-    labels = with_null_class(labels, config.guidance)
-    copies = 1 if labels is None else len(labels) // len(index)
+    labels, copies = with_null_class(labels, config.guidance)
     caches = [Cache(tokens) for _ in network.blocks]
     token, drawn = torch.zeros(len(index), bits, device=index.device), list[Tensor]()
     for n in range(tokens):

@@ -92,11 +92,14 @@ def token_nll(logits_BNC: Tensor, z_BNC: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits_BNC.float(), z_BNC, reduction="none").mean(-1)
 
 
-def with_null_class(labels: Tensor | None, guidance: float) -> Tensor | None:
-    """Labels of one batched call: where there is guidance, those of the samples, then as many of the null class."""
+def with_null_class(labels: Tensor | None, guidance: float) -> tuple[Tensor | None, int]:
+    """Labels of one batched call, and how many copies of the samples it takes: 2 where there is guidance, else 1.
+
+    The second copy is then that of the null class, as `ChainedHead.draw` takes it.
+    """
     if labels is None or guidance == 0:
-        return labels
-    return torch.cat([labels, torch.full_like(labels, -1)])
+        return labels, 1
+    return torch.cat([labels, torch.full_like(labels, -1)]), 2
 
 
 def token_objective(

@@ -168,6 +168,7 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
         root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")),
         prior=replace(encoded.prior, model=model),
         evaluation=replace(encoded.evaluation, class_accuracy=False),
+        cluster=replace(encoded.cluster, workers=1),
     )
     trained = read_model_config(train_prior(experiment))
     assert trained["prior"]["model"] == model
@@ -189,8 +190,6 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
     if model == "autoregressive":
         with pytest.raises(ValueError, match=r"cannot complete an image"):
             inpaint(experiment, InpaintConfig(samples=[0]))
-    else:
-        assert Path(inpaint(experiment, InpaintConfig(samples=[0], completions=2))).is_file()
 
 
 def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment) -> None:
