@@ -15,9 +15,7 @@ from bld_core.training import Batch, TrainingConfig, TrainState, make_state, tra
 
 _WIDTHS = (32, 64, 128)
 _SIDE = 4  # pixels of the last feature map, over which features are averaged
-_TRAINING = TrainingConfig(
-    steps=600, batch_size=128, learning_rate=2e-3, warmup=50, decay="cosine", weight_decay=0.01, ema_decay=0.98
-)
+_BATCH = 128
 
 
 class Classifier(nn.Module):
@@ -49,13 +47,14 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) -> Classifier:
+def train_classifier(images: Tensor, labels: Tensor, classes: int, steps: int, seed: int) -> Classifier:
     """Train a classifier on real images: a function of its arguments, on one machine with one number of threads.
 
     Args:
         images: uint8 (N, H, W, channels), on the device that trains.
         labels: int64 (N,), 0..classes - 1.
         classes: how many.
+        steps: of training, 128 images each.
         seed: of the first weights and of the order of the images.
     """
     with torch.random.fork_rng(devices=[]):
@@ -65,8 +64,17 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) ->
     def cross_entropy(state: TrainState, batch: Batch) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(state(batch.data), batch.labels)}
 
-    state = make_state(network, _TRAINING)
-    for _ in train(state, _batches(images, labels, seed), cross_entropy, _TRAINING):
+    config = TrainingConfig(
+        steps=steps,
+        batch_size=_BATCH,
+        learning_rate=2e-3,
+        warmup=50,
+        decay="cosine",
+        weight_decay=0.01,
+        ema_decay=0.98,
+    )
+    state = make_state(network, config)
+    for _ in train(state, _batches(images, labels, seed), cross_entropy, config):
         pass
     network.load_state_dict(state.averages[0].weights)
     return network.eval()
@@ -74,10 +82,9 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) ->
 
 def _batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[Batch]:
     """Seeded permutations of the images, laid end to end."""
-    size = min(_TRAINING.batch_size, len(images))
     orders = (permutation(seed, "classifier order", epoch, len(images)) for epoch in itertools.count())
     for order in orders:
-        for rows in order.split(size):
+        for rows in order.split(_BATCH):
             yield Batch(images[rows], labels[rows], rows, [""] * len(rows))
 
 
