@@ -147,7 +147,7 @@ class Reference:
 
     Attributes:
         name: what a Frechet distance to them is called: fd_classifier, or fid with the true Inception weights.
-        hash: of the extractor's weights.
+        hash: of the moments, which identifies extractor and images.
         moments: of the training images.
         figures: the distance of held-out images and of their reconstructions, which no sample is expected to beat; and
             the accuracy of the classifier on held-out images, where there is one.
@@ -187,7 +187,7 @@ def make_reference(experiment: Experiment) -> Reference:
     }
     with open_stage(experiment, _STAGE, fingerprint, _RESULT, on_change="redo") as stage:
         if not stage.done:
-            name, digest = frechet_name("", config.inception_sha256), config.inception_sha256
+            name = frechet_name("", config.inception_sha256) if config.frechet else "fd_classifier"
             figures: dict[str, float] = {}
             if not config.frechet:
                 folder = files.join(stage.folder, "classifier")
@@ -195,7 +195,6 @@ def make_reference(experiment: Experiment) -> Reference:
                     ClassifierTrainer, (experiment,), "train", [folder], experiment.cluster, "classifier"
                 )
                 [figures["classifier_accuracy"]] = work
-                name, digest = "fd_classifier", read_model_config(folder)["hash"]
             train, held_out, remade = FeatureMoments(), FeatureMoments(), FeatureMoments()
             work = map_on_actors(Examiner, (experiment,), "work", looks, experiment.cluster, "real images")
             for look, seen in zip(looks, work, strict=True):
@@ -206,7 +205,7 @@ def make_reference(experiment: Experiment) -> Reference:
             stage.run.metrics(figures, 0)
             moments = save_tensors({"mean": train.mean, "scatter": train.scatter})
             files.write_bytes(files.join(stage.folder, _MOMENTS), moments)
-            made = {"name": name, "hash": digest, "images": train.count, "figures": figures}
+            made = {"name": name, "hash": files.sha256(moments), "images": train.count, "figures": figures}
             files.write_json(files.join(stage.folder, _RESULT), made)
         made = files.read_json(files.join(stage.folder, _RESULT))
         tensors = load_tensors(files.read_bytes(files.join(stage.folder, _MOMENTS)))

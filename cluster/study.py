@@ -104,7 +104,8 @@ def _targets(experiment: Experiment) -> list[Row]:
 def _samplers(experiment: Experiment) -> list[Row]:
     rows: list[Row] = []
     for model in ("binary", "autoregressive", "absorbing"):
-        variant = _variant(experiment, model, prior=replace(experiment.prior, model=model))
+        known_share = experiment.prior.known_share if model == "binary" else 0.0
+        variant = _variant(experiment, model, prior=replace(experiment.prior, model=model, known_share=known_share))
         rows.append(Row(model, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
