@@ -132,8 +132,14 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 < figures["bound"] < 1.5
     assert 0 <= figures["class_accuracy"] <= 1
     assert figures["classifier_accuracy"] > 0.95
+    assert figures["bound_sampling"] > figures["bound"]  # four steps are fewer than all
+    assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
+    evaluation = Path(finished.folder, "evaluation")
+    assert Image.open(evaluation / "bound-profile.png").size == (480, 360)
+    samples = (evaluation / "samples.png").read_bytes()
     one = evaluate(replace(finished, cluster=replace(finished.cluster, workers=1)), fresh=True)["figures"]
     assert one == pytest.approx(figures, rel=1e-12)
+    assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
 
 
