@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timing import matrix_rate
 
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.losses import LossConfig
@@ -34,17 +35,6 @@ MODES: dict[str, dict[str, Any]] = {
     "bfloat16 channels_last": {"precision": "bfloat16", "channels_last": True},
     "bfloat16 channels_last compiled": {"precision": "bfloat16", "channels_last": True, "compile": True},
 }
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Multiply-adds a second of a large matrix product, in billions; the best of five."""
-    a, b = (torch.randn(size, size, dtype=torch.float32).to(dtype) for _ in range(2))
-    times: list[float] = []
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - began)
-    return size**3 / min(times) / 1e9
 
 
 def batches(size: int) -> Iterator[Batch]:

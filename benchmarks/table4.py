@@ -106,7 +106,7 @@ def row(
         if report.step % 500 == 0:
             print(f"# {side} x {side} {latent} {report.step} l1 {float(report.terms['l1']):.4f}", flush=True)
     seconds = time.perf_counter() - began
-    state.module.load_state_dict(state.ema.weights)
+    state.module.load_state_dict(state.averages[0].weights)
     state.module.eval()
     assert isinstance(state.module, Autoencoder)
     quality = quality_of(state.module, held_out)

@@ -35,7 +35,8 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
     for parameter, values in state.optimizer.state.items():
         for kind, value in values.items():
             moments[f"{names[parameter]}|{kind}"] = value
-    parts = {"model": state.module.state_dict(), "ema": state.ema.weights, "optimizer": moments}
+    parts = {"model": state.module.state_dict(), "optimizer": moments}
+    parts |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
     for part, tensors in parts.items():
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         files.write_bytes(files.join(folder, f"{part}.safetensors"), save_tensors(contiguous))
@@ -55,14 +56,15 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {folder!r} has format {meta['format']}; this version reads {FORMAT_VERSION}: use --fresh"
         )
-    model, ema, moments = (
-        load_tensors(files.read_bytes(files.join(folder, f"{part}.safetensors")))
-        for part in ("model", "ema", "optimizer")
+    names = ["model", "optimizer", *(average_name(number) for number in range(len(state.averages)))]
+    model, moments, *averages = (
+        load_tensors(files.read_bytes(files.join(folder, f"{name}.safetensors"))) for name in names
     )
     state.module.load_state_dict(model)
-    assert ema.keys() == state.ema.weights.keys(), "averages and network come from the same checkpoint"
-    for name, average in state.ema.weights.items():
-        average.copy_(ema[name])
+    for average, saved in zip(state.averages, averages, strict=True):
+        assert saved.keys() == average.weights.keys(), "averages and network come from the same checkpoint"
+        for name, weight in average.weights.items():
+            weight.copy_(saved[name])
     by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
     state.optimizer.state.clear()
     for name, value in moments.items():
@@ -75,6 +77,11 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
     if state.critic is not None:
         load_state(files.join(folder, _CRITIC), state.critic)
     return meta
+
+
+def average_name(number: int) -> str:
+    """The part of a checkpoint that holds one of the averages."""
+    return f"ema-{number}" if number else "ema"
 
 
 def _parameter_names(state: TrainState) -> dict[Tensor, str]:

@@ -50,6 +50,11 @@ class PackedCodes:
         h, w, c = self.shape
         return torch.from_numpy(np.unpackbits(self.packed.take(rows, axis=0)).reshape(-1, h * w, c))
 
+    def first(self, count: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first rows, or all, on a device: codes, uint8 0/1 (B, N, C), and labels, int64 (B,)."""
+        rows = np.arange(len(self))[:count]
+        return self.codes(rows).to(device), torch.from_numpy(self.labels[rows]).to(device)
+
 
 @dataclass(frozen=True)
 class Latents:

@@ -100,7 +100,7 @@ def calibrate(evidence: Tensor, k_t: Scalar) -> Tensor:
 
     Logits in, logits out. The bit's own evidence is known in closed form, so it is added, not learned.
     """
-    k = torch.as_tensor(k_t, dtype=torch.float64, device=evidence.device)
+    k = torch.as_tensor(k_t, dtype=torch.float64)  # a float stays on the CPU: a GPU need not wait for it
     offset = torch.log1p(-k) - torch.log1p(k)
     return evidence + offset.to(evidence.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
 from bld_core.checkpoint import CONFIG, load_weights, read_model_config
-from bld_core.models import PriorModel, trained_model
+from bld_core.inference import for_inference
+from bld_core.models import BinaryModel, PriorModel, trained_model
 from bld_core.noise import key_of
 from bld_core.quantizer import quantize
 from bld_core.sampling import Known, SamplingConfig
+from bld_core.training import Precision
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
@@ -124,6 +127,7 @@ class Generator:
         self.autoencoder = autoencoder
         self.prior = prior
         self.device = torch.device(device)
+        self._copies: dict[tuple[Precision, bool], tuple[TrainedPrior, TrainedAutoencoder]] = {}
 
     @property
     def classes(self) -> int:
@@ -175,8 +179,8 @@ class Generator:
             seed: of the noise. Image i is a function of (seed, first_index + i) and its settings.
             first_index: index of the first image, so that one set can be drawn in parts.
             batch_size: images in one pass.
-            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final) that differ from
-                those stored with the prior; steps or spacing put a stored grid out of use.
+            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final, precision, compile)
+                that differ from those stored with the prior; steps or spacing put a stored grid out of use.
 
         Returns:
             uint8 (count, H, W, channels).
@@ -189,8 +193,7 @@ class Generator:
             given = None if labels is None else len(labels)
             raise ValueError(f"count is {count} with {given} labels; ask for at least 1 image, and one label for each")
         index = first_index + torch.arange(count)
-        chosen = None if labels is None else torch.tensor(labels)
-        return self._draw(index, chosen, None, seed, batch_size, settings)
+        return self._draw(index, labels, None, seed, batch_size, settings)
 
     def inpaint(
         self,
@@ -244,7 +247,7 @@ class Generator:
         row = torch.arange(len(images)).repeat_interleave(count)
         completion = torch.arange(count).repeat(len(images))
         index = first_index + row + (completion << 32)
-        chosen = None if labels is None else torch.tensor(labels)[row]
+        chosen = None if labels is None else [labels[i] for i in row.tolist()]
         drawn = self._draw(
             index, chosen, Known(*(part[row.to(self.device)] for part in known)), seed, batch_size, settings
         )
@@ -284,34 +287,93 @@ class Generator:
             done = left + size
         return canvas
 
+    def process(
+        self, labels: Sequence[int], states: int, *, seed: int = 0, first_index: int = 0, **settings: Any
+    ) -> Tensor:
+        """Images of the denoising process (Fig. 3): some of the states z_T, ..., z_0 of each sample, decoded.
+
+        Args:
+            labels: the class of each sample, -1 for none.
+            states: how many states to show, at equal numbers of steps, the first and the last among them; at least 2,
+                and all of them where there are fewer.
+            seed: of the noise; the last states are the images that `sample` draws.
+            first_index: index of the first sample.
+            settings: as in `sample`.
+
+        Returns:
+            uint8 (B, states, H, W, channels).
+
+        Raises:
+            ValueError: as in `sample`, fewer than 2 states, or a prior that is no binary diffusion.
+        """
+        prior, config = self._settle(labels, settings)
+        model = prior.model
+        if not isinstance(model, BinaryModel) or states < 2:
+            raise ValueError(
+                f"{states} states of the process asked for, of a prior whose prior.model is "
+                f"{prior.config['prior']['model']}; ask for at least 2, of a binary one"
+            )
+        index = (first_index + torch.arange(len(labels))).to(self.device)
+        chosen = torch.tensor(labels, device=self.device)
+        count = model.steps(config)
+        shown = torch.linspace(0, count, min(states, count + 1)).round().int().tolist()
+        prior, autoencoder = self._networks(prior, config)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            process = model.states(prior.network, chosen, index, config, seed)
+            frames = [self._images(autoencoder, z) for n, z in enumerate(process) if n in shown]
+        return torch.stack(frames, dim=1)
+
+    def _settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> tuple[TrainedPrior, SamplingConfig]:
+        """The prior, and how it is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
+        if self.prior is None:
+            raise ValueError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
+        for label in labels or []:
+            if not -1 <= label < self.classes:
+                classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
+                raise ValueError(f"class {label} asked for; the classes of this prior: {classes}")
+        if settings.keys() & {"steps", "spacing"}:
+            settings = {"grid": [], **settings}
+        return self.prior, replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
+
     def _draw(
         self,
         index: Tensor,
-        labels: Tensor | None,
+        labels: Sequence[int] | None,
         known: Known | None,
         seed: int,
         batch_size: int,
         settings: dict[str, Any],
     ) -> Tensor:
         """The images of codes drawn at `index`, a batch at a time; the errors are those of `sample`."""
-        if self.prior is None:
-            raise ValueError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
-        for label in [] if labels is None else labels.tolist():
-            if not -1 <= label < self.classes:
-                classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
-                raise ValueError(f"class {label} asked for; the classes of this prior: {classes}")
-        if settings.keys() & {"steps", "spacing"}:
-            settings = {"grid": [], **settings}
-        config = replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
-        h, w, c = self.autoencoder.code_shape
+        prior, config = self._settle(labels, settings)
+        prior, autoencoder = self._networks(prior, config)
         parts: list[Tensor] = []
         for start in range(0, len(index), batch_size):
             some = slice(start, start + batch_size)
-            chosen = None if labels is None else labels[some].to(self.device)
+            chosen = None if labels is None else torch.tensor(labels[some], device=self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
-            z = self.prior.model.sample(self.prior.network, chosen, index[some].to(self.device), config, seed, given)
-            parts.append(self.decode(z.view(-1, h, w, c)).cpu())
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                z = prior.model.sample(prior.network, chosen, index[some].to(self.device), config, seed, given)
+                parts.append(self._images(autoencoder, z))
         return torch.cat(parts)
+
+    def _images(self, autoencoder: TrainedAutoencoder, z_BNC: Tensor) -> Tensor:
+        """Codes as tokens -> images, on the CPU."""
+        return autoencoder.decode(z_BNC.view(-1, *autoencoder.code_shape)).cpu()
+
+    def _networks(self, prior: TrainedPrior, config: SamplingConfig) -> tuple[TrainedPrior, TrainedAutoencoder]:
+        """The pair that draws: itself, or a faster copy, made once."""
+        precision, compiled = key = config.precision, config.compile
+        if key == ("float32", False):
+            return prior, self.autoencoder
+        if key not in self._copies:
+            autoencoder = copy.deepcopy(self.autoencoder.network)
+            autoencoder.decoder = for_inference(autoencoder.decoder, precision, compiled=compiled)
+            self._copies[key] = (
+                replace(prior, network=for_inference(prior.network, precision, compiled=compiled)),
+                replace(self.autoencoder, network=autoencoder),
+            )
+        return self._copies[key]
 
 
 def known_tokens(mask_BHW: Tensor, h: int, w: int) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from bld_core.baselines.absorbing import AbsorbingModel
 from bld_core.baselines.autoregressive import AutoregressiveModel
-from bld_core.diffusion import Bound, DiffusionConfig, check_grid, likelihood_bound
+from bld_core.diffusion import Bound, DiffusionConfig, check_grid, likelihood_bound, strided_bound
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig
-from bld_core.sampling import Known, SamplingConfig, sample_codes
+from bld_core.sampling import Known, SamplingConfig, reverse_process, sample_codes
 from bld_core.training import Objective
 
 
@@ -27,8 +27,13 @@ class PriorModel(Protocol):
         """What stage 2 minimises, in nats a bit."""
         ...
 
-    def bound(self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int) -> Bound:
-        """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models."""
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
+        """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models.
+
+        It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has.
+        """
         ...
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
@@ -70,9 +75,14 @@ class BinaryModel:
         """Eq. 13."""
         return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
 
-    def bound(self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int) -> Bound:
-        """The bound of all T steps."""
-        return likelihood_bound(network, z_0, labels, self.schedule, target=self.diffusion.target, seed=seed)
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
+        """The bound of all T steps, or of the grid of `sampling`."""
+        schedule, target = self.schedule, self.diffusion.target
+        if sampling is None:
+            return likelihood_bound(network, z_0, labels, schedule, target=target, seed=seed)
+        return strided_bound(network, z_0, labels, schedule, sampling.times(schedule), target=target, seed=seed)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.
@@ -97,6 +107,13 @@ class BinaryModel:
         """The reverse process; the errors are those of `bld_core.sampling.reverse_process`."""
         target = self.diffusion.target
         return sample_codes(network, self.shape, labels, index, self.schedule, sampling, seed, target, known)
+
+    def states(
+        self, network: nn.Module, labels: Tensor | None, index: Tensor, sampling: SamplingConfig, seed: int
+    ) -> Iterator[Tensor]:
+        """The states z_T, ..., z_0 of the reverse process that `sample` takes the last of."""
+        target = self.diffusion.target
+        return reverse_process(network, self.shape, labels, index, self.schedule, sampling, seed, target)
 
 
 def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> PriorModel:

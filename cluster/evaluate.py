@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,6 @@ import bld_core
 from bld_core import files
 from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import CONFIG, read_model_config
-from bld_core.codes import open_latents
 from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, read_images, stack
@@ -28,9 +26,9 @@ from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import BernoulliBottleneck, CodeHealth
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
-from cluster.plots import bit_usage_plot
+from cluster.plots import bit_usage_plot, profile_plot
 from cluster.runtime import map_on_actors
-from cluster.sample import Draw, Sampler
+from cluster.sample import Draw, Judge, Sampler
 from cluster.stages import open_stage
 from cluster.tracking import lineage
 
@@ -44,11 +42,6 @@ class Reconstruct:
     """Piece of work: reconstruct the images of one validation shard."""
 
     url: str
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Piece of work: the likelihood bound of the held-out codes."""
 
 
 @dataclass
@@ -88,10 +81,10 @@ class Reconstructions:
 
 @dataclass
 class Measured:
-    """What the actors have found; bound and samples where there is a prior."""
+    """What the actors have found; where there is a prior, samples and bounds: of all steps, and of those sampled."""
 
     remade: Reconstructions = field(default_factory=Reconstructions)
-    bound: Bound | None = None
+    bounds: list[Bound] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
 
 
@@ -114,7 +107,7 @@ class Evaluator(Sampler):
             case Draw():
                 return self.draw(piece)
             case Judge():
-                return self._judge()
+                return self.judge(piece)
 
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:
@@ -133,14 +126,6 @@ class Evaluator(Sampler):
                 found.real.update(self.inception(batch))
                 found.remade.update(self.inception(remade))
         return found
-
-    def _judge(self) -> Bound:
-        prior = self.generator.prior
-        assert prior is not None, "evaluation starts from a finished prior"
-        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation").read()
-        device = self.generator.device
-        codes, labels = held_out.codes(np.arange(len(held_out))), torch.from_numpy(held_out.labels)
-        return prior.model.bound(prior.network, codes.to(device), labels.to(device), self.experiment.seed)
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -195,8 +180,10 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             classes = prior["prior"]["classes"]
             samples = torch.cat(measured.samples)
             figures |= _prior_figures(experiment, classes, measured, samples)
+            pictures["bound-profile.png"] = profile_plot(measured.bounds[0].profile)
             pictures["samples.png"] = grid(samples[:_PICTURE_SAMPLES], classes or 10)
-            report |= {"samples": len(samples), "sampling": {**asdict(experiment.sampling), "steps": steps}}
+            report |= {"bound_profile": measured.bounds[0].profile, "samples": len(samples)}
+            report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
         for name, picture in pictures.items():
             files.write_bytes(files.join(stage.folder, name), png(picture))
             stage.run.picture(picture, name)
@@ -214,8 +201,9 @@ def _protocol(fingerprint: dict[str, Any]) -> str:
 
 
 def _prior_figures(experiment: Experiment, classes: int, measured: Measured, samples: Tensor) -> dict[str, float]:
-    assert measured.bound is not None, "one of the pieces is the bound"
-    figures = {"bound": measured.bound.bits_per_bit, "bound_se": measured.bound.standard_error}
+    bound, sampled = measured.bounds
+    figures = {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+    figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
     if experiment.evaluation.class_accuracy and classes:
         labels = sample_labels(0, len(samples), classes)
         assert labels is not None, "there are classes"
@@ -237,11 +225,11 @@ def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
     pieces: list[Reconstruct | Draw | Judge] = []
     if prior is not None:
         total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
-        pieces.append(Judge())
+        pieces += [Judge(None), Judge(experiment.sampling)]
         for start in range(0, total, batch):
             count = min(batch, total - start)
             labels = sample_labels(start, count, prior["prior"]["classes"])
-            pieces.append(Draw(labels, count, start, experiment.seed))
+            pieces.append(Draw(experiment.sampling, labels, count, start, experiment.seed))
     pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
     found = Measured()
     for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
@@ -249,7 +237,7 @@ def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
             case Reconstructions():
                 found.remade.merge(result)
             case Bound():
-                found.bound = result
+                found.bounds.append(result)
             case _:
                 found.samples.append(result)
     return found
@@ -293,6 +281,10 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
             f"(held-out codes, se {figures['bound_se']:.4f})"
+        )
+        lines.append(
+            f"... of steps sampled    {figures['bound_sampling']:7.4f}     bits a bit "
+            f"({report['sampling']['steps']} steps, se {figures['bound_sampling_se']:.4f})"
         )
     if "lpips" in figures:
         lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
@@ -89,6 +89,48 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The studies: what they compare, and how much they look at.
+
+    Args:
+        training_steps: training steps of each variant of the prior; 0 takes those of prior_training, and then the
+            experiment's own prior is the variant with its settings.
+        samples: images drawn for each row of a table.
+        codes: held-out codes that each bound is measured on, at most.
+        classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
+            evaluation.frechet is false.
+        vlb_weights: values of diffusion.vlb_weight of the study lambda.
+        schedules: values of diffusion.schedule of the study schedule.
+        steps: numbers of sampling steps of the study steps; those above T are left out.
+        temperatures: values of sampling.temperature of the study temperature.
+    """
+
+    training_steps: int = 0
+    samples: int = 5000
+    codes: int = 1024
+    classifier_steps: int = 600
+    vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.1, 1.0])
+    schedules: list[Literal["linear", "cosine", "sigmoid"]] = field(
+        default_factory=lambda: ["linear", "cosine", "sigmoid"]
+    )
+    steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
+    temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+
+    def __post_init__(self) -> None:
+        if self.training_steps < 0:
+            raise ValueError(f"study.training_steps is {self.training_steps}; it must be 0 (as prior_training) or more")
+        if self.classifier_steps < 1:
+            raise ValueError(f"study.classifier_steps is {self.classifier_steps}; it must be at least 1")
+        for name in ("samples", "codes"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")
+        for name in ("vlb_weights", "schedules", "steps", "temperatures"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"study.{name} is {values}; it must name at least one value, and none twice")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One experiment: its images, networks, training, evaluation and machines.
 
@@ -108,6 +150,7 @@ class Experiment:
         sampling: how samples are drawn.
         evaluation: what is measured.
         sweep: the sweep over prior training.
+        study: the studies.
         cluster: where and how wide the work runs.
         tracking: MLflow.
     """
@@ -127,6 +170,7 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -166,6 +210,15 @@ class Experiment:
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of a code."""
         return self.autoencoder.code_shape(self.data.image_size)
+
+    def variant(self, place: str, name: str, **changes: Any) -> Experiment:
+        """An experiment in <folder>/<place>/<name> for another prior on the same latents, tracked beside this one."""
+        tracking = replace(
+            self.tracking,
+            uri=self.tracking.resolve(self.root),
+            experiment=self.tracking.experiment or self.name,
+        )
+        return replace(self, name=name, root=files.join(self.folder, place), tracking=tracking, **changes)
 
     def check_autoencoder(self, trained: Mapping[str, Any], *, binary: bool = True) -> None:
         """Compare a trained autoencoder's config.json with this configuration.

@@ -17,7 +17,8 @@ from torch import Tensor
 _DEAD_BELOW = 0.01
 _FAIR = 0.5
 _DEAD, _ALIVE, _LINE = "#d62728", "#4c78a8", "#888888"
-_PANEL_INCHES = 3.6, 2.4
+_PROFILE_BINS = 64
+_PANEL_INCHES = 4.8, 3.6
 _MARKED = 24  # points that are few enough to be seen one by one
 
 
@@ -69,13 +70,13 @@ class Line:
     """Points of a panel that belong together.
 
     Attributes:
-        x: numbers.
+        x: numbers, or names, whose points are not joined.
         y: a figure at each x.
         error: standard error of each figure; empty draws none.
-        name: for the legend, which one line alone does not need.
+        name: for the legend; empty stays out of it.
     """
 
-    x: Sequence[float]
+    x: Sequence[float] | Sequence[str]
     y: Sequence[float]
     error: Sequence[float] = ()
     name: str = ""
@@ -83,31 +84,69 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram: a title, what the axes show, its lines."""
+    """One diagram of a picture: a title, what the axes show, its lines, and whether x doubles at each step."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
+    doubling: bool = False
 
 
-def panel_figure(panel: Panel) -> Figure:
-    """A diagram, 360 x 240 pixels."""
-    figure = Figure(figsize=_PANEL_INCHES, dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for line in panel.lines:
-        marker = "o" if len(line.x) <= _MARKED else ""
-        axes.errorbar(
-            line.x, line.y, line.error or None, label=line.name, marker=marker, markersize=4, linewidth=1.5, capsize=3
-        )
-    axes.set_title(panel.title)
-    axes.set_xlabel(panel.x_label)
-    axes.set_ylabel(panel.y_label)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(panel.lines) > 1:
-        axes.legend(fontsize="small", frameon=False)
+def panels_figure(panels: Sequence[Panel], inches: tuple[float, float] = _PANEL_INCHES) -> Figure:
+    """Diagrams beside one another, each so many inches wide and high, of 100 pixels."""
+    width, height = inches
+    figure = Figure(figsize=(width * len(panels), height), dpi=100, layout="constrained")
+    for number, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for line in panel.lines:
+            joined = "none" if any(isinstance(x, str) for x in line.x) else "-"
+            marker = "o" if len(line.x) <= _MARKED else ""
+            axes.errorbar(
+                line.x,
+                line.y,
+                line.error or None,
+                label=line.name,
+                linestyle=joined,
+                marker=marker,
+                markersize=4,
+                linewidth=1.5,
+                capsize=3,
+            )
+        if panel.doubling:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.x_label)
+        axes.set_ylabel(panel.y_label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(panel.lines) > 1 and any(line.name for line in panel.lines):
+            axes.legend(fontsize="small", frameon=False)
     return figure
+
+
+def panels_plot(panels: Sequence[Panel]) -> Image.Image:
+    """`panels_figure` as a picture, RGB, 480 x 360 pixels each."""
+    return _picture(panels_figure(panels))
+
+
+def profile_plot(profile: Sequence[float]) -> Image.Image:
+    """Where a likelihood bound comes from: what it gains for each unit of t/T, neighbouring steps taken together.
+
+    Args:
+        profile: of a `Bound` over all T steps: what each t adds to it, from t = 1 on.
+    """
+    steps = len(profile)
+    bins = min(steps, _PROFILE_BINS)
+    edges = np.linspace(0, steps, bins + 1).round().astype(int)
+    sums = np.add.reduceat(np.asarray(profile), edges[:-1])
+    density = sums * steps / np.diff(edges)
+    centre = (edges[:-1] + edges[1:] + 1) / (2 * steps)
+    title = f"Likelihood bound {sum(profile):.4f} bits a bit: the area"
+    return panels_plot(
+        [Panel(title, "t / T", "bits a bit, for each unit of t / T", [Line(centre.tolist(), density.tolist())])]
+    )
 
 
 def svg(figure: Figure) -> str:

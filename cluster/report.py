@@ -21,12 +21,13 @@ from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import png
 from cluster.experiment import Experiment
 from cluster.paper import Table, tables_for
-from cluster.plots import Line, Panel, bit_usage_figure, panel_figure, svg
+from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.stages import RECORD
 from cluster.tracking import STARTS, connect, find_run, git_commit, lineage, without_secrets
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")
+_PANEL = 3.6, 2.4  # inches of a drawing that has a third of the page
 _HALF = 5.4, 2.7  # inches of a drawing that has half of the page
 _WIDEST = 1600  # pixels of a picture in the page
 _IMAGES, _CODES, _SAMPLES = "Reconstruction", "Health of the code", "Prior and samples"
@@ -188,7 +189,7 @@ def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
         values = dict(sorted(history(key).items()))
         errors = history(f"{key}_se") if f"{key}_se" in known else {}
         error = [errors.get(step, 0.0) for step in values] if errors else []
-        return thinned(Line(list(values), list(values.values()), error, key.partition("_")[2]))
+        return Line(thinned(list(values)), thinned(list(values.values())), thinned(error), key.partition("_")[2])
 
     keys = [key for key in known if key.startswith(("train_", "val_")) and not key.endswith("_se")]
     terms = sorted(key for key in keys if key.startswith("train_") and key not in _NOT_LOSSES)
@@ -198,7 +199,7 @@ def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
         name = key.partition("_")[2]
         title = _FIGURES[name].title if name in _FIGURES else name.replace("_", " ")
         panels.append(Panel(f"{title}, held-out" if key.startswith("val_") else title, "step", "", [line(key)]))
-    return [svg(panel_figure(panel)) for panel in panels]
+    return [svg(panels_figure([panel], _PANEL)) for panel in panels]
 
 
 def _place(key: str) -> int:
@@ -207,16 +208,10 @@ def _place(key: str) -> int:
     return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
 
 
-def thinned(line: Line, most: int = 400) -> Line:
-    """A curve of at most so many points, each the mean of its neighbours."""
-    share = -(-len(line.x) // most)
-    if share <= 1:
-        return line
-
-    def means(values: Sequence[float]) -> list[float]:
-        return [fmean(values[i : i + share]) for i in range(0, len(values), share)]
-
-    return Line(means(line.x), means(line.y), means(line.error), line.name)
+def thinned(values: Sequence[float], most: int = 400) -> list[float]:
+    """At most so many numbers, each the mean of its neighbours."""
+    share = max(1, -(-len(values) // most))
+    return [fmean(values[i : i + share]) for i in range(0, len(values), share)]
 
 
 def _beside(table: Table, experiment: Experiment, figures: Mapping[str, float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def connect(config: ClusterConfig) -> None:
 
 def map_on_actors(
     actor_class: type, arguments: tuple[Any, ...], method: str, items: Iterable[Any], config: ClusterConfig, label: str
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Call `method(item)` for every item on a pool of actors; yields the results in the order of the items.
 
     Args:

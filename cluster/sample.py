@@ -7,14 +7,18 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 import bld_core
 from bld_core import files
 from bld_core.checkpoint import read_model_config
+from bld_core.codes import open_latents
+from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.models import trained_model
+from bld_core.models import BinaryModel, trained_model
 from bld_core.pictures import grid, png
+from bld_core.sampling import SamplingConfig
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
@@ -25,28 +29,62 @@ _IMAGES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Draw:
-    """Piece of work: draw the samples `first_index`, `first_index` + 1, ..., one for each label."""
+    """Piece of work: draw the samples `first_index`, `first_index` + 1, ...; `labels` has one for each, or is None."""
 
+    sampling: SamplingConfig
     labels: list[int] | None
     count: int
     first_index: int
     seed: int
 
 
+@dataclass(frozen=True)
+class Show:
+    """Piece of work: show `states` states of the process of each of the first samples, one for each label."""
+
+    sampling: SamplingConfig
+    labels: list[int]
+    states: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Piece of work: the likelihood bound of held-out codes.
+
+    Attributes:
+        sampling: the steps that it is the bound of; None takes all that the prior has.
+        codes: how many of the held-out codes; None takes all.
+    """
+
+    sampling: SamplingConfig | None
+    codes: int | None = None
+
+
 class Sampler:
-    """An actor that holds the trained pair."""
+    """An actor that holds the trained pair; the latents are those of the experiment's folder."""
 
     def __init__(self, experiment: Experiment) -> None:
         experiment.cluster.limit_threads()
         self.experiment = experiment
         self.generator = bld_core.load(experiment.folder, experiment.cluster.device)
 
-    def draw(self, piece: Draw) -> Tensor:
-        """The images, uint8 (count, H, W, channels)."""
-        settings = asdict(self.experiment.sampling)
+    def draw(self, piece: Draw | Show) -> Tensor:
+        """The images, uint8 (count, H, W, channels); or their states, uint8 (count, states, H, W, channels)."""
+        settings = asdict(piece.sampling)
+        if isinstance(piece, Show):
+            return self.generator.process(piece.labels, piece.states, seed=piece.seed, **settings)
         return self.generator.sample(
             piece.count, labels=piece.labels, seed=piece.seed, first_index=piece.first_index, **settings
         )
+
+    def judge(self, piece: Judge) -> Bound:
+        """The bound."""
+        prior, device = self.generator.prior, self.generator.device
+        assert prior is not None, "the bound is that of a finished prior"
+        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation").read()
+        codes, labels = held_out.first(piece.codes, device)
+        return prior.model.bound(prior.network, codes, labels, self.experiment.seed, piece.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +95,28 @@ class GridConfig:
         classes: class of each column, -1 for none; empty takes every class, or ten columns where there are none.
         rows: rows of the grid.
         seed: of the noise; another seed gives other images.
+        process: also make process.png (Fig. 3): a row for each sample of the first row, that many states of its way
+            from noise to image; 0 makes none.
         file: name of the grid's folder; empty makes one from the settings.
     """
 
     classes: list[int] = field(default_factory=list)
     rows: int = 8
     seed: int = 0
+    process: int = 0
     file: str = ""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise ValueError(f"grid.rows is {self.rows}; it must be at least 1")
+        if self.process < 0 or self.process == 1:
+            raise ValueError(f"grid.process is {self.process}; it must be 0 (no such picture), or at least 2 states")
         if "/" in self.file or self.file.startswith("."):
             raise ValueError(f"grid.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False) -> str:
-    """Finished experiment -> <folder>/samples/<file>/: grid.png to look at, samples.npz to measure.
+    """Finished experiment -> <folder>/samples/<file>/: grid.png to look at, samples.npz to measure, maybe process.png.
 
     The npz holds arr_0, uint8 images (N, H, W, channels), and arr_1, their classes.
 
@@ -87,14 +130,20 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
 
     Raises:
         FileNotFoundError: a stage is not finished.
-        ValueError: an unknown class.
+        ValueError: an unknown class, or the process of a prior that is no binary diffusion.
     """
     prior = read_model_config(files.join(experiment.folder, PRIOR))
     known = prior["prior"]["classes"]
     columns = settings.classes or list(range(known)) or [-1] * 10
     sampling = experiment.sampling
     shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
-    steps = trained_model(prior, experiment.code_shape).steps(sampling)
+    model = trained_model(prior, experiment.code_shape)
+    if settings.process and not isinstance(model, BinaryModel):
+        raise ValueError(
+            f"grid.process is {settings.process}, but prior.model is {prior['prior']['model']}: only binary diffusion "
+            "goes from noise to image; set grid.process to 0"
+        )
+    steps = model.steps(sampling)
     name = settings.file or (
         f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     )
@@ -113,14 +162,22 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         if not stage.done:
             stage.run.tags(lineage(autoencoder, prior))
             labels = columns * settings.rows
-            pieces: list[Draw] = []
+            pieces: list[Draw | Show] = []
             for start in range(0, len(labels), _IMAGES_AT_ONCE):
                 some = labels[start : start + _IMAGES_AT_ONCE]
-                pieces.append(Draw(some, len(some), start, settings.seed))
-            images = torch.cat(list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw")))
-            picture = grid(images, len(columns))
-            stage.run.picture(picture, "grid.png")
-            files.write_bytes(picture_url, png(picture))
+                pieces.append(Draw(sampling, some, len(some), start, settings.seed))
+            if settings.process:
+                pieces.append(Show(sampling, columns, settings.process, settings.seed))
+            made = list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw"))
+            pictures: dict[str, Image] = {}
+            if settings.process:
+                states = made.pop()
+                pictures["process.png"] = grid(states.flatten(0, 1), states.shape[1])
+            images = torch.cat(made)
+            pictures["grid.png"] = grid(images, len(columns))
+            for file, picture in pictures.items():
+                stage.run.picture(picture, file)
+                files.write_bytes(files.join(stage.folder, file), png(picture))
             npz = io.BytesIO()
             np.savez(npz, arr_0=images.numpy(), arr_1=np.asarray(labels))
             files.write_bytes(files.join(stage.folder, "samples.npz"), npz.getvalue())

@@ -84,17 +84,11 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
 def _trials(experiment: Experiment) -> list[Experiment]:
     sweep = experiment.sweep
     return [
-        replace(
-            experiment,
-            name=f"lambda{weight:g}-{schedule}",
-            root=files.join(experiment.folder, "sweep"),
+        experiment.variant(
+            "sweep",
+            f"lambda{weight:g}-{schedule}",
             diffusion=replace(experiment.diffusion, vlb_weight=weight, schedule=schedule),
             prior_training=replace(experiment.prior_training, steps=sweep.steps),
-            tracking=replace(
-                experiment.tracking,
-                uri=experiment.tracking.resolve(experiment.root),
-                experiment=experiment.tracking.experiment or experiment.name,
-            ),
         )
         for weight, schedule in itertools.product(sweep.vlb_weights, sweep.schedules)
     ]

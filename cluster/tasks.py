@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
 from bld_core.codes import open_latents
+from bld_core.diffusion import Bound
 from bld_core.epochs import latent_batches
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
@@ -25,10 +25,11 @@ from bld_core.models import make_model
 from bld_core.objectives import AutoencoderObjective
 from bld_core.pictures import grid, reconstruction_grid
 from bld_core.quantizer import CodeHealth
+from bld_core.sampling import SamplingConfig
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
-from cluster.plots import bit_usage_plot
+from cluster.plots import bit_usage_plot, profile_plot
 
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
@@ -82,6 +83,10 @@ class Task(ABC):
     def position(self) -> list[int]:
         """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
         return []
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        """Which of several averages of the weights is the best; the first, where the stage has no measure of it."""
+        return 0
 
     @abstractmethod
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
@@ -178,6 +183,7 @@ class PriorTask(Task):
         self.source = source
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
+        self._held_out: tuple[Tensor, Tensor] | None = None
 
     def network(self) -> nn.Module:
         return self.model.network()
@@ -190,15 +196,22 @@ class PriorTask(Task):
         memory_gb, device = experiment.cluster.latents_gb, place.device
         return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
 
+    def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
+        if self._held_out is None:
+            self._held_out = open_latents(self._latents, "validation").read().first(_VALIDATION_CODES, device)
+        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        bounds = [self._bound(network, device).bits_per_bit for network in networks]
+        return bounds.index(min(bounds))
+
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         experiment, model, seed = self.experiment, self.model, self.experiment.seed
-        held_out = open_latents(self._latents, "validation").read()
-        rows = np.arange(min(len(held_out), _VALIDATION_CODES))
-        codes, classes = held_out.codes(rows).to(device), torch.from_numpy(held_out.labels[rows]).to(device)
-        bound = model.bound(network, codes, classes, seed)
+        bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
         z = model.sample(network, labels, index, experiment.sampling, seed)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
-        return Evaluation(figures, {"samples": grid(images, 10)})
+        figures["val_bound_sampling"] = sampled.bits_per_bit
+        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})

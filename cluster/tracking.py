@@ -138,6 +138,10 @@ class Run:
         """Log a picture under an artifact path such as reconstructions/step-000500.png."""
         self.client.log_image(self.run_id, image, artifact_file=name)
 
+    def text(self, text: str, name: str) -> None:
+        """Log a text under an artifact path."""
+        self.client.log_text(self.run_id, text, artifact_file=name)
+
     def artifacts(self, folder: str, path: str) -> None:
         """Log a local folder of files."""
         self.client.log_artifacts(self.run_id, folder, path)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bld_core import files
-from bld_core.checkpoint import CONFIG, load_state, read_model_config, save_model, save_state
+from bld_core.checkpoint import CONFIG, average_name, load_state, read_model_config, save_model, save_state
 from bld_core.codes import open_latents
 from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
@@ -159,8 +159,9 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     checkpoint = result.checkpoint
     assert checkpoint is not None, "the last step always saves one"
     with checkpoint.as_directory() as folder:
-        weights = load_file(f"{folder}/ema.safetensors")
         metrics = files.read_json(f"{folder}/meta.json")["metrics"]
+        best = task.training.ema_decays.index(metrics["ema_decay"])
+        weights = load_file(f"{folder}/{average_name(best)}.safetensors")
     final = files.join(stage.folder, _FINAL)
     digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
@@ -223,13 +224,16 @@ def _figures(report: Report, state: TrainState, place: Place) -> dict[str, float
 
 
 def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> dict[str, float]:
-    """Look at the averaged weights, on rank 0; the other ranks have nothing to do."""
+    """Look at the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
     if run is None:
         return {}
-    averaged = copy.deepcopy(state.module)
-    averaged.load_state_dict(state.ema.weights)
+    networks = [copy.deepcopy(state.module).eval() for _ in state.averages]
+    for network, average in zip(networks, state.averages, strict=True):
+        network.load_state_dict(average.weights)
     with torch.no_grad():
-        metrics, pictures = task.evaluate(averaged.eval(), place.device)
+        best = task.choose(networks, place.device) if len(networks) > 1 else 0
+        metrics, pictures = task.evaluate(networks[best], place.device)
+    metrics["ema_decay"] = state.averages[best].decay
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")

@@ -88,7 +88,7 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
         autoencoder_training=small_training(6),
         latents=LatentConfig(draws=1),
         prior=PriorConfig(layers=1, width=32, heads=2, classes=10),
-        prior_training=small_training(20),
+        prior_training=small_training(20, ema_decay=[0.9, 0.3]),
         sampling=SamplingConfig(steps=4, guidance=1.0),
         evaluation=EvaluationConfig(samples=40, batch_size=20, class_accuracy=True),
         sweep=SweepConfig(steps=4, concurrent=2),

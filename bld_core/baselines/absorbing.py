@@ -181,9 +181,12 @@ class AbsorbingModel:
         """The bound, one noise level a sample."""
         return token_objective(absorbing_loss, self.config.label_dropout, seed)
 
-    def bound(self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int) -> Bound:
-        """The bound of the chain that unmasks one token a step."""
-        return absorbing_bound(network, z_0, labels, range(self.shape[0], -1, -1), seed=seed)
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
+        """The bound of the chain that unmasks one token a step, or takes the grid of `sampling`."""
+        grid = range(self.shape[0], -1, -1) if sampling is None else self._grid(sampling)
+        return absorbing_bound(network, z_0, labels, grid, seed=seed)
 
     def _grid(self, sampling: SamplingConfig) -> list[int]:
         tokens = self.shape[0]

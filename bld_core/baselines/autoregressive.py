@@ -112,9 +112,11 @@ class AutoregressiveModel:
         """The exact negative log-likelihood."""
         return token_objective(autoregressive_loss, self.config.label_dropout, seed)
 
-    def bound(self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int) -> Bound:
+    def bound(
+        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+    ) -> Bound:
         """The exact likelihood of held-out codes: one step, no noise; the error is that of the choice of codes."""
-        del seed
+        del seed, sampling
 
         def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
             return token_nll(network(z, y), z).mean(1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,14 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_are_safetensors_and_json_and_nothing_else(tmp_path: Path) -> None:
     save_state(str(tmp_path / "state"), make_state(tiny_prior(), CONFIG), {"metrics": {"x": 1.5}})
+    save_state(str(tmp_path / "several"), make_state(tiny_prior(), replace(CONFIG, ema_decay=[0.9, 0.99])), {})
     save_model(str(tmp_path / "model"), tiny_prior().state_dict(), {})
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert names == [
         "model/config.json",
         "model/model.safetensors",
+        "several/ema-1.safetensors",
+        *(f"several/{name}" for name in ("ema.safetensors", "meta.json", "model.safetensors", "optimizer.safetensors")),
         "state/ema.safetensors",
         "state/meta.json",
         "state/model.safetensors",

@@ -18,7 +18,7 @@ from bld_core.baselines.chained import ChainedHead, token_nll
 from bld_core.diffusion import DiffusionConfig
 from bld_core.models import PriorModel, make_model
 from bld_core.noise import uniform
-from bld_core.prior import Cache, PriorConfig, drop_labels
+from bld_core.prior import Cache, ModelName, PriorConfig, drop_labels
 from bld_core.sampling import Known, SamplingConfig
 from bld_core.training import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import STATES, perturb, state_number, total_variation, toy_codes, toy_distribution
@@ -459,6 +459,21 @@ def test_each_model_says_how_many_steps_it_takes() -> None:
         for name in ("binary", *BOTH)
     }
     assert steps == {"binary": [4, 16, 64], "autoregressive": [16, 16, 16], "absorbing": [4, 16, 16]}
+
+
+@pytest.mark.parametrize("name", ["binary", *BOTH])
+def test_the_bound_is_that_of_the_steps_asked_for(name: ModelName) -> None:
+    model = make_model(PriorConfig(model=name, layers=1, width=16, heads=2), DiffusionConfig(steps=16), 16, 8)
+    network = model.network().eval()
+    perturb(network)
+    z = (uniform(0, "codes", torch.arange(64), 128) < 0.5).float().view(-1, 16, 8)
+    every = model.bound(network, z, None, 0)
+    assert model.bound(network, z, None, 0, SamplingConfig(steps=16)) == every
+    few = model.bound(network, z, None, 0, SamplingConfig(steps=4))
+    if name == "autoregressive":  # always one step a token
+        assert few == every
+    else:
+        assert (len(few.profile), len(every.profile)) == (4, 16)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from bld_core.diffusion import DiffusionConfig, Target
 from bld_core.generator import Generator, known_tokens
 from bld_core.images import stack
 from bld_core.models import make_model
+from bld_core.noise import uniform
 from bld_core.prior import ModelName, PriorConfig
 from bld_core.sampling import SamplingConfig
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
@@ -110,6 +111,34 @@ def test_labels_guidance_and_settings_matter(generator: Generator) -> None:
         assert not torch.equal(generator.sample(labels=[0] * 16, seed=7, **settings), plain), settings
     stored: dict[str, Any] = asdict(SamplingConfig(steps=4))
     assert torch.equal(generator.sample(labels=[0] * 16, seed=7, **stored), plain)
+
+
+def test_precision_rounds_and_compiling_is_no_other_sampler(generator: Generator) -> None:
+    labels = [0, 1, 2] * 8
+    plain = generator.sample(labels=labels, seed=7, guidance=1.0)
+    rounded, again = (generator.sample(labels=labels, seed=7, guidance=1.0, precision="bfloat16") for _ in range(2))
+    assert torch.equal(rounded, again)
+    assert not torch.equal(rounded, plain)
+    assert float((rounded.int() - plain.int()).abs().float().mean()) < 3  # grey levels: a few bits tip
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(generator.sample(labels=labels, seed=7, guidance=1.0, compile=True), plain)
+    assert torch.equal(generator.sample(labels=labels, seed=7, guidance=1.0), plain)
+
+
+def test_the_process_goes_from_noise_to_the_sample(generator: Generator) -> None:
+    labels = [0, 2, -1]
+    shown = generator.process(labels, 3, seed=7, first_index=4, steps=8, guidance=1.0)
+    assert shown.shape == (3, 3, 8, 8, 1)
+    assert torch.equal(shown[:, -1], generator.sample(labels=labels, seed=7, first_index=4, steps=8, guidance=1.0))
+    noise = (uniform(7, "sampling start", torch.arange(4, 7), 32) < 0.5).float()
+    assert torch.equal(shown[:, 0], generator.decode(noise.view(3, 2, 2, 8)))
+    every = generator.process(labels, 100, seed=7, first_index=4, steps=8, guidance=1.0)
+    assert every.shape[1] == 9
+    assert torch.equal(every[:, ::4], shown)
+    with pytest.raises(ValueError, match="1 states of the process"):
+        generator.process(labels, 1)
+    with pytest.raises(ValueError, match=r"class 7 asked for"):
+        generator.process([7], 2)
 
 
 def test_no_labels_are_the_null_class(generator: Generator) -> None:

@@ -195,6 +195,20 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert len({tuple(code.flatten().tolist()) for code in whole}) == 64  # and no two are alike
 
 
+def test_in_other_batches_only_rounding_differs() -> None:
+    prior = tiny_prior(classes=4, tokens=16, bits=16, layers=3).eval()
+    perturb(prior)
+    schedule, index, labels = make_schedule("linear", 64), torch.arange(64), torch.arange(64) % 4
+    config = SamplingConfig(steps=16, guidance=1.0)
+    whole = sample_codes(prior, (16, 16), labels, index, schedule, config, 3)
+    for size in (1, 7):
+        parts = [
+            sample_codes(prior, (16, 16), y, i, schedule, config, 3)
+            for i, y in zip(index.split(size), labels.split(size), strict=True)
+        ]
+        assert float((torch.cat(parts) == whole).float().mean()) >= 0.999
+
+
 def test_the_seed_changes_the_samples() -> None:
     schedule, index = make_schedule("linear", 16), torch.arange(8)
     first, second = (sample_codes(elementwise, (4, 8), None, index, schedule, SamplingConfig(), s) for s in (0, 1))

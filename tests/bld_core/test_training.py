@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,14 +29,23 @@ def run(state: TrainState, config: TrainingConfig, steps: int) -> list[float]:
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
     """Every tensor that training changes."""
     tensors = {f"model {name}": tensor for name, tensor in state.module.state_dict().items()}
-    tensors |= {f"ema {name}": tensor for name, tensor in state.ema.weights.items()}
+    for average in state.averages:
+        tensors |= {f"ema {average.decay} {name}": tensor for name, tensor in average.weights.items()}
     for i, parameter in enumerate(state.module.parameters()):
         tensors |= {f"moment {i} {kind}": value for kind, value in state.optimizer.state[parameter].items()}
     return tensors
 
 
 def test_interrupted_is_uninterrupted_bitwise(tmp_path: Path) -> None:
-    config = TrainingConfig(steps=10, batch_size=8, warmup=3, decay="cosine", weight_decay=0.01, learning_rate=1e-2)
+    config = TrainingConfig(
+        steps=10,
+        batch_size=8,
+        warmup=3,
+        decay="cosine",
+        weight_decay=0.01,
+        learning_rate=1e-2,
+        ema_decay=[0.2, 0.9, 0.1],
+    )
     whole = make_state(tiny_prior(seed=0), config)
     losses = run(whole, config, 10)
 
@@ -108,6 +119,18 @@ def test_ema_is_a_copy() -> None:
     assert torch.equal(ema.weights["weight"], before)
 
 
+def test_training_keeps_an_average_for_each_decay() -> None:
+    config = TrainingConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup=0, ema_decay=[0.6, 0.0])
+    state, alone = (make_state(tiny_prior(), c) for c in (config, replace(config, ema_decay=0.6)))
+    for each in (state, alone):
+        run(each, config, 6)
+    slow, now = state.averages
+    for name, weight in state.module.state_dict().items():
+        assert torch.equal(now.weights[name], weight), name
+        assert torch.equal(slow.weights[name], alone.averages[0].weights[name]), name
+    assert not torch.equal(slow.weights["head.weight"], now.weights["head.weight"])
+
+
 def test_a_batch_that_does_not_divide_is_named_with_the_workers() -> None:
     config = TrainingConfig(batch_size=12)
     assert [worker_share(config, world) for world in (1, 2, 3, 12)] == [12, 6, 4, 1]
@@ -117,8 +140,11 @@ def test_a_batch_that_does_not_divide_is_named_with_the_workers() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("clip_norm", -1.0), ("ema_decay", 1.0)],
+    [
+        *(("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("clip_norm", -1.0)),
+        *(("ema_decay", 1.0), ("ema_decay", [0.9, 1.0]), ("ema_decay", [])),
+    ],
 )
-def test_a_bad_field_is_named_with_its_value(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"{field} of a training stage is {value}"):
+def test_a_bad_field_is_named_with_its_value(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{field} of a training stage is {value}")):
         TrainingConfig(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from cluster.plots import bit_usage_plot
+from cluster.plots import Line, Panel, bit_usage_plot, panels_plot, profile_plot
 
 
 def usage(count: int) -> Tensor:
@@ -42,6 +42,21 @@ def test_bits_inside_the_lines_are_alive() -> None:
 def test_what_is_no_share_is_refused(wrong: Tensor) -> None:
     with pytest.raises(ValueError, match=r"bit usage has shape .*; it must be \(c,\), shares in \[0, 1\]"):
         bit_usage_plot(wrong)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 64, 1000])
+def test_a_profile_of_any_number_of_steps_is_a_picture_that_shows_it(steps: int) -> None:
+    flat, falling = (profile_plot([weight / steps for weight in weights]) for weights in ([1.0] * steps, range(steps)))
+    assert (flat.mode, flat.size) == ("RGB", (480, 360))
+    assert flat.tobytes() != falling.tobytes()
+
+
+def test_panels_lie_side_by_side_with_numbers_or_names() -> None:
+    names = Panel("a", "x", "y", [Line(["flip", "z0"], [1.0, 2.0], [0.1, 0.2])])
+    numbers = Panel("b", "x", "y", [Line([4, 8], [1.0, 2.0], name="ours"), Line([4, 8], [2.0, 1.0])], doubling=True)
+    picture = panels_plot([names, numbers])
+    assert picture.size == (960, 360)
+    assert picture.crop((0, 0, 400, 360)).tobytes() != picture.crop((480, 0, 880, 360)).tobytes()
 
 
 def test_no_global_state_of_matplotlib_is_touched() -> None:

@@ -13,7 +13,6 @@ import torch
 from bld_core import files
 from bld_core.pictures import grid, png
 from cluster.experiment import Experiment
-from cluster.plots import Line
 from cluster.report import thinned, write_report
 from cluster.tracking import TrackingConfig, start_run
 from tests.browser import chromium, problems
@@ -105,8 +104,7 @@ def test_a_page_of_stage_1_alone_and_without_its_runs(
 
 def test_a_long_curve_is_thinned_to_the_means_of_neighbours() -> None:
     steps = [float(step) for step in range(1000)]
-    short = thinned(Line(steps, steps, steps, "name"), 400)
-    assert len(short.x) == 334
-    assert (short.x[0], short.y[0], short.error[0], short.name) == (1.0, 1.0, 1.0, "name")
-    assert short.x[-1] == 999.0
-    assert thinned(Line(steps[:400], steps[:400]), 400).x == steps[:400]
+    short = thinned(steps, 400)
+    assert (len(short), short[0], short[-1]) == (334, 1.0, 999.0)
+    assert thinned(steps[:400], 400) == steps[:400]
+    assert thinned([]) == []

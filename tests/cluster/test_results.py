@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import bld_core
 from bld_core.autoencoder import Autoencoder
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.checkpoint import read_model_config, save_model
+from bld_core.checkpoint import average_name, read_model_config, save_model
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
 from bld_core.metrics.reconstruction import ReconstructionQuality
@@ -27,6 +28,7 @@ from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sample import GridConfig, draw_grid
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
+from cluster.tasks import PriorTask
 from cluster.train import train_prior
 from tests.conftest import copy_of
 
@@ -46,9 +48,28 @@ def finished(encoded: Experiment) -> Experiment:
     return encoded
 
 
+def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
+    task, decays = PriorTask(finished, finished.folder), finished.prior_training.ema_decays
+    networks = [task.network().eval() for _ in decays]
+    checkpoint = max(Path(finished.folder, "prior").glob("checkpoint_2*"))
+    for number, network in enumerate(networks):
+        network.load_state_dict(load_file(checkpoint / f"{average_name(number)}.safetensors"))
+    best = task.choose(networks, torch.device("cpu"))
+    assert read_model_config(f"{finished.folder}/prior/final")["metrics"]["ema_decay"] == decays[best]
+    kept = load_file(f"{finished.folder}/prior/final/model.safetensors")
+    for number, network in enumerate(networks):
+        same = [torch.equal(weight, kept[name]) for name, weight in network.state_dict().items()]
+        assert all(same) if number == best else not any(same)
+
+
 def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment) -> None:
-    grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5)))
+    grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5, process=4)))
     assert Image.open(grid).size == (3 * 66 + 2, 2 * 66 + 2)
+    process = np.asarray(Image.open(grid.with_name("process.png")))
+    assert process.shape == (3 * 66 + 2, 4 * 66 + 2)
+    for row in range(3):  # a sample of the first row and its way there
+        sample = np.asarray(Image.open(grid))[:66, 66 * row : 66 * row + 66]
+        assert np.array_equal(process[66 * row : 66 * row + 66, 3 * 66 : 4 * 66], sample)
     with np.load(grid.with_name("samples.npz")) as arrays:
         assert arrays["arr_0"].shape == (6, 32, 32, 1)
         assert arrays["arr_1"].tolist() == [3, 7, -1, 3, 7, -1]
@@ -115,8 +136,14 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 < figures["bound"] < 1.5
     assert 0 <= figures["class_accuracy"] <= 1
     assert figures["classifier_accuracy"] > 0.95
+    assert figures["bound_sampling"] > figures["bound"]  # four steps are fewer than all
+    assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
+    evaluation = Path(finished.folder, "evaluation")
+    assert Image.open(evaluation / "bound-profile.png").size == (480, 360)
+    samples = (evaluation / "samples.png").read_bytes()
     one = evaluate(replace(finished, cluster=replace(finished.cluster, workers=1)), fresh=True)["figures"]
     assert one == pytest.approx(figures, rel=1e-12)
+    assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
 
 
@@ -188,6 +215,8 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
     report = evaluate(experiment)
     assert report["sampling"]["steps"] == steps
     assert report["figures"]["bound"] == pytest.approx(trained["metrics"]["val_bound"], rel=1e-3)
+    with pytest.raises(ValueError, match=rf"grid.process is 4, but prior.model is {model}"):
+        draw_grid(experiment, GridConfig(process=4))
     with pytest.raises(ValueError, match=rf"prior.model is {model}.*sweep with prior.model binary"):
         sweep_prior(experiment)
     if model == "autoregressive":

@@ -1,0 +1,102 @@
+"""Seconds a sample at the paper's size, decoding included, beside the bare passes of the two networks.
+
+    python benchmarks/sampler.py [--steps 16 64] [--modes float32 bfloat16] [--device cpu] [--batch-size 1]
+
+The prior is the paper's, 24 x 768 x 12 on 16 x 16 tokens of 32 bits, 171.5M; the decoder is the paper's at 256 x 256;
+their weights are random, which changes no time. The peer of a line is as many passes of the same prior and one of the
+same decoder: what the sampler takes beyond it is its own doing. "speedup" is to plain float32, run beside it. Prints
+one JSON line for each mode and number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
+
+from bld_core.autoencoder import Autoencoder, AutoencoderConfig
+from bld_core.diffusion import DiffusionConfig
+from bld_core.generator import Generator, TrainedAutoencoder, TrainedPrior
+from bld_core.models import make_model
+from bld_core.prior import PriorConfig
+from bld_core.sampling import SamplingConfig
+
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32 compiled": {"compile": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16 compiled": {"precision": "bfloat16", "compile": True},
+}
+
+
+def paper_size(device: str) -> Generator:
+    """An untrained pair of the paper's size."""
+    torch.manual_seed(0)
+    autoencoder, prior, diffusion = AutoencoderConfig(), PriorConfig(), DiffusionConfig()
+    shape = autoencoder.code_shape(256)
+    model = make_model(prior, diffusion, shape[0] * shape[1], shape[2])
+    config = {"prior": asdict(prior), "diffusion": asdict(diffusion), "sampling": asdict(SamplingConfig())}
+    pair = TrainedAutoencoder(
+        Autoencoder(autoencoder, 3).to(device).eval(), {"code_shape": shape, "image_size": 256, "channels": 3}
+    )
+    return Generator(pair, TrainedPrior(model.network().to(device).eval(), config, model), device)
+
+
+@torch.no_grad()
+def measure(generator: Generator, mode: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Seconds of drawing a batch, of its bare passes, and of drawing it in plain float32."""
+    device, settings = generator.device, MODES[mode]
+    assert generator.prior is not None
+    prior, autoencoder = generator._networks(  # pyright: ignore[reportPrivateUsage]  # the very copies that draw
+        generator.prior, SamplingConfig(**settings)
+    )
+    h, w, c = autoencoder.code_shape
+    z, time = torch.zeros(batch, h * w, c, device=device), torch.full((batch,), 0.5, device=device)
+
+    def passes() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled="precision" in settings):
+            for _ in range(steps):
+                prior.network(z, time, None)
+            autoencoder.decode(z.view(batch, h, w, c))
+
+    def draw() -> None:
+        generator.sample(batch, steps=steps, batch_size=batch, **settings)
+
+    def draw_plain() -> None:
+        generator.sample(batch, steps=steps, batch_size=batch)
+
+    works = [draw, passes] if mode == "float32" else [draw, passes, draw_plain]
+    generator.sample(batch, steps=2, batch_size=batch, **settings)  # compiles, and warms the caches
+    value, peer, *plain = in_turns(works, repeats, device.type)
+    return {
+        "name": f"sampler {mode} {steps} steps, batch {batch}",
+        "value": value / batch,
+        "unit": "s/sample",
+        "peer": peer / batch,
+        "ratio": peer / value,
+        "overhead": value / peer - 1,
+        "speedup": plain[0] / value if plain else 1.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--modes", nargs="+", default=["float32", "bfloat16"], choices=list(MODES))
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    flags = parser.parse_args()
+    generator = paper_size(flags.device)
+    for mode in flags.modes:
+        for batch in flags.batch_size:
+            for steps in flags.steps:
+                print(json.dumps(measure(generator, mode, steps, batch, flags.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

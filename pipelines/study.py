@@ -1,0 +1,21 @@
+"""Compare priors, or ways to sample one, as in the paper's Tables 5 and 7 and Figs. 4 and 7; <root>/<name>/study."""
+
+from argparse import Namespace
+
+from cluster.experiment import Experiment
+from cluster.study import StudyName, run_study, table
+from pipelines.command import Parser, command, fresh_flag
+
+
+def extras(made: Parser) -> None:
+    fresh_flag(made)
+    made.add_argument("which", type=StudyName, help="what is compared")
+
+
+def main(experiment: Experiment, flags: Namespace) -> None:
+    print(table(run_study(experiment, flags.which, flags.fresh)))
+    print(f"table and plot: {experiment.folder}/study/{flags.which}/table.json, plot.png")
+
+
+if __name__ == "__main__":
+    command(__doc__, main, extras=extras)
