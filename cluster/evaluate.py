@@ -192,6 +192,28 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report | identity
 
 
+def read_report(experiment: Experiment) -> dict[str, Any]:
+    """The report of the pair, or of the autoencoder, that is in the experiment's folder now.
+
+    Raises:
+        FileNotFoundError: not evaluated yet.
+        ValueError: the report is about other weights.
+    """
+    url = files.join(experiment.folder, "evaluation/report.json")
+    if not files.exists(url):
+        raise FileNotFoundError(f"{url!r} is missing: run evaluate.py first")
+    report = files.read_json(url)
+    for part, place in (("autoencoder_hash", AUTOENCODER), ("prior_hash", PRIOR)):
+        if files.exists(files.join(experiment.folder, place, CONFIG)):
+            trained = read_model_config(files.join(experiment.folder, place))["hash"]
+            if report.get(part) != trained:
+                raise ValueError(
+                    f"{url!r} has {part} {str(report.get(part))[:12]}, but the trained one is {trained[:12]}: run "
+                    "evaluate.py again"
+                )
+    return report
+
+
 def _protocol(fingerprint: dict[str, Any]) -> str:
     """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
     images = ("shards", "data.image_size", "data.channels", "data.fit", "vgg_sha256")

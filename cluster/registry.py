@@ -21,6 +21,7 @@ import bld_core
 from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
 from bld_core.generator import AUTOENCODER, PRIOR
+from cluster.evaluate import read_report
 from cluster.experiment import Experiment
 from cluster.tracking import COMMIT, TrackingConfig, connect, git_commit, lineage, start_run
 
@@ -65,8 +66,8 @@ def register(experiment: Experiment) -> Registered:
     if pair.prior is None:
         raise FileNotFoundError(f"{experiment.folder!r} has no finished prior: run stage2_prior.py first")
     made_from = lineage(pair.autoencoder.config, pair.prior.config)
-    report = _evaluation(experiment, made_from)
-    tracking = experiment.tracking
+    report, tracking = read_report(experiment), experiment.tracking
+    _check(report, tracking.champion_figure)
     name, client = tracking.model or experiment.name, connect(tracking.resolve(experiment.root))
     try:
         client.create_registered_model(name)
@@ -89,27 +90,15 @@ def register(experiment: Experiment) -> Registered:
     return Registered(name, str(version.version), rule)
 
 
-def _evaluation(experiment: Experiment, made_from: Mapping[str, str]) -> dict[str, Any]:
-    """The report of this very pair, with the figure that decides."""
-    url = files.join(experiment.folder, _EVALUATION[0])
-    if not files.exists(url):
-        raise FileNotFoundError(f"{url!r} is missing: run evaluate.py first")
-    report = files.read_json(url)
-    for part in ("autoencoder_hash", "prior_hash"):
-        found, expected = report.get(part), made_from[f"bld.{part}"]
-        if found != expected:
-            raise ValueError(
-                f"{url!r} has {part} {str(found)[:12]}, but the trained one is {expected[:12]}: run evaluate.py again"
-            )
+def _check(report: Mapping[str, Any], figure: str) -> None:
+    """Whether a report says what the champion is chosen by."""
     if "protocol" not in report:
-        raise ValueError(f"{url!r} does not say how it was measured, as early versions did: run evaluate.py --fresh")
-    figure = experiment.tracking.champion_figure
+        raise ValueError("the evaluation does not say how it was measured, as early versions did: evaluate.py --fresh")
     if not math.isfinite(report["figures"].get(figure, math.nan)):
         raise ValueError(
-            f"tracking.champion_figure is {figure!r}, which {url!r} does not have as a finite number; it has "
+            f"tracking.champion_figure is {figure!r}, which the evaluation does not have as a finite number; it has "
             f"{', '.join(report['figures'])}: choose one of them, or evaluate with that figure"
         )
-    return report
 
 
 def _version_of(client: MlflowClient, name: str, made_from: Mapping[str, str]) -> ModelVersion | None:

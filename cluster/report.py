@@ -19,6 +19,7 @@ from bld_core import files
 from bld_core.checkpoint import CONFIG, read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import png
+from cluster.evaluate import read_report
 from cluster.experiment import Experiment
 from cluster.paper import Table, tables_for
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
@@ -94,12 +95,10 @@ def write_report(experiment: Experiment) -> str:
 
     Raises:
         FileNotFoundError: not evaluated yet.
+        ValueError: evaluated with other weights than those that are there.
     """
-    folder = files.join(experiment.folder, "evaluation")
-    url = files.join(folder, "report.json")
-    if not files.exists(url):
-        raise FileNotFoundError(f"{url!r} is missing: run evaluate.py first")
-    report, autoencoder = files.read_json(url), read_model_config(files.join(experiment.folder, AUTOENCODER))
+    report, folder = read_report(experiment), files.join(experiment.folder, "evaluation")
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
     prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
     figures, runs = report["figures"], _runs(experiment)

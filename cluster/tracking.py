@@ -209,13 +209,17 @@ def lineage(autoencoder: Mapping[str, Any], prior: Mapping[str, Any] | None = No
 
 def without_secrets(text: str) -> str:
     """The text, its URLs without user names, passwords and what follows a "?name=" or "&name=": keys, signatures."""
-    return re.sub(r"([?&][\w-]+=)[^&\s]+", r"\1***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
+    return re.sub(r"([?&][\w-]+=)[^&\s'\"]+", r"\1***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
 
 
-def _start(commit: str) -> str:
-    """A line of the tag `STARTS`: when, from which code, by which command this process works."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return without_secrets(f"{now} {commit} {shlex.join(['python', *sys.argv])}")
+def _starts(before: str, commit: str) -> str:
+    """The tag `STARTS` with a line more: when, from which code, by which command this process works."""
+    command = " ".join(shlex.join(["python", *sys.argv]).split())
+    now = f"{datetime.now(UTC).isoformat(timespec='seconds')} {commit} {without_secrets(command)}"
+    lines = [*before.splitlines(), now[:_LONGEST_TAG]]
+    while len("\n".join(lines)) > _LONGEST_TAG:
+        del lines[0]
+    return "\n".join(lines)
 
 
 def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
@@ -232,13 +236,13 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     if before is not None:
         run = Run(uri, before.info.run_id)
         client.update_run(run.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-        run.tags({STARTS: f"{before.data.tags.get(STARTS, '')}\n{_start(commit)}".strip()[-_LONGEST_TAG:]})
+        run.tags({STARTS: _starts(before.data.tags.get(STARTS, ""), commit)})
         return run
     tags = {
         "mlflow.runName": stage,
         "mlflow.parentRunId": _parent_run(client, experiment),
         COMMIT: commit,
-        STARTS: _start(commit)[-_LONGEST_TAG:],
+        STARTS: _starts("", commit),
     }
     run = client.create_run(_mlflow_experiment(client, experiment), tags=tags)
     parameters = [Param(name, without_secrets(value)[:6000]) for name, value in experiment.parameters().items()]
@@ -272,14 +276,15 @@ def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
 def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     """The run that the stages of one experiment folder hang from."""
     mlflow_experiment = _mlflow_experiment(client, experiment)
-    quote = '"' if "'" in experiment.folder else "'"  # MLflow's filters have no escapes
-    query = f"tags.`bld.folder` = {quote}{experiment.folder}{quote}"
+    folder = without_secrets(experiment.folder)
+    quote = '"' if "'" in folder else "'"  # MLflow's filters have no escapes
+    query = f"tags.`bld.folder` = {quote}{folder}{quote}"
     found = client.search_runs([mlflow_experiment], query, max_results=1)
     if found:
         return found[0].info.run_id
     tags = {
         "mlflow.runName": experiment.name,
-        "bld.folder": experiment.folder,
+        "bld.folder": folder,
         COMMIT: git_commit(),
     }
     run = client.create_run(mlflow_experiment, tags=tags)

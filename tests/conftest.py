@@ -261,3 +261,11 @@ def random_pair(root: Path, digits: dict[str, str], uri: str, *, autoencoder: in
         extra = {} if place == AUTOENCODER else {"autoencoder_hash": digest}
         digest = save_model(files.join(experiment.folder, place), network.state_dict(), config | extra)
     return experiment
+
+
+def report_of(experiment: Experiment, report: dict[str, object]) -> Experiment:
+    """The experiment with a report of its evaluation, which never was."""
+    configs = {f"{part}_hash": f"{experiment.folder}/{part}/final/config.json" for part in ("autoencoder", "prior")}
+    hashes = {part: files.read_json(config)["hash"] for part, config in configs.items() if files.exists(config)}
+    files.write_json(f"{experiment.folder}/evaluation/report.json", report | hashes)
+    return experiment

@@ -22,25 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 import bld_core
-from bld_core import files
 from cluster.experiment import Experiment
 from cluster.registry import CHAMPION, fetch_model, register
 from cluster.tracking import connect
-from tests.conftest import HttpServer, MlflowServer, free_port, random_pair
+from tests.conftest import HttpServer, MlflowServer, free_port, random_pair, report_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def evaluated(experiment: Experiment, protocol: str = "p", **figures: float) -> Experiment:
     """The experiment with a report of its pair."""
-    hashes = {
-        f"{part}_hash": files.read_json(f"{experiment.folder}/{part}/final/config.json")["hash"]
-        for part in ("autoencoder", "prior")
-    }
-    files.write_json(
-        f"{experiment.folder}/evaluation/report.json", {"figures": figures, "protocol": protocol, **hashes}
-    )
-    return experiment
+    return report_of(experiment, {"figures": figures, "protocol": protocol})
 
 
 def champion(experiment: Experiment, name: str) -> str:

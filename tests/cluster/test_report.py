@@ -16,7 +16,7 @@ from cluster.experiment import Experiment
 from cluster.report import thinned, write_report
 from cluster.tracking import TrackingConfig, start_run
 from tests.browser import chromium, problems
-from tests.conftest import MlflowServer, random_pair
+from tests.conftest import MlflowServer, random_pair, report_of
 
 FIGURES = {
     "psnr": 24.13,
@@ -43,9 +43,9 @@ def evaluated(
         run.metrics({"val_bound": 0.5, "val_bound_se": 0.01, "val_psnr": 20.0}, 30)
         run.end(succeeded=True)
         files.write_json(f"{experiment.folder}/{stage}/stage.json", {"run": run.run_id, "fingerprint": {}})
-    report = {"figures": FIGURES, "bit_usage": [0.5, 0.001, *[0.4] * 6], "samples": 40}
+    report: dict[str, object] = {"figures": FIGURES, "bit_usage": [0.5, 0.001, *[0.4] * 6], "samples": 40}
     sampling = {"steps": 4, "grid": [], "temperature": 0.9, "guidance": 1.0}
-    files.write_json(f"{experiment.folder}/evaluation/report.json", report | {"sampling": sampling})
+    report_of(experiment, report | {"sampling": sampling})
     images = torch.randint(256, (20, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
     for name, columns in (("samples", 10), ("reconstructions", 5), ("bit-usage", 5), ("nearest-neighbours", 40)):
         files.write_bytes(f"{experiment.folder}/evaluation/{name}.png", png(grid(images, columns)))
@@ -95,7 +95,7 @@ def test_a_page_of_stage_1_alone_and_without_its_runs(
     files.remove(f"{alone.folder}/prior")
     with pytest.raises(FileNotFoundError, match=r"report.json' is missing: run evaluate.py first"):
         write_report(alone)
-    files.write_json(f"{alone.folder}/evaluation/report.json", {"figures": {"psnr": 20.0}})
+    report_of(alone, {"figures": {"psnr": 20.0}})
     files.write_json(f"{alone.folder}/autoencoder/stage.json", {"run": "f" * 32, "fingerprint": {}})
     page = Path(write_report(replace(alone, tracking=TrackingConfig(uri=evaluated.tracking.uri)))).read_text()
     assert "MLflow does not have the runs" in page

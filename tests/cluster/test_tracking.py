@@ -81,6 +81,7 @@ def test_nothing_secret_reaches_mlflow(experiment: Experiment, monkeypatch: pyte
     assert known.params["data.train"] == (
         "https://***@shop.example/train-{0000..0001}.tar?X-Amz-Signature=***&part=***"
     )
+    assert known.tags[STARTS].endswith("&part=***'")
     assert "stage1_ae.py --data.train 'https://***@shop.example" in known.tags[STARTS]
     assert known.tags[COMMIT] in known.tags[STARTS]
     for plain in ("s3://bucket/train-????.tar", "runs/a=b", "me@example.org"):
