@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +21,9 @@ from cluster.experiment import EvaluationConfig, Experiment, SweepConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from cluster.train import train_autoencoder
+from tests.servers import S3Server
+
+STORAGE_SECONDS = 12
 
 
 @pytest.fixture(scope="session")
@@ -93,47 +92,27 @@ def copy_of(experiment: Experiment, root: Path, *stages: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real S3 server on a free loopback port, with one bucket; yields its URL, s3://bucket."""
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on a free loopback port, with one bucket: its place and keys are in the environment."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    settings = {
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": "testsecret",
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    command = [
-        str(Path(sys.executable).with_name("rclone")),
-        "serve",
-        "s3",
-        "--addr",
-        address,
-        "--auth-key",
-        "tester,testsecret",
-        str(folder),
-    ]
+    server = S3Server(folder)
+    settings = server.settings | {"BLD_STORAGE_SECONDS": str(STORAGE_SECONDS)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server.start()
     try:
-        for _ in range(100):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield "s3://bucket"
+        yield server
     finally:
-        server.terminate()
-        server.wait()
+        server.stop()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def s3(s3_server: S3Server) -> str:
+    """The URL of the server's bucket."""
+    return "s3://bucket"
