@@ -72,9 +72,8 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
             failure = error
         if not _passes(failure):
             raise failure
-        wait = min(_FIRST_WAIT_S * 2**tries, _LONGEST_WAIT_S) * random.uniform(0.5, 1)
         tried = time.monotonic() - began
-        if tried + wait > limit:
+        if tried >= limit:
             raise StorageError(
                 f"cannot {what}: tried {tries} times in {tried:.0f} s, at last: {failure!r}; check the server, its "
                 "address (AWS_ENDPOINT_URL) and the network, then run the same command again, which goes on where it "
@@ -82,7 +81,8 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
             ) from failure
         if tries == _TRIES_BEFORE_A_WORD:
             _log.warning("cannot %s (%r); trying for up to %g s", what, failure, limit)
-        time.sleep(wait)
+        wait = min(_FIRST_WAIT_S * 2**tries, _LONGEST_WAIT_S) * random.uniform(0.5, 1)
+        time.sleep(min(wait, limit - tried))
     raise AssertionError("the loop ends only by return or raise")
 
 

@@ -199,7 +199,8 @@ class Encoder:
 
     def _decoded(self, source: str, skipped: Counter[str]) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
-        for reference in self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size):
+        parts: Any = self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size)
+        for reference in parts:
             part = fetch(reference)
             if isinstance(part, Counter):
                 skipped.update(part)

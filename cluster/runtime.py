@@ -172,7 +172,11 @@ def fetch(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        raise cause from error
+        raise unwrap(error) from error
+
+
+def unwrap(error: Exception) -> Exception:
+    """The error within Ray's wrappings."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error

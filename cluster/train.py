@@ -15,10 +15,13 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
@@ -31,10 +34,12 @@ from bld_core.images import check_shards
 from bld_core.latents import open_latents
 from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
+from bld_core.patience import StorageError
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
 from cluster.ingest import check_feed
 from cluster.progress import Progress, on_terminal
+from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
@@ -161,7 +166,12 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        if (failure := _storage_failure(error)) is not None:
+            raise failure from error
+        raise
     if result.return_value:
         raise FloatingPointError(result.return_value)
     checkpoint = result.checkpoint
@@ -172,6 +182,13 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     final = files.join(stage.folder, _FINAL)
     digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({"bld.hash": digest})
+
+
+def _storage_failure(error: TrainingFailedError) -> StorageError | None:
+    """What a training says that failed because storage could not be reached: the same as any other stage."""
+    failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
+    failures += [error.controller_failure] if isinstance(error, ControllerError) else []
+    return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
 
 
 def _work(config: dict[str, Any]) -> str:
