@@ -1,13 +1,16 @@
 """Files on any fsspec file system, a local path or a URL alike, each with a commit point.
 
 A file appears under its name whole or not at all: written elsewhere first, then renamed (local), or uploaded as one
-object (object stores).
+object (object stores). Object stores take endpoint and credentials from the standard AWS_* variables, and what fails
+there for a passing reason is tried again, for BLD_STORAGE_SECONDS at the most.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import itertools
 import json
 import os
 import tempfile
@@ -18,13 +21,56 @@ from typing import IO, Any
 
 import braceexpand
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
+
+from bld_core.patience import persist, time_limit
+
+_BLOCK_BYTES = 8 << 20
+_BUFFER_BYTES = 1 << 20
+_CONNECT_S = 5.0
+_SILENCE_S = 20.0
+_CONNECTIONS = 32
+_SLOWEST_UPLOAD = 1e6  # bytes a second
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind a path or URL, and the path within it."""
-    fs, path = fsspec.core.url_to_fs(url)
+    """The file system behind a path or URL, and the path within it; one client, with its connections, a process."""
+    remote = get_protocol(url) in ("s3", "s3a")
+    fs, path = fsspec.core.url_to_fs(url, **(_s3_settings() if remote else {}))
+    if remote:
+        fs.retries = 1
     return fs, str(path)
+
+
+def _silence() -> float:
+    """Seconds after which a server that says nothing is taken for dead; an attempt may last no longer than all."""
+    return min(_SILENCE_S, time_limit())
+
+
+def _within(fs: fsspec.AbstractFileSystem, seconds: float) -> dict[str, float]:
+    """The argument that ends an upload or deletion after so long, which its client knows no time limit for."""
+    return {"timeout": seconds} if isinstance(fs, AsyncFileSystem) else {}
+
+
+def _s3_settings() -> dict[str, Any]:
+    return {
+        # Other processes write, too: no cached listings, and a file that is replaced while it is read is an error,
+        # noticed here because not every server knows If-Match.
+        "use_listings_cache": False,
+        "local_expiry_check": True,
+        # One request at a time for each file: s3fs 2026.9 does not give back the connections of parallel parts when
+        # one of them breaks, and then waits for a free one without end.
+        "max_concurrency": 1,
+        # One attempt: `persist` alone decides how often and how long.
+        "config_kwargs": {
+            "connect_timeout": min(_CONNECT_S, _silence()),
+            "read_timeout": _silence(),
+            "retries": {"total_max_attempts": 1},
+            "max_pool_connections": _CONNECTIONS,
+        },
+    }
 
 
 def absolute(url: str) -> str:
@@ -51,13 +97,18 @@ def exists(url: str) -> bool:
     """Whether a file or folder is there now (never from a cached listing)."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
-    return bool(fs.exists(path))
+    try:  # not fs.exists, which takes some failures for an absence
+        persist(f"look for {url!r}", fs.info, path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def listing(url: str) -> list[str]:
     """The names in a folder."""
     fs, path = filesystem(url)
-    return sorted(name(str(entry)) for entry in fs.ls(path, detail=False))
+    fs.invalidate_cache()
+    return sorted(name(str(entry)) for entry in persist(f"list {url!r}", fs.ls, path, detail=False))
 
 
 def expand(pattern: str) -> list[str]:
@@ -71,24 +122,96 @@ def expand(pattern: str) -> list[str]:
     found: list[str] = []
     for url in braceexpand.braceexpand(pattern):
         fs, path = filesystem(url)
-        fs.invalidate_cache()
+        matches = [path]
         if any(c in path for c in "*?["):
-            matches = sorted(str(match) for match in fs.glob(path))
-        else:
-            matches = [path] if fs.exists(path) else []
+            fs.invalidate_cache()
+            matches = sorted(str(match) for match in persist(f"list {url!r}", fs.glob, path))
         if not matches:
             raise FileNotFoundError(f"no file at {url!r} (from the pattern {pattern!r}); check the path and its braces")
         found += matches if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(match) for match in matches]
+    try:
+        _sizes(found)
+    except FileNotFoundError as error:
+        missing = next((url for url in found if not exists(url)), found[0])
+        raise FileNotFoundError(
+            f"no file at {missing!r} (from the pattern {pattern!r}); check the path and its braces"
+        ) from error
     return found
+
+
+def _sizes(urls: list[str]) -> list[int]:
+    """The sizes of files, asked for many at a time where the file system can.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    sizes: list[int] = []
+    for fs, some in itertools.groupby((filesystem(url) for url in urls), key=lambda place: place[0]):
+        fs.invalidate_cache()
+        paths = [path for _, path in some]
+        here: Any = persist(f"look for {paths[0]!r} and the like", fs.sizes, paths)
+        sizes += here
+    return sizes
 
 
 def fingerprint(urls: list[str]) -> str:
     """A hash of the names and sizes of files, which changes when one is added, removed or replaced by another size."""
-    sizes: list[str] = []
-    for url in urls:
-        fs, path = filesystem(url)
-        sizes.append(f"{name(url)} {fs.size(path)}")
-    return sha256("\n".join(sizes).encode())
+    return sha256("\n".join(f"{name(url)} {size}" for url, size in zip(urls, _sizes(urls), strict=True)).encode())
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file, read from front to back in byte ranges.
+
+    A range that breaks off is asked for again from where it stopped: no byte is left out, none comes twice.
+    """
+
+    def __init__(self, url: str, file: Any) -> None:
+        super().__init__()
+        self._url = url
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        from s3fs.utils import FileExpired
+
+        view = memoryview(buffer).cast("B")
+        start = self._file.tell()
+        count = min(len(view), self._file.size - start)
+
+        def attempt() -> bytes:
+            self._file.seek(start)
+            try:
+                data = self._file.read(count)
+            except FileExpired as error:
+                raise OSError(f"{self._url!r} was replaced while it was read; run the command again") from error
+            if len(data) != count:
+                raise ConnectionError(f"{len(data)} bytes came instead of {count}")
+            return data
+
+        view[:count] = persist(f"read {self._url!r} from byte {start} on", attempt)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_read(url: str) -> IO[bytes]:
+    """Open for reading in binary, front to back, a block at a time; a connection may break at any byte.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: a remote file that was replaced while it was read.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return open(path, "rb")
+    file: Any = persist(f"open {url!r}", fs.open, path, "rb", block_size=_BLOCK_BYTES)
+    if not getattr(file, "size", None):  # empty, or a server that knows no byte ranges
+        return file
+    return io.BufferedReader(_Ranges(url, file), _BUFFER_BYTES)
 
 
 @contextlib.contextmanager
@@ -110,15 +233,15 @@ def commit(url: str) -> Generator[IO[bytes]]:
         with tempfile.NamedTemporaryFile() as file:
             yield file
             file.flush()
-            fs.put_file(file.name, path)  # one upload, which an object store shows only when it is complete
+            seconds = _silence() + file.tell() / _SLOWEST_UPLOAD
+            # One upload, which an object store shows only when it is complete.
+            persist(f"write {url!r}", fs.put_file, file.name, path, **_within(fs, seconds))
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file."""
-    fs, path = filesystem(url)
-    data = fs.cat_file(path)
-    assert isinstance(data, bytes), "a file is read as binary"
-    return data
+    with open_read(url) as file:
+        return file.read()
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -140,8 +263,12 @@ def write_json(url: str, data: dict[str, Any]) -> None:
 def remove(url: str) -> None:
     """Delete a file or a folder with all that is in it, if it is there."""
     fs, path = filesystem(url)
-    if exists(url):
-        fs.rm(path, recursive=True)
+
+    def attempt() -> None:
+        if exists(url):
+            fs.rm(path, recursive=True, **_within(fs, time_limit()))
+
+    persist(f"delete {url!r}", attempt)
 
 
 def check_writable(url: str) -> None:

@@ -124,8 +124,7 @@ def read_samples(url: str, extensions: Iterable[str]) -> Iterator[Sample]:
     wanted = list(extensions)
     seen: Counter[str] = Counter()
     found = 0
-    fs, path = files.filesystem(url)
-    with fs.open(path, "rb") as stream:
+    with files.open_read(url) as stream:
         for fields in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
             extension = next((e for e in wanted if e in fields), None)
             if extension is None:

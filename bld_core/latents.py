@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,32 +63,34 @@ class LatentRows:
     bits: Tensor
 
 
-@torch.no_grad()
 def encode_images(
-    autoencoder: Autoencoder, images: Iterable[LabelledImage], config: LatentConfig, seed: int
+    autoencoder: Autoencoder,
+    images: Iterable[LabelledImage],
+    config: LatentConfig,
+    seed: int,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> LatentRows:
-    """Encode the images of one shard.
+    """Encode the images of one shard, a batch at a time as they come.
 
     The draw of a code is keyed on (seed, sample key, draw, view), and the encoder always runs at one padded batch
     size within the shard: the same bytes come out however the work is split.
 
+    Args:
+        autoencoder: its encoder is used.
+        images: of the shard, in order.
+        config: draws, views and the batch size.
+        seed: of the draws.
+        turn: held while a batch is encoded but not while images are waited for, where several shards take turns.
+
     Raises:
         ValueError: no images.
     """
-    device = next(autoencoder.parameters()).device
     rows = LatentRows([], [], [], [], torch.empty(0))
     packed: list[Tensor] = []
     for batch in _batches(images, config.batch_size):
-        pixels = stack(batch)
-        padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
-        x = to_float(torch.cat([pixels, padding]).to(device))
-        index = torch.tensor([key_of(image.key) for image in batch], device=device)
-        for view in (0, 1) if config.mirror else (0,):
-            logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)]
-            for draw in range(max(1, config.draws)):
-                u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
-                z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
-                packed.append(pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu())
+        with turn or nullcontext():
+            for view, draw, bits in _encode_batch(autoencoder, batch, config, seed):
+                packed.append(bits)
                 rows.key += [image.key for image in batch]
                 rows.label += [image.label for image in batch]
                 rows.draw += [draw] * len(batch)
@@ -96,6 +99,24 @@ def encode_images(
         raise ValueError("none of the shard's images could be read; look at a few of them, or leave the shard out")
     rows.bits = torch.cat(packed)
     return rows
+
+
+@torch.no_grad()
+def _encode_batch(
+    autoencoder: Autoencoder, batch: list[LabelledImage], config: LatentConfig, seed: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(view, draw, packed bits) of a batch, for each view and draw."""
+    device = next(autoencoder.parameters()).device
+    pixels = stack(batch)
+    padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
+    x = to_float(torch.cat([pixels, padding]).to(device))
+    index = torch.tensor([key_of(image.key) for image in batch], device=device)
+    for view in (0, 1) if config.mirror else (0,):
+        logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)]
+        for draw in range(max(1, config.draws)):
+            u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
+            z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
+            yield view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()
 
 
 def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
+
+import ray
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, load_autoencoder
-from bld_core.images import check_shards, read_images
+from bld_core.images import ImageConfig, LabelledImage, check_shards, read_images
 from bld_core.latents import (
     FORMAT_VERSION,
     MANIFEST,
@@ -20,9 +26,13 @@ from bld_core.latents import (
     shard_metadata,
 )
 from cluster.experiment import Experiment
-from cluster.runtime import map_on_actors
-from cluster.stages import open_stage
+from cluster.progress import Progress
+from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
+from cluster.stages import Stage, open_stage
 from cluster.tracking import lineage
+
+_BATCHES_AHEAD = 2
+_SECONDS_BETWEEN_METRICS = 10.0
 
 
 class Job(NamedTuple):
@@ -31,6 +41,14 @@ class Job(NamedTuple):
     source: str
     split: Split
     file: str
+
+
+class Encoded(NamedTuple):
+    """A job done: what the manifest says of its file, the file's size, and whether it was made now or found."""
+
+    entry: dict[str, Any]
+    bytes: int
+    anew: bool
 
 
 def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
@@ -59,21 +77,45 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
     }
     with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
         if not stage.done:
-            work = map_on_actors(
-                Encoder, (experiment, autoencoder["hash"]), "encode", jobs, experiment.cluster, "encode"
-            )
-            entries: list[dict[str, Any]] = []
-            for entry in work:
-                entries.append(entry)
-                stage.run.metrics({"rows": sum(e["rows"] for e in entries)}, len(entries))
-            skipped: Counter[str] = sum((Counter(entry["skipped"]) for entry in entries), Counter())
-            stage.run.metrics({f"skipped {reason}": count for reason, count in skipped.items()}, len(entries))
+            entries = _encode(stage, jobs, autoencoder["hash"])
             manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
             manifest_url = files.join(stage.folder, MANIFEST)
             files.write_json(manifest_url, manifest)
             latents_hash = files.sha256(files.read_bytes(manifest_url))
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})
         return stage.folder
+
+
+def _encode(stage: Stage, jobs: list[Job], autoencoder_hash: str) -> list[dict[str, Any]]:
+    """Every job's manifest entry, in order; how far it is goes to the terminal and to MLflow."""
+    experiment = stage.experiment
+    views = max(1, experiment.latents.draws) * (1 + experiment.latents.mirror)
+    entries: dict[int, dict[str, Any]] = {}
+    totals: Counter[str] = Counter()
+    images = 0
+    began = spoke = time.monotonic()
+    progress = Progress("encode", len(jobs))
+    arguments, calls = (experiment, autoencoder_hash), experiment.cluster.decode_tasks
+    try:
+        for position, encoded in finished_on_actors(Encoder, arguments, "encode", jobs, experiment.cluster, calls):
+            entries[position] = encoded.entry
+            totals["images"] += encoded.entry["rows"] // views
+            totals["rows"] += encoded.entry["rows"]
+            totals["bytes"] += encoded.bytes
+            totals.update({f"skipped {reason}": count for reason, count in encoded.entry["skipped"].items()})
+            if encoded.anew:
+                images += encoded.entry["rows"] // views
+            else:
+                progress.start += 1
+            now = time.monotonic()
+            rate = images / (now - began)
+            progress.update(len(entries), {"images/s": rate})
+            if now - spoke > _SECONDS_BETWEEN_METRICS or len(entries) == len(jobs):
+                spoke = now
+                stage.run.metrics({**totals, "images_per_second": rate}, len(entries))
+    finally:
+        progress.close()
+    return [entries[position] for position in range(len(jobs))]
 
 
 def _jobs(experiment: Experiment) -> list[Job]:
@@ -102,8 +144,21 @@ def _identity(experiment: Experiment, autoencoder_hash: str) -> dict[str, Any]:
     }
 
 
+def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Counter[str]]:
+    """A shard's images, as they are, some at a time; and at the end how many were skipped, by reason."""
+    skipped: Counter[str] = Counter()
+    images = read_images(source, data, skipped)
+    while some := list(itertools.islice(images, size)):
+        yield some
+    yield skipped
+
+
 class Encoder:
-    """An actor that holds the encoder and turns image shards into latent shards."""
+    """An actor that holds the encoder and turns image shards into latent shards, several at a time.
+
+    Images are decoded by Ray tasks, wherever there is a core, and arrive through Ray's object store: a few batches of
+    each shard wait there, never a whole one. While one shard's batch is encoded, the others' are decoded.
+    """
 
     def __init__(self, experiment: Experiment, autoencoder_hash: str) -> None:
         experiment.cluster.limit_threads()
@@ -116,21 +171,96 @@ class Encoder:
                 f"{autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
             )
         self.autoencoder = trained.network
+        self.turn = threading.Lock()
+        self.decode = ray.remote(decode_shard).options(
+            num_cpus=DECODE_CPUS,
+            num_returns="streaming",
+            max_retries=experiment.cluster.max_failures,
+            _generator_backpressure_num_objects=_BATCHES_AHEAD,
+        )
 
-    def encode(self, job: Job) -> dict[str, Any]:
-        """Encode one shard, unless its file is there already; returns its manifest entry."""
+    def encode(self, job: Job) -> Encoded:
+        """Encode one shard, unless its file is there already."""
         url = files.join(self.experiment.folder, "latents", job.file)
         if files.exists(url):
             data = files.read_bytes(url)
             metadata = shard_metadata(data)
             if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
-                return manifest_entry(
+                entry = manifest_entry(
                     job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"]
                 )
+                return Encoded(entry, len(data), anew=False)
         skipped: Counter[str] = Counter()
-        images = read_images(job.source, self.experiment.data, skipped)
-        rows = encode_images(self.autoencoder, images, self.experiment.latents, self.experiment.seed)
+        latents = self.experiment.latents
+        images = self._decoded(job.source, skipped)
+        rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
         facts: dict[str, Any] = {"source": files.name(job.source), "rows": len(rows.key), "skipped": dict(skipped)}
         data = latent_shard_bytes(rows, {**self.identity, **facts})
         files.write_bytes(url, data)
-        return manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped)
+        entry = manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped)
+        return Encoded(entry, len(data), anew=True)
+
+    def _decoded(self, source: str, skipped: Counter[str]) -> Iterator[LabelledImage]:
+        """A shard's images as they arrive; `skipped` is complete when they end."""
+        parts: Any = self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size)
+        for reference in parts:
+            part = fetch(reference)
+            if isinstance(part, Counter):
+                skipped.update(part)
+            else:
+                yield from part
+
+
+def verify_latents(experiment: Experiment) -> str:
+    """Read every latent file again and compare it with the manifest; returns what was found, as a line of text.
+
+    Raises:
+        FileNotFoundError: the data set is not (completely) encoded.
+        ValueError: files that differ, are missing or are too many, each named.
+    """
+    folder = files.join(experiment.folder, "latents")
+    location = files.join(folder, MANIFEST)
+    if not files.exists(location):
+        raise FileNotFoundError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
+    entries = files.read_json(location)["files"]
+    listed = {entry["file"] for entry in entries}
+    due = {job.file for job in _jobs(experiment)}
+    there = {
+        f"{split}/{name}"
+        for split in sorted({entry["split"] for entry in entries})
+        if files.exists(files.join(folder, split))
+        for name in files.listing(files.join(folder, split))
+    }
+    faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
+    connect(experiment.cluster)
+    checks = list(map_on_actors(Verifier, (folder,), "check", entries, experiment.cluster, "verify"))
+    faults += [check.fault for check in checks if check.fault]
+    if faults:
+        remedy = f"delete these files and {MANIFEST}, and run encode_latents.py again, which makes what is missing"
+        raise ValueError("\n".join([f"{len(faults)} faults in {folder!r}:", *faults, remedy]))
+    rows, size = sum(entry["rows"] for entry in entries), sum(check.bytes for check in checks)
+    return f"verified {len(entries)} files, {rows} rows, {size} bytes: all are as the manifest says"
+
+
+class Checked(NamedTuple):
+    """A file read again: its size, and what is wrong with it, if anything."""
+
+    bytes: int
+    fault: str
+
+
+class Verifier:
+    """An actor that reads latent files again."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def check(self, entry: dict[str, Any]) -> Checked:
+        """Compare one file with its entry in the manifest."""
+        try:
+            data = files.read_bytes(files.join(self.folder, entry["file"]))
+        except FileNotFoundError:
+            return Checked(0, f"{entry['file']}: missing")
+        found, said = files.sha256(data), entry["sha256"]
+        fault = "" if found == said else f"{entry['file']}: sha256 {found[:12]}, the manifest says {said[:12]}"
+        return Checked(len(data), fault)

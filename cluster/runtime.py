@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from cluster.progress import Progress
 
@@ -106,31 +107,81 @@ def map_on_actors(
         label: for the progress line.
     """
     work = list(items)
-    remote = ray.remote(
-        num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0, max_restarts=config.max_failures
-    )(actor_class)
-    actors = [remote.remote(*arguments) for _ in range(min(config.workers, len(work)))]
-    idle = list(actors)
-    running: dict[Any, tuple[int, Any]] = {}
     finished: dict[int, Any] = {}
     progress = Progress(label, len(work))
-    following = submitted = 0
+    following = 0
     try:
-        while following < len(work):
-            while idle and submitted < len(work):
-                actor = idle.pop()
-                call = getattr(actor, method).options(max_task_retries=config.max_failures)
-                running[call.remote(work[submitted])] = (submitted, actor)
-                submitted += 1
-            done, _ = ray.wait(list(running), num_returns=1)
-            position, actor = running.pop(done[0])
-            finished[position] = ray.get(done[0])
-            idle.append(actor)
+        for position, result in finished_on_actors(actor_class, arguments, method, work, config):
+            finished[position] = result
             while following in finished:
                 yield finished.pop(following)
                 following += 1
                 progress.update(following)
     finally:
         progress.close()
+
+
+def finished_on_actors(
+    actor_class: type,
+    arguments: tuple[Any, ...],
+    method: str,
+    items: Sequence[Any],
+    config: ClusterConfig,
+    calls: int = 1,
+) -> Iterator[tuple[int, Any]]:
+    """The same, each result with the position of its item as soon as it is there.
+
+    Args:
+        actor_class: as in `map_on_actors`.
+        arguments: of its constructor.
+        method: name of the method to call.
+        items: arguments of the calls.
+        config: how many actors, and what each may use.
+        calls: that an actor works on at the same time, each in a thread of its own.
+
+    Raises:
+        Exception: what a call has raised, as it was raised there.
+    """
+    remote = ray.remote(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=1 if config.gpu else 0,
+        max_restarts=config.max_failures,
+    )(actor_class)
+    actors = [remote.options(max_concurrency=calls).remote(*arguments) for _ in range(min(config.workers, len(items)))]
+    idle = actors * calls
+    running: dict[Any, tuple[int, Any]] = {}
+    submitted = 0
+    try:
+        while running or submitted < len(items):
+            while idle and submitted < len(items):
+                actor = idle.pop()
+                call = getattr(actor, method).options(max_task_retries=config.max_failures)
+                running[call.remote(items[submitted])] = (submitted, actor)
+                submitted += 1
+            [done], _ = ray.wait(list(running), num_returns=1)
+            position, actor = running.pop(done)
+            idle.append(actor)
+            yield position, fetch(done)
+    finally:
         for actor in actors:
             ray.kill(actor)  # pyright: ignore[reportArgumentType]  # Ray types a handle as its class, too
+
+
+def fetch(reference: Any) -> Any:
+    """The value of a Ray reference.
+
+    Raises:
+        Exception: what the call behind it has raised, as it was raised there and not in Ray's wrapping, so that a
+            user's mistake reads the same from far away.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise unwrap(error) from error
+
+
+def unwrap(error: Exception) -> Exception:
+    """The error within Ray's wrappings."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error

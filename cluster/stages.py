@@ -79,10 +79,11 @@ def open_stage(
     with _lock(folder):
         record_url = files.join(folder, RECORD)
         record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
+        outdated = fresh
         if record is not None and record["fingerprint"] != fingerprint:
             if on_change == "refuse":
                 raise ValueError(_changes(folder, name, record["fingerprint"], fingerprint))
-            record = None
+            record, outdated = None, True
         elif record is None and not fresh and files.exists(folder) and files.listing(folder):
             raise ValueError(
                 f"{folder!r} holds files but no {RECORD}, so it was not made here: move them away, choose another "
@@ -94,7 +95,7 @@ def open_stage(
             return
         connect(experiment.cluster)
         run = start_run(experiment, name, record["run"] if record else None)
-        if record is None:  # only now, when nothing else can refuse the start
+        if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)
         if record is None or record["run"] != run.run_id:
             files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
@@ -126,8 +127,12 @@ def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]
 
 @contextlib.contextmanager
 def _lock(folder: str) -> Generator[None]:
-    """Hold the stage's lock; the operating system lets go of it when this process ends, however it ends."""
-    if not files.is_local(folder):  # object stores have no locks
+    """Hold the stage's lock; the operating system lets go of it when this process ends, however it ends.
+
+    Object stores have no locks. Two encoders of one folder there do no harm: each writes the same bytes under the same
+    names, whole files only, and deletes nothing that it did not find outdated when it began.
+    """
+    if not files.is_local(folder):
         yield
         return
     path = Path(f"{files.filesystem(folder)[1]}.lock")

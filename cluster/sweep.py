@@ -16,6 +16,7 @@ from bld_core.codes import open_latents
 from bld_core.generator import AUTOENCODER
 from cluster.experiment import Experiment
 from cluster.runtime import connect
+from cluster.storage import run_storage
 from cluster.train import train_prior
 
 
@@ -58,7 +59,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
         ray.tune.with_resources(run_trial, {"CPU": 0.01}),  # the training workers reserve their own
         param_space={"trial": ray.tune.grid_search(list(trials))},
         tune_config=TuneConfig(metric="bound", mode="min", max_concurrent_trials=experiment.sweep.concurrent),
-        run_config=RunConfig(name="tune", storage_path=folder, verbose=0),
+        run_config=RunConfig(name="tune", **run_storage(folder), verbose=0),
     )
     results = tuner.fit()
     if results.errors:

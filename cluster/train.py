@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +11,18 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.experimental import tqdm_ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,11 +34,14 @@ from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
 from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
+from bld_core.patience import StorageError
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
 from cluster.ingest import check_feed
 from cluster.progress import Progress, on_terminal
+from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
+from cluster.storage import run_storage
 from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
 from cluster.tracking import Run, SystemLoad, lineage
 
@@ -141,19 +154,30 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     cluster = stage.experiment.cluster
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task, "label": stage.name, "run": stage.run, "bar": on_terminal()},
+        train_loop_config={
+            "task": task,
+            "label": stage.name,
+            "folder": stage.folder,
+            "run": stage.run,
+            "bar": on_terminal(),
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
         ),
         run_config=RunConfig(
             name=stage.name,
-            storage_path=stage.experiment.folder,
+            **run_storage(stage.experiment.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        if (failure := _storage_failure(error)) is not None:
+            raise failure from error
+        raise
     if result.return_value:
         raise FloatingPointError(result.return_value)
     checkpoint = result.checkpoint
@@ -165,6 +189,13 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     final = files.join(stage.folder, _FINAL)
     digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
+
+
+def _storage_failure(error: TrainingFailedError) -> StorageError | None:
+    """What a training says that failed because storage could not be reached: the same as any other stage."""
+    failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
+    failures += [error.controller_failure] if isinstance(error, ControllerError) else []
+    return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -203,7 +234,7 @@ def _work(config: dict[str, Any]) -> str:
             if look:
                 metrics = _evaluate(task, state, run, place)
             if look or keep:
-                _meet(task, state, metrics, place, keep=keep)
+                _meet(task, state, metrics, place, config["folder"] if keep else None)
     except FloatingPointError as error:  # on every worker at once; to start again from a checkpoint would not help
         return _join(str(error), place)
     if progress is not None:
@@ -240,15 +271,24 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> d
     return metrics
 
 
-def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place, *, keep: bool) -> None:
-    """All ranks wait for rank 0 in Ray's report, which has no time limit; to `keep` is to report with a checkpoint."""
-    positions = _gather(task.position(), place) if keep else []
-    if place.rank or not keep:
+def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place, folder: str | None) -> None:
+    """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
+
+    The checkpoint is written to its place by us, where an upload that fails is an error: pyarrow, which Ray would copy
+    it with, closes remote files without looking whether that went well.
+    """
+    positions = [] if folder is None else _gather(task.position(), place)
+    if place.rank or folder is None:
         ray.train.report({"step": state.step})
         return
-    with tempfile.TemporaryDirectory() as folder:
-        save_state(folder, state, {"positions": positions, "metrics": metrics})
-        ray.train.report({"step": state.step, **metrics}, checkpoint=Checkpoint.from_directory(folder))
+    url = files.join(folder, f"checkpoint-{state.step:07d}")
+    save_state(url, state, {"positions": positions, "metrics": metrics})
+    storage: Any = ray.train.get_context().get_storage()
+    ray.train.report(
+        {"step": state.step, **metrics},
+        checkpoint=Checkpoint(files.filesystem(url)[1], storage.storage_filesystem),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
 
 
 def _join(message: str, place: Place) -> str:

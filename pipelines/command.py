@@ -41,7 +41,8 @@ def command(
 ) -> None:
     """Parse the command line, do the work; a user's mistake ends in one message and exit code 2, not a traceback.
 
-    A ValueError is a user's mistake where this project raised it; one of a library is a fault, and keeps its traceback.
+    So does storage that cannot be reached. A ValueError is a user's mistake where this project raised it; one of a
+    library is a fault, and keeps its traceback.
 
     Args:
         description: what --help says first.
@@ -57,7 +58,7 @@ def command(
     try:
         flags = made.instantiate(made.parse_args())
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError) as error:
         if not _is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -2,15 +2,23 @@
 
 from argparse import Namespace
 
-from cluster.encode import encode_latents
+from cluster.encode import encode_latents, verify_latents
 from cluster.experiment import Experiment
-from pipelines.command import command, fresh_flag, next_command
+from pipelines.command import Parser, command, fresh_flag, next_command
+
+
+def extras(made: Parser) -> None:
+    fresh_flag(made)
+    made.add_argument("--verify", action="store_true", help="encode nothing: check every file against the manifest")
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
+    if flags.verify:
+        print(verify_latents(experiment))
+        return
     print(f"latents: {encode_latents(experiment, flags.fresh)}")
     next_command("stage2_prior.py")
 
 
 if __name__ == "__main__":
-    command(__doc__, main, extras=fresh_flag)
+    command(__doc__, main, extras=extras)

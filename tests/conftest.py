@@ -7,12 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +31,9 @@ from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from cluster.tracking import TrackingConfig
 from cluster.train import train_autoencoder
+from tests.servers import MlflowServer, S3Server
+
+STORAGE_SECONDS = 10  # Ray's workers have it from the session's environment
 
 torch.set_num_threads(1)
 
@@ -121,45 +118,19 @@ def copy_of(experiment: Experiment, root: Path, *stages: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real S3 server on a free loopback port, with one bucket; yields its URL, s3://bucket."""
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on a free loopback port, with one bucket: its place and keys are in the environment."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    settings = {
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": "testsecret",
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    command = [
-        str(Path(sys.executable).with_name("rclone")),
-        "serve",
-        "s3",
-        "--addr",
-        address,
-        "--auth-key",
-        "tester,testsecret",
-        str(folder),
-    ]
+    server = S3Server(folder)
+    settings = server.settings | {"BLD_STORAGE_SECONDS": str(STORAGE_SECONDS)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server.start()
     try:
-        for _ in range(100):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield "s3://bucket"
+        yield server
     finally:
-        server.terminate()
-        server.wait()
+        server.stop()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
@@ -167,51 +138,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 os.environ[name] = value
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class HttpServer:
-    """A command that serves HTTP on a loopback port, in a process group of its own."""
-
-    def __init__(self, command: list[str], health: str, log: Path, **environment: str) -> None:
-        self.command, self.health, self.log = command, health, log
-        self.environment = os.environ | environment
-        self.start()
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
-        for _ in range(1200):
-            try:
-                with urllib.request.urlopen(self.health, timeout=5):
-                    return
-            except OSError:
-                assert self._process.poll() is None, self.log.read_text()
-                time.sleep(0.1)
-        raise TimeoutError(self.log.read_text())
-
-    def kill(self) -> None:
-        """End it at once, in the middle of whatever it does."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-class MlflowServer(HttpServer):
-    """A real `mlflow server` on SQLite, which keeps artifacts, too."""
-
-    def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self.uri = f"http://127.0.0.1:{port}"
-        command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(folder / "artifacts")]
-        super().__init__(command, f"{self.uri}/health", folder / "log", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+@pytest.fixture(scope="session")
+def s3(s3_server: S3Server) -> str:
+    """The URL of the server's bucket."""
+    return "s3://bucket"
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ import bld_core
 from cluster.experiment import Experiment
 from cluster.registry import CHAMPION, fetch_model, register
 from cluster.tracking import connect
-from tests.conftest import HttpServer, MlflowServer, free_port, random_pair, report_of
+from tests.conftest import random_pair, report_of
+from tests.servers import HttpServer, MlflowServer, free_port
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -16,7 +16,8 @@ from cluster.experiment import Experiment
 from cluster.report import thinned, write_report
 from cluster.tracking import TrackingConfig, start_run
 from tests.browser import chromium, problems
-from tests.conftest import MlflowServer, random_pair, report_of
+from tests.conftest import random_pair, report_of
+from tests.servers import MlflowServer
 
 FIGURES = {
     "psnr": 24.13,

@@ -13,7 +13,8 @@ from PIL import Image
 from bld_core.images import ImageConfig
 from cluster.experiment import Experiment
 from cluster.tracking import COMMIT, STARTS, Run, SystemLoad, TrackingConfig, lineage, start_run, without_secrets
-from tests.conftest import MlflowServer, small_experiment
+from tests.conftest import small_experiment
+from tests.servers import MlflowServer
 
 
 def curve(run: Run, name: str) -> list[tuple[int, float]]:

@@ -47,7 +47,7 @@ def fit(experiment: Experiment, task: Any) -> tuple[dict[str, Any], list[float]]
     with open_stage(experiment, "prior", {}, "never", fresh=True) as stage:
         cluster_train._fit(stage, task, {})
         run: Run = stage.run
-    checkpoint = max(Path(experiment.folder, "prior").glob("checkpoint_2*"))
+    checkpoint = max(Path(experiment.folder, "prior").glob("checkpoint-*"))
     history = run.client.get_metric_history(run.run_id, "train_loss")
     return files.read_json(str(checkpoint / "meta.json")), [m.value for m in sorted(history, key=lambda m: m.step)]
 

@@ -1,0 +1,146 @@
+"""Real servers for tests: S3 and MLflow servers that can be stopped and started again, and a wire that breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class S3Server:
+    """`rclone serve s3` over a folder, whose sub-folders are the buckets; always on the same free loopback port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The variables that name it."""
+        return {
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "testsecret",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+
+    def start(self) -> None:
+        """Start, and wait until it listens."""
+        rclone = str(Path(sys.executable).with_name("rclone"))
+        flags = ["--addr", f"127.0.0.1:{self.port}", "--auth-key", "tester,testsecret"]
+        self._process = subprocess.Popen([rclone, "serve", "s3", *flags, str(self.folder)], stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise TimeoutError("rclone does not listen")
+
+    def stop(self) -> None:
+        """Stop at once, in the middle of whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class HttpServer:
+    """A command that serves HTTP on a loopback port, in a process group of its own."""
+
+    def __init__(self, command: list[str], health: str, log: Path, **environment: str) -> None:
+        self.command, self.health, self.log = command, health, log
+        self.environment = os.environ | environment
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(self.health, timeout=5):
+                    return
+            except OSError:
+                assert self._process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        raise TimeoutError(self.log.read_text())
+
+    def kill(self) -> None:
+        """End it at once, in the middle of whatever it does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class MlflowServer(HttpServer):
+    """A real `mlflow server` on SQLite, which keeps artifacts, too."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        super().__init__(command, f"{self.uri}/health", folder / "log", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+
+class Wire:
+    """A TCP connection to a server, through a port of its own, that can be made to break.
+
+    Attributes:
+        port: where to connect to.
+        connections: made so far.
+        breaks_after: bytes from the server after which a connection breaks; each number serves for one connection.
+    """
+
+    def __init__(self, server_port: int) -> None:
+        self.connections = 0
+        self.breaks_after: list[int] = []
+        self._server_port = server_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self.connections += 1
+                for ends in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, breaks: bool) -> None:
+        carried = 0
+        with contextlib.suppress(OSError):  # the other side has gone
+            while data := source.recv(1 << 16):
+                carried += len(data)
+                if breaks and self.breaks_after and carried > self.breaks_after[0]:
+                    self.breaks_after.pop(0)
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
