@@ -19,6 +19,7 @@ from bld_core.latents import (
     manifest_entry,
     shard_metadata,
 )
+from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
@@ -62,11 +63,13 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
                 Encoder, (experiment, autoencoder["hash"]), "encode", jobs, experiment.cluster, "encode"
             )
             entries: list[dict[str, Any]] = []
-            for entry in work:
+            left_out = Skipped()
+            for entry, skipped in work:
                 entries.append(entry)
+                left_out.merge(skipped)
+                left_out.check(experiment.data.max_skipped, whole=len(entries) == len(jobs))
                 stage.run.metrics({"rows": sum(e["rows"] for e in entries)}, len(entries))
-            skipped: Counter[str] = sum((Counter(entry["skipped"]) for entry in entries), Counter())
-            stage.run.metrics({f"skipped {reason}": count for reason, count in skipped.items()}, len(entries))
+            stage.run.metrics({f"skipped {reason}": count for reason, count in left_out.counts.items()}, len(entries))
             manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
             files.write_json(files.join(stage.folder, MANIFEST), manifest)
             stage.run.tags({"bld.autoencoder_hash": autoencoder["hash"]})
@@ -114,20 +117,27 @@ class Encoder:
             )
         self.autoencoder = trained.network
 
-    def encode(self, job: Job) -> dict[str, Any]:
-        """Encode one shard, unless its file is there already; returns its manifest entry."""
+    def encode(self, job: Job) -> tuple[dict[str, Any], Skipped]:
+        """Encode one shard, unless its file is there already; returns its manifest entry and what was left out."""
         url = files.join(self.experiment.folder, "latents", job.file)
         if files.exists(url):
             data = files.read_bytes(url)
             metadata = shard_metadata(data)
             if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
+                skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
                 return manifest_entry(
                     job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"]
-                )
-        skipped: Counter[str] = Counter()
+                ), skipped
+        skipped = Skipped()
         images = read_images(job.source, self.experiment.data, skipped)
         rows = encode_images(self.autoencoder, images, self.experiment.latents, self.experiment.seed)
-        facts: dict[str, Any] = {"source": files.name(job.source), "rows": len(rows.key), "skipped": dict(skipped)}
+        facts: dict[str, Any] = {
+            "source": files.name(job.source),
+            "rows": len(rows.key),
+            "seen": skipped.seen,
+            "skipped": dict(skipped.counts),
+            "skipped_names": skipped.names,
+        }
         data = latent_shard_bytes(rows, {**self.identity, **facts})
         files.write_bytes(url, data)
-        return manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped)
+        return manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts), skipped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import CodeHealth, quantize
+from bld_core.skipped import Skipped
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.runtime import map_on_actors
@@ -55,6 +55,7 @@ class Reconstructions:
     health: CodeHealth = field(default_factory=CodeHealth)
     real: FeatureMoments = field(default_factory=FeatureMoments)
     remade: FeatureMoments = field(default_factory=FeatureMoments)
+    skipped: Skipped = field(default_factory=Skipped)
 
     def merge(self, other: Reconstructions) -> None:
         """Add another piece of work."""
@@ -63,6 +64,7 @@ class Reconstructions:
         self.health.merge(other.health)
         self.real.merge(other.real)
         self.remade.merge(other.remade)
+        self.skipped.merge(other.skipped)
 
     def figures(self, config: EvaluationConfig) -> dict[str, float]:
         """The figures by name; those that were asked for."""
@@ -77,6 +79,8 @@ class Reconstructions:
             found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
         if config.frechet:
             found[frechet_name("r", config.inception_sha256)] = frechet_distance(self.real, self.remade)
+        if self.skipped.total:
+            found["skipped_images"] = self.skipped.total
         return found
 
 
@@ -104,8 +108,10 @@ class Evaluator(Sampler):
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:
         found, autoencoder = Reconstructions(), self.generator.autoencoder.network
-        images = stack(list(read_images(url, self.experiment.data, Counter())))
-        for batch in images.split(self.experiment.latents.batch_size):
+        images = list(read_images(url, self.experiment.data, found.skipped))
+        if not images:
+            return found
+        for batch in stack(images).split(self.experiment.latents.batch_size):
             x = to_float(batch.to(self.generator.device))
             logits = autoencoder.encode(x)
             remade = to_uint8(autoencoder.decode(quantize(logits)))
@@ -214,6 +220,7 @@ def _measure(experiment: Experiment, classes: int) -> tuple[Reconstructions, Bou
             case _:
                 samples.append(result)
     assert bound is not None, "one of the pieces is the bound"
+    remade.skipped.check(experiment.data.max_skipped)
     return remade, bound, torch.cat(samples)
 
 

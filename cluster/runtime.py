@@ -13,6 +13,8 @@ import torch
 
 from cluster.progress import Progress
 
+_LEAST_READ_AHEAD = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
@@ -23,7 +25,9 @@ class ClusterConfig:
             `ray job submit`) or else starts a local one that ends with the command.
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
-        decode_tasks: shards that are read and decoded at the same time for each training worker of stage 1.
+        decode_tasks: cores that decode images for each training worker of stage 1; one more block of images is under
+            way, so that none of them waits for the scheduler.
+        read_ahead: MiB of shared memory that each training worker of stage 1 may fill with images read ahead.
         gpu: give each worker one GPU.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died.
     """
@@ -32,6 +36,7 @@ class ClusterConfig:
     workers: int = 1
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
+    read_ahead: int = 256
     gpu: bool = False
     max_failures: int = 3
 
@@ -40,6 +45,11 @@ class ClusterConfig:
             raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1")
         if self.decode_tasks < 1:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
+        if self.read_ahead < _LEAST_READ_AHEAD:
+            raise ValueError(
+                f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with less, "
+                "Ray Data starves a fast consumer"
+            )
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
 
@@ -54,7 +64,7 @@ class ClusterConfig:
 
 
 DECODE_CPUS = 0.25
-"""Cores reserved by one task that reads and decodes a shard."""
+"""Cores reserved by one task that decodes a block of images."""
 
 
 def connect(config: ClusterConfig) -> None:

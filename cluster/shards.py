@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bld_core import files
-from bld_core.images import Sample, write_shard
 from bld_core.noise import permutation
 from bld_core.pictures import png
+from bld_core.samples import Sample, write_shard
 from cluster.progress import Progress
 
 _RECORD = "shards.json"

@@ -15,10 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bld_core.images import AugmentationConfig, ImageConfig, Sample, first_images, write_shard
+from bld_core.autoencoder import AutoencoderConfig
+from bld_core.images import AugmentationConfig, ImageConfig, first_images
+from bld_core.samples import Sample, write_shard
+from bld_core.skipped import Skipped
 from bld_core.training import Batch, TrainingConfig
 from cluster.experiment import Experiment
-from cluster.ingest import Position, _decode_shard, image_batches, resume_position
+from cluster.ingest import Position, image_batches, resume_position
+from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 
 TRAINING = TrainingConfig(batch_size=100)
@@ -34,8 +38,16 @@ def stream(
     rank: int = 0,
     world: int = 1,
     augmentation: AugmentationConfig = PLAIN,
+    skipped: Skipped | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
-    return image_batches(data, augmentation, TRAINING, 0, step, start, rank, world, decode_tasks=2)
+    experiment = Experiment(
+        data=data,
+        augmentation=augmentation,
+        autoencoder_training=TRAINING,
+        autoencoder=AutoencoderConfig(multipliers=[1, 2], attention=[]),
+        cluster=ClusterConfig(decode_tasks=1),
+    )
+    return image_batches(experiment, step, start, rank, world, Skipped() if skipped is None else skipped)
 
 
 def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
