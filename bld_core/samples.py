@@ -59,9 +59,11 @@ def read_shard(url: str, extensions: Iterable[str], limit: int | None = None) ->
         OSError: the file cannot be read to its end, which says nothing about the data.
     """
     fs, path = files.filesystem(url)
+    size = int(fs.info(path)["size"])
+    size = size if limit is None else min(limit, size)
     with fs.open(path, "rb") as file:
-        size = fs.size(path) if limit is None else min(limit, fs.size(path))
         data = file.read(size)
+    assert isinstance(data, bytes), "a file is read as binary"
     if len(data) != size:
         raise OSError(f"{url!r} has {size} bytes, but {len(data)} were read: the transfer broke off; try again")
     return parse_shard(data, extensions)

@@ -96,8 +96,8 @@ def _header(block: bytes) -> _Header | None:
         size = _number(block[124:136])
     except ValueError:
         return None
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    name = block[:100].rstrip(b"\0")
+    prefix = block[345:500].rstrip(b"\0") if block[257:263] == b"ustar\0" else b""
     return _Header(prefix + b"/" + name if prefix else name, block[156:157], size)
 
 
@@ -122,7 +122,7 @@ def _extension(kind: bytes, data: bytes) -> dict[bytes, bytes]:
         ValueError: it cannot be read.
     """
     if kind == b"L":  # GNU
-        return {b"path": data.partition(b"\0")[0]}
+        return {b"path": data.rstrip(b"\0")}
     said: dict[bytes, bytes] = {}
     at = 0
     while kind in b"xX" and at < len(data):  # pax: "<length> <name>=<value>\n", the length being the whole record's

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from bld_core import files
 from bld_core.images import (
     AugmentationConfig,
     BadImage,
