@@ -19,8 +19,11 @@ import ray
 import torch
 import webdataset as wds
 
-from bld_core.images import AugmentationConfig, ImageConfig, decode, read_samples, write_shard
+from bld_core.images import ImageConfig, decode
+from bld_core.samples import read_shard, write_shard
+from bld_core.skipped import Skipped
 from bld_core.training import TrainingConfig
+from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches
 from cluster.runtime import ClusterConfig, connect
 
@@ -33,7 +36,7 @@ TASKS = int(os.environ.get("TASKS", 2))
 def make_data(folder: str) -> ImageConfig:
     source = sorted(Path(os.environ["BLD_REAL_DATA"], "imagenet-160").glob("*.tar"))
     samples = [
-        s._replace(key=f"{i}-{s.key}") for i, path in enumerate(source) for s in read_samples(str(path), ["jpg"])
+        s._replace(key=f"{i}-{s.key}") for i, path in enumerate(source) for s in read_shard(str(path), ["jpg"]).samples
     ]
     for shard in range(SHARDS):
         write_shard(f"{folder}/train-{shard:04d}.tar", samples)
@@ -90,10 +93,19 @@ def cpu():
 
 
 def ours(data: ImageConfig) -> float:
-    connect(ClusterConfig())
-    stream = image_batches(data, AugmentationConfig(), TrainingConfig(batch_size=BATCH), 0, 0, Position(), 0, 1, TASKS)
+    experiment = Experiment(
+        data=data,
+        autoencoder_training=TrainingConfig(batch_size=BATCH),
+        cluster=ClusterConfig(decode_tasks=TASKS, read_ahead=int(os.environ.get("AHEAD", 256))),
+    )
+    connect(experiment.cluster)
+    stream = image_batches(experiment, 0, Position(), 0, 1, Skipped())
+    t = time.perf_counter()
+    next(stream)
+    print("  first", time.perf_counter() - t, file=sys.stderr)
     found = rate(len(batch.keys) for batch, _ in stream)
     stream.close()
+    time.sleep(1)
     ray.shutdown()
     return found
 
@@ -122,7 +134,7 @@ def peer(data: ImageConfig) -> float:
 
 
 def alone(data: ImageConfig) -> float:
-    samples = list(read_samples(data.train.replace("{0000..0007}", "0000"), ["jpg"]))[:1000]
+    samples = read_shard(data.train.replace("{0000..0007}", "0000"), ["jpg"]).samples[:1000]
     began = time.perf_counter()
     for s in samples:
         decode(s.data, data)

@@ -6,8 +6,10 @@ A sample is `<key>.<extension>` with, optionally, its class index: as text in `<
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from bld_core import files
 from bld_core.skipped import Left, Reason
 from bld_core.tar import members
 
+_BUFFER_BYTES = 1 << 20
 _LARGEST_LABEL = 2**31 - 1
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)  # as WebDataset splits a name
 _NOTES = re.compile(r"__[^/]*__(/.*)?", re.DOTALL)  # what WebDataset keeps about a shard
@@ -163,18 +166,19 @@ def _label(fields: Mapping[str, memoryview]) -> int:
 
 
 def write_shard(url: str, samples: Iterable[Sample]) -> int:
-    """Write a WebDataset shard with deterministic bytes, committed when complete; returns the number of samples."""
-    from webdataset.writer import TarWriter
+    """Write a shard with deterministic bytes, as WebDataset writes it; committed when complete.
 
+    Returns:
+        The number of samples.
+    """
     count = 0
-    with (
-        files.commit(url) as file,
-        TarWriter(file, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]  # any IO[bytes] will do
-    ):
+    with files.commit(url) as file, tarfile.open(fileobj=file, mode="w|", bufsize=_BUFFER_BYTES) as tar:
         for sample in samples:
-            fields = {"__key__": sample.key, sample.extension: sample.data}
-            if sample.label >= 0:
-                fields["cls"] = str(sample.label).encode()
-            writer.write(fields)
+            fields = {sample.extension: sample.data} | ({"cls": b"%d" % sample.label} if sample.label >= 0 else {})
+            for extension, data in sorted(fields.items()):
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size, member.mode = len(data), 0o444
+                member.uname = member.gname = "bigdata"
+                tar.addfile(member, io.BytesIO(data))
             count += 1
     return count

@@ -16,29 +16,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from bld_core import files
-from bld_core.images import AugmentationConfig, BadImage, ImageConfig, decode
 from bld_core.noise import permutation
-from bld_core.samples import read_shard
-from bld_core.skipped import Left, Reason, Skipped
+from bld_core.skipped import Left, Skipped
 from bld_core.training import Batch, worker_share
+from bld_core.visits import DELIVERED, REASONS, BlockDecoder, Columns, VisitReader
 from cluster.experiment import Experiment
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
-_READ_TASKS = 2  # one shard is read while the one before it is decoded
 _BLOCK_BYTES = 8 << 20
+_IN_FLIGHT = 4  # blocks queued at each decoding actor, so that it never waits for Ray Data's scheduling loop
 _TURN_S = 0.05
-_REASONS = tuple(Reason)
-_DELIVERED = -1
-
-Columns = dict[str, NDArray[Any]]
 _log = logging.getLogger(__name__)
 
 
@@ -189,68 +182,26 @@ class Stream:
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))
             .map_batches(
-                _read_visit,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_kwargs and batch_format
+                VisitReader,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out generators
                 batch_size=1,
                 num_cpus=0,
-                compute=ray.data.TaskPoolStrategy(size=_READ_TASKS),
-                fn_kwargs={"extensions": data.extensions, "seed": seed, "rows": rows},
+                compute=ray.data.ActorPoolStrategy(size=1),
+                fn_constructor_args=(data.extensions, seed, rows),
             )
             .map_batches(
-                _decode_block,  # pyright: ignore[reportArgumentType]
+                BlockDecoder,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=self.experiment.cluster.decode_tasks + 1),
-                fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
+                compute=ray.data.ActorPoolStrategy(
+                    size=self.experiment.cluster.decode_tasks, max_tasks_in_flight_per_actor=_IN_FLIGHT
+                ),
+                fn_constructor_args=(data, self.experiment.augmentation, seed),
             )
         )
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
             assert isinstance(block, dict), "NumPy batches are dictionaries of columns"
             yield {name: np.asarray(values) for name, values in block.items()}
-
-
-def _read_visit(item: Columns, extensions: list[str], seed: int, rows: int) -> Iterator[pa.Table]:
-    """One visit to a shard, as a Ray Data task: a row for each sample, those that can be used in the visit's order.
-
-    Columns: data, key, label, reason, visit, epoch, offset, total (rows of the visit).
-    """
-    url, visit, epoch, start = (item[name][0] for name in ("url", "visit", "epoch", "start"))
-    shard = read_shard(str(url), extensions)
-    order = permutation(seed, f"sample order {files.name(str(url))}", int(epoch), len(shard.samples)).tolist()
-    samples = [shard.samples[i] for i in order]
-    gone = len(shard.left)
-    total = gone + len(samples)
-    columns = {
-        "data": [None] * gone + [sample.data for sample in samples],
-        "key": [key for _, key in shard.left] + [sample.key for sample in samples],
-        "label": [-1] * gone + [sample.label for sample in samples],
-        "reason": [_REASONS.index(reason) for reason, _ in shard.left] + [_DELIVERED] * len(samples),
-    }
-    types = {"data": pa.binary(), "key": pa.string(), "label": pa.int64(), "reason": pa.int8()}
-    for first in range(int(start), total, rows):
-        here = slice(first, min(first + rows, total))
-        count = here.stop - here.start
-        yield pa.table(
-            {name: pa.array(values[here], types[name]) for name, values in columns.items()}
-            | {name: np.full(count, value, np.int64) for name, value in (("visit", visit), ("epoch", epoch))}
-            | {"offset": np.arange(here.start, here.stop), "total": np.full(count, total, np.int64)}
-        )
-
-
-def _decode_block(table: pa.Table, data: ImageConfig, augmentation: AugmentationConfig, seed: int) -> Columns:
-    """Some rows of a visit, as a Ray Data task: decode and augment their images; the column pixels for data."""
-    columns = {name: np.asarray(table[name]) for name in ("label", "reason", "visit", "epoch", "offset", "total")}
-    keys = table["key"].to_pylist()
-    pixels = np.zeros((len(keys), data.image_size, data.image_size, data.channels), np.uint8)
-    reasons = columns["reason"].copy()
-    for row, (file, key) in enumerate(zip(table["data"], keys, strict=True)):
-        if reasons[row] == _DELIVERED:
-            try:
-                view = augmentation.view(seed, int(columns["epoch"][row]), key)
-                pixels[row] = decode(memoryview(file.as_buffer()), data, view)
-            except BadImage as error:
-                reasons[row] = _REASONS.index(error.reason)
-    return columns | {"pixels": pixels, "key": np.asarray(keys), "reason": reasons}
 
 
 @dataclass
@@ -287,11 +238,11 @@ class Ledger:
                 f"{self.totals.get(url, total)} in visit {self.place.visit} should: the shard was changed, or a read "
                 "dropped samples; run the command again"
             )
-        left = block["reason"] != _DELIVERED
+        left = block["reason"] != DELIVERED
         passed = self.place.skipped + np.cumsum(left)
         new = Skipped(int((~left).sum()))
         for row in np.flatnonzero(left):
-            new.add(files.name(url), Left(_REASONS[block["reason"][row]], str(block["key"][row])))
+            new.add(files.name(url), Left(REASONS[block["reason"][row]], str(block["key"][row])))
         self.skipped.merge(new)
         self.here.merge(new)
         end = offset + len(left)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import webdataset
 
 from bld_core import files
 from bld_core.images import ImageConfig, read_images
@@ -69,6 +70,21 @@ def test_samples_survive_the_way_into_a_shard_and_back(tmp_path: Path) -> None:
         for these in (samples, [sample._replace(label=-1) for sample in samples]):
             write_shard(url, these)
             assert read_shard(url, ["jpg", "png"]) == (these, [], set())
+
+
+def test_webdataset_reads_what_is_written_and_writes_the_same_bytes(tmp_path: Path) -> None:
+    samples = [*toy_samples(5), Sample("k" * 150, "png", IMAGE, -1), Sample("folder/ü", "jpg", b"x", 12)]
+    url = str(tmp_path / "a.tar")
+    write_shard(url, samples)
+    read = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [fields["__key__"] for fields in read] == [sample.key for sample in samples]
+    for fields, sample in zip(read, samples, strict=True):
+        assert fields[sample.extension] == sample.data
+        assert int(fields.get("cls", -1)) == sample.label
+    with open(tmp_path / "b.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:  # pyright: ignore[reportArgumentType]
+        for fields in read:
+            writer.write({name: value for name, value in fields.items() if name[:2] != "__" or name == "__key__"})
+    assert (tmp_path / "b.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
 
 
 def test_a_shard_that_fails_half_way_does_not_exist(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Ray Data ingest: deterministic, resumable anywhere, every image once an epoch; from a path and from S3."""
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import itertools
@@ -18,8 +16,9 @@ from bld_core.images import AugmentationConfig, ImageConfig, first_images, read_
 from bld_core.samples import Sample, write_shard
 from bld_core.skipped import Reason, Skipped
 from bld_core.training import Batch, TrainingConfig
+from bld_core.visits import BlockDecoder, Columns, VisitReader
 from cluster.experiment import Experiment
-from cluster.ingest import Columns, Ledger, Position, _decode_block, _read_visit, image_batches, resume_position
+from cluster.ingest import Ledger, Position, image_batches, resume_position
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from tests.bld_core.toys import png_of
@@ -123,8 +122,8 @@ def test_every_row_is_an_image_or_a_reason(tmp_path: Path) -> None:
         skipped = Skipped()
         images = {image.key: image for image in read_images(url, data, skipped)}
         item = {"url": [url], "visit": [0], "epoch": [0], "start": [0]}
-        tables = list(_read_visit({k: np.asarray(v) for k, v in item.items()}, data.extensions, 0, 7))
-        blocks = [_decode_block(table, data, PLAIN, 0) for table in tables]
+        tables = VisitReader(data.extensions, 0, 7)({k: np.asarray(v) for k, v in item.items()})
+        blocks = [BlockDecoder(data, PLAIN, 0)(table) for table in tables]
         ledger = Ledger(START, Skipped(), share=1)
         entered = [ledger.enter(block, url) for block in blocks]
         assert ledger.skipped == skipped
