@@ -21,7 +21,7 @@ from bld_core.noise import key_of, uniform
 from bld_core.samples import Sample, read_shard
 from bld_core.skipped import Left, Reason, Skipped
 
-_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # by their content; what else Pillow can open has no business in a shard
 _MOST_PIXELS = 178_956_970  # Pillow's own limit
 _PROBED_BYTES = 16 << 20
@@ -53,7 +53,7 @@ class ImageConfig:
     image_size: int = 256
     channels: Literal[1, 3] = 3
     fit: Literal["crop", "pad"] = "crop"
-    extensions: list[str] = field(default_factory=lambda: list(_EXTENSIONS))
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     draft: bool = False
     max_pixels: int = 1 << 26
     max_skipped: float = 0.01
@@ -63,8 +63,8 @@ class ImageConfig:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
         if not self.extensions:
             raise ValueError("data.extensions is empty; name at least one, for example [png]")
-        if unknown := sorted({*self.extensions} - {*_EXTENSIONS}):
-            raise ValueError(f"data.extensions names {unknown}; images are {', '.join(_EXTENSIONS)}, in lower case")
+        if unknown := sorted({*self.extensions} - {*EXTENSIONS}):
+            raise ValueError(f"data.extensions names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case")
         if not 1 <= self.max_pixels <= _MOST_PIXELS:
             raise ValueError(
                 f"data.max_pixels is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit"

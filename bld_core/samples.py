@@ -182,3 +182,12 @@ def write_shard(url: str, samples: Iterable[Sample]) -> int:
                 tar.addfile(member, io.BytesIO(data))
             count += 1
     return count
+
+
+def shard_size(samples: Iterable[tuple[int, int]]) -> int:
+    """Bytes that `write_shard` writes for samples of (bytes of the image, class) with keys of up to 90 characters."""
+    blocks = 0
+    for size, label in samples:
+        blocks += 1 + -(-size // tarfile.BLOCKSIZE) + (2 if label >= 0 else 0)  # a header and the data; the class
+    size = (blocks + 2) * tarfile.BLOCKSIZE  # two blocks of zeros are the end
+    return -(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE

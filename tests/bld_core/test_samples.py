@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from bld_core import files
 from bld_core.images import ImageConfig, read_images
@@ -76,12 +77,12 @@ def test_webdataset_reads_what_is_written_and_writes_the_same_bytes(tmp_path: Pa
     samples = [*toy_samples(5), Sample("k" * 150, "png", IMAGE, -1), Sample("folder/ü", "jpg", b"x", 12)]
     url = str(tmp_path / "a.tar")
     write_shard(url, samples)
-    read = list(webdataset.WebDataset(url, shardshuffle=False))
+    read = list(WebDataset(url, shardshuffle=False))
     assert [fields["__key__"] for fields in read] == [sample.key for sample in samples]
     for fields, sample in zip(read, samples, strict=True):
         assert fields[sample.extension] == sample.data
         assert int(fields.get("cls", -1)) == sample.label
-    with open(tmp_path / "b.tar", "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:  # pyright: ignore[reportArgumentType]
+    with open(tmp_path / "b.tar", "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:  # pyright: ignore[reportArgumentType]
         for fields in read:
             writer.write({name: value for name, value in fields.items() if name[:2] != "__" or name == "__key__"})
     assert (tmp_path / "b.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
