@@ -27,71 +27,58 @@ _TYPES = {"data": pa.binary(), "key": pa.string(), "label": pa.int64(), "reason"
 Columns = dict[str, NDArray[Any]]
 
 
-class VisitReader:
-    """Reads the shard of a visit, in the order of (seed, epoch).
+def read_visit(item: Columns, extensions: list[str], seed: int, rows: int) -> Iterator[pa.Table]:
+    """Read the shard of one visit: what is left out, then the samples in the order of (seed, epoch).
 
     Args:
+        item: of one row: url, visit, epoch, start (rows that are passed over).
         extensions: which files are images.
         seed: of the order.
-        rows: samples in one block.
+        rows: in one block.
+
+    Yields:
+        Blocks with the columns data, key, label, reason, visit, epoch, offset (number of the row), total (rows of the
+        visit).
     """
-
-    def __init__(self, extensions: list[str], seed: int, rows: int) -> None:
-        self.extensions = extensions
-        self.seed = seed
-        self.rows = rows
-
-    def __call__(self, item: Columns) -> Iterator[pa.Table]:
-        """One visit (url, visit, epoch, start: rows passed over) -> its rows: what is left out, then the samples.
-
-        Columns: data, key, label, reason, visit, epoch, offset (number of the row), total (rows of the visit).
-        """
-        url, visit, epoch, start = (item[name][0] for name in ("url", "visit", "epoch", "start"))
-        shard = read_shard(str(url), self.extensions)
-        purpose = f"sample order {files.name(str(url))}"
-        order = permutation(self.seed, purpose, int(epoch), len(shard.samples)).tolist()
-        samples = [shard.samples[i] for i in order]
-        none = [None] * len(shard.left)
-        columns = {
-            "data": [*none, *(sample.data for sample in samples)],
-            "key": [*(key for _, key in shard.left), *(sample.key for sample in samples)],
-            "label": [*(-1 for _ in none), *(sample.label for sample in samples)],
-            "reason": [*(REASONS.index(reason) for reason, _ in shard.left), *(DELIVERED for _ in samples)],
-        }
-        total = len(columns["key"])
-        for first in range(int(start), total, self.rows):
-            offset = np.arange(first, min(first + self.rows, total))
-            table = {
-                name: pa.array(column[first : first + self.rows], _TYPES[name]) for name, column in columns.items()
-            }
-            same = {"visit": visit, "epoch": epoch, "total": total}
-            yield pa.table(table | {"offset": offset} | {name: np.full_like(offset, n) for name, n in same.items()})
+    url, visit, epoch, start = (item[name][0] for name in ("url", "visit", "epoch", "start"))
+    shard = read_shard(str(url), extensions)
+    order = permutation(seed, f"sample order {files.name(str(url))}", int(epoch), len(shard.samples)).tolist()
+    samples = [shard.samples[i] for i in order]
+    none = [None] * len(shard.left)
+    columns = {
+        "data": [*none, *(sample.data for sample in samples)],
+        "key": [*(key for _, key in shard.left), *(sample.key for sample in samples)],
+        "label": [*(-1 for _ in none), *(sample.label for sample in samples)],
+        "reason": [*(REASONS.index(reason) for reason, _ in shard.left), *(DELIVERED for _ in samples)],
+    }
+    total = len(columns["key"])
+    for first in range(int(start), total, rows):
+        offset = np.arange(first, min(first + rows, total))
+        block = {name: pa.array(column[first : first + rows], _TYPES[name]) for name, column in columns.items()}
+        same = {"visit": visit, "epoch": epoch, "total": total}
+        yield pa.table(block | {"offset": offset} | {name: np.full_like(offset, value) for name, value in same.items()})
 
 
-class BlockDecoder:
-    """Decodes and augments the images of some rows.
+def decode_block(table: pa.Table, data: ImageConfig, augmentation: AugmentationConfig, seed: int) -> Columns:
+    """Decode and augment the images of a block.
 
     Args:
+        table: from `read_visit`.
         data: the form of the images.
         augmentation: how they vary from epoch to epoch.
         seed: of the augmentation.
+
+    Returns:
+        The same rows with pixels for data: uint8 (rows, H, W, channels), zeros where there is no image.
     """
-
-    def __init__(self, data: ImageConfig, augmentation: AugmentationConfig, seed: int) -> None:
-        self.data = data
-        self.augmentation = augmentation
-        self.seed = seed
-
-    def __call__(self, table: pa.Table) -> Columns:
-        """The same rows with pixels for data: uint8 (rows, H, W, channels), zeros where there is no image."""
-        names = ("label", "reason", "visit", "epoch", "offset", "total")
-        columns = {name: table[name].to_numpy() for name in names}
-        reasons, keys = columns["reason"].copy(), table["key"].to_pylist()
-        pixels = np.zeros((len(keys), self.data.image_size, self.data.image_size, self.data.channels), np.uint8)
-        for row in np.flatnonzero(reasons == DELIVERED):
-            view = self.augmentation.view(self.seed, int(columns["epoch"][row]), keys[row])
-            try:
-                pixels[row] = decode(memoryview(table["data"][int(row)].as_buffer()), self.data, view)
-            except BadImage as error:
-                reasons[row] = REASONS.index(error.reason)
-        return columns | {"pixels": pixels, "key": np.asarray(keys), "reason": reasons}
+    names = ("label", "reason", "visit", "epoch", "offset", "total")
+    columns = {name: table[name].to_numpy() for name in names}
+    reasons, keys = columns["reason"].copy(), table["key"].to_pylist()
+    pixels = np.zeros((len(keys), data.image_size, data.image_size, data.channels), np.uint8)
+    for row in np.flatnonzero(reasons == DELIVERED):
+        view = augmentation.view(seed, int(columns["epoch"][row]), keys[row])
+        try:
+            pixels[row] = decode(memoryview(table["data"][int(row)].as_buffer()), data, view)
+        except BadImage as error:
+            reasons[row] = REASONS.index(error.reason)
+    return columns | {"pixels": pixels, "key": np.asarray(keys), "reason": reasons}

@@ -24,13 +24,13 @@ from bld_core import files
 from bld_core.noise import permutation
 from bld_core.skipped import Left, Skipped
 from bld_core.training import Batch, worker_share
-from bld_core.visits import DELIVERED, REASONS, BlockDecoder, Columns, VisitReader
+from bld_core.visits import DELIVERED, REASONS, Columns, decode_block, read_visit
 from cluster.experiment import Experiment
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
+_READ_TASKS = 2  # a shard is read while the one before it is decoded
 _BLOCK_BYTES = 8 << 20
-_IN_FLIGHT = 4  # blocks queued at each decoding actor, so that it never waits for Ray Data's scheduling loop
 _TURN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -182,21 +182,19 @@ class Stream:
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))
             .map_batches(
-                VisitReader,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out generators
+                read_visit,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_kwargs and batch_format
                 batch_size=1,
                 num_cpus=0,
-                compute=ray.data.ActorPoolStrategy(size=1),
-                fn_constructor_args=(data.extensions, seed, rows),
+                compute=ray.data.TaskPoolStrategy(size=_READ_TASKS),
+                fn_kwargs={"extensions": data.extensions, "seed": seed, "rows": rows},
             )
             .map_batches(
-                BlockDecoder,
+                decode_block,  # pyright: ignore[reportArgumentType]
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
-                compute=ray.data.ActorPoolStrategy(
-                    size=self.experiment.cluster.decode_tasks, max_tasks_in_flight_per_actor=_IN_FLIGHT
-                ),
-                fn_constructor_args=(data, self.experiment.augmentation, seed),
+                compute=ray.data.TaskPoolStrategy(size=self.experiment.cluster.decode_tasks + 1),
+                fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
             )
         )
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):

@@ -76,6 +76,8 @@ def connect(config: ClusterConfig) -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
