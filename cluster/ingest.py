@@ -24,13 +24,12 @@ from bld_core import files
 from bld_core.noise import permutation
 from bld_core.skipped import Left, Skipped
 from bld_core.training import Batch, worker_share
-from bld_core.visits import DELIVERED, REASONS, Columns, decode_block, read_visit
+from bld_core.visits import DELIVERED, REASONS, Columns, decode_block, read_visit, unpack
 from cluster.experiment import Experiment
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
 _READ_TASKS = 2  # a shard is read while the one before it is decoded
-_BLOCK_BYTES = 8 << 20
 _TURN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -169,7 +168,6 @@ class Stream:
     def _execute(self, visits: list[dict[str, Any]]) -> Iterator[Columns]:
         """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
         data, seed = self.experiment.data, self.experiment.seed
-        rows = max(1, _BLOCK_BYTES // (data.image_size**2 * data.channels))
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -178,7 +176,7 @@ class Stream:
         context.execution_options.resource_limits = ray.data.ExecutionResources(
             object_store_memory=self.experiment.cluster.read_ahead << 20
         )
-        context.target_max_block_size = _BLOCK_BYTES
+        context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))
             .map_batches(
@@ -186,7 +184,7 @@ class Stream:
                 batch_size=1,
                 num_cpus=0,
                 compute=ray.data.TaskPoolStrategy(size=_READ_TASKS),
-                fn_kwargs={"extensions": data.extensions, "seed": seed, "rows": rows},
+                fn_kwargs={"data": data, "seed": seed},
             )
             .map_batches(
                 decode_block,  # pyright: ignore[reportArgumentType]
@@ -197,9 +195,8 @@ class Stream:
                 fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
             )
         )
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-            assert isinstance(block, dict), "NumPy batches are dictionaries of columns"
-            yield {name: np.asarray(values) for name, values in block.items()}
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            yield unpack(block, data)  # pyright: ignore[reportArgumentType]  # it is a table
 
 
 @dataclass

@@ -16,7 +16,7 @@ from bld_core.images import AugmentationConfig, ImageConfig, first_images, read_
 from bld_core.samples import Sample, write_shard
 from bld_core.skipped import Reason, Skipped
 from bld_core.training import Batch, TrainingConfig
-from bld_core.visits import Columns, decode_block, read_visit
+from bld_core.visits import Columns, decode_block, read_visit, unpack
 from cluster.experiment import Experiment
 from cluster.ingest import Ledger, Position, image_batches, resume_position
 from cluster.runtime import ClusterConfig
@@ -122,8 +122,8 @@ def test_every_row_is_an_image_or_a_reason(tmp_path: Path) -> None:
         skipped = Skipped()
         images = {image.key: image for image in read_images(url, data, skipped)}
         item = {"url": [url], "visit": [0], "epoch": [0], "start": [0]}
-        tables = read_visit({k: np.asarray(v) for k, v in item.items()}, data.extensions, 0, 7)
-        blocks = [decode_block(table, data, PLAIN, 0) for table in tables]
+        tables = read_visit({name: np.asarray(value) for name, value in item.items()}, data, 0)
+        blocks = [unpack(decode_block(table, data, PLAIN, 0), data) for table in tables]
         ledger = Ledger(START, Skipped(), share=1)
         entered = [ledger.enter(block, url) for block in blocks]
         assert ledger.skipped == skipped
