@@ -1,14 +1,11 @@
-"""Image shards (WebDataset tar files) <-> uint8 images.
-
-A sample is `<key>.<extension>` with, optionally, `<key>.cls`: its class index as text.
-"""
+"""Image files of any kind -> upright uint8 images of one form; how they vary in training."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import logging
-from collections import Counter
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,11 +13,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bld_core import files
 from bld_core.noise import key_of, uniform
+from bld_core.samples import Sample, read_shard
+from bld_core.skipped import Left, Reason, Skipped
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_FORMATS = ("JPEG", "PNG", "WEBP")  # by their content; what else Pillow can open has no business in a shard
+_MOST_PIXELS = 178_956_970  # Pillow's own limit
+_PROBED_BYTES = 16 << 20
+_SHARDS_PROBED = 64
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,12 @@ class ImageConfig:
         channels: 1 (grey) or 3 (RGB).
         fit: how other sizes become that square: "crop" scales the short side and cuts out the centre, "pad" centres
             the image, unscaled, on black.
-        extensions: file extensions that are images, in lower case.
+        extensions: file extensions that are images, in lower case: of jpg, jpeg, png and webp.
+        draft: decode a JPEG that is at least four times as large as needed at 1/2, 1/4 or 1/8 of its size, of which at
+            least twice the size needed is left to scale down: 2 to 2.5 times as fast, 44 to 51 dB from the full decode.
+        max_pixels: a larger image (width times height) is left out before it is decoded.
+        max_skipped: share of the samples that may be left out as damaged or unusable; above it the job fails with a
+            report of the reasons and the first few names.
     """
 
     train: str = ""
@@ -42,13 +53,24 @@ class ImageConfig:
     image_size: int = 256
     channels: Literal[1, 3] = 3
     fit: Literal["crop", "pad"] = "crop"
-    extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    draft: bool = False
+    max_pixels: int = 1 << 26
+    max_skipped: float = 0.01
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
         if not self.extensions:
             raise ValueError("data.extensions is empty; name at least one, for example [png]")
+        if unknown := sorted({*self.extensions} - {*EXTENSIONS}):
+            raise ValueError(f"data.extensions names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case")
+        if not 1 <= self.max_pixels <= _MOST_PIXELS:
+            raise ValueError(
+                f"data.max_pixels is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit"
+            )
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"data.max_skipped is {self.max_skipped}; it is a share and must lie in [0, 1]")
 
 
 class View(NamedTuple):
@@ -96,15 +118,6 @@ class AugmentationConfig:
         return View(self.resize, left, top, self.flip and flip < 0.5)
 
 
-class Sample(NamedTuple):
-    """One image of a shard: its key, its file as stored, its class (-1: none)."""
-
-    key: str
-    extension: str
-    data: bytes
-    label: int
-
-
 class LabelledImage(NamedTuple):
     """One decoded image: pixels uint8 (H, W, channels)."""
 
@@ -113,58 +126,72 @@ class LabelledImage(NamedTuple):
     label: int
 
 
-def read_samples(url: str, extensions: Iterable[str]) -> Iterator[Sample]:
-    """The samples of a shard, in the order of the tar file, not decoded.
+class BadImage(OSError):  # noqa: N818  # as OSError's own children are named
+    """An image file that is of no use.
 
-    Raises:
-        ValueError: the shard holds no image with one of the extensions.
+    Attributes:
+        reason: why.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    wanted = list(extensions)
-    seen: Counter[str] = Counter()
-    found = 0
-    with files.open_read(url) as stream:
-        for fields in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-            extension = next((e for e in wanted if e in fields), None)
-            if extension is None:
-                seen.update(name for name in fields if not name.startswith("__"))
-                continue
-            found += 1
-            label = int(fields["cls"]) if "cls" in fields else -1
-            yield Sample(fields["__key__"], extension, fields[extension], label)
-    if not found:
-        present = ", ".join(sorted(seen)) or "nothing"
-        raise ValueError(
-            f"shard {url!r} holds no image: looked for {', '.join(wanted)}, found {present}; set data.extensions"
-        )
+    def __init__(self, reason: Reason, detail: object) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
 
 
-def decode(data: bytes, config: ImageConfig, view: View | None = None) -> NDArray[np.uint8]:
+def decode(data: bytes | memoryview, config: ImageConfig, view: View | None = None) -> NDArray[np.uint8]:
     """Bytes of an image file -> uint8 (image_size, image_size, channels), in one view of it or as it is.
 
+    The image is turned upright as its EXIF orientation says; transparent parts show white; of 16 bits the upper 8 are
+    kept.
+
     Raises:
-        OSError: the bytes are not a whole image.
+        BadImage: the bytes are not a whole image, or it is larger than the configuration allows.
         ValueError: `fit: pad`, and the image is larger than the square.
     """
-    try:
-        image = Image.open(io.BytesIO(data)).convert("L" if config.channels == 1 else "RGB")
-    except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # What Pillow's decoders say of damaged headers, and of images of absurd size.
-        raise OSError(f"damaged image: {error}") from error
     size = config.image_size
     varied = view is not None and view.resize > 1
     assert not (varied and config.fit == "pad"), "refused where the configurations meet"
+    short = round(size * view.resize) if view is not None else size
+    image = _open(data, config, short)
     if image.size != (size, size) or varied:
-        image = _pad(image, size) if config.fit == "pad" else _crop(image, size, view)
+        image = _pad(image, size) if config.fit == "pad" else _crop(image, size, short, view, config.max_pixels)
     pixels = np.asarray(image, dtype=np.uint8).reshape(size, size, config.channels)
     return np.ascontiguousarray(pixels[:, ::-1]) if view is not None and view.mirrored else pixels
 
 
-def _crop(image: Image.Image, size: int, view: View | None) -> Image.Image:
-    short = size if view is None else round(size * view.resize)
+def _open(data: bytes | memoryview, config: ImageConfig, short: int) -> Image.Image:
+    """A whole image, upright, of which the short side is to become `short`; mode L or RGB."""
+    if not len(data):
+        raise BadImage(Reason.EMPTY, "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        pixels = image.width * image.height
+        if pixels <= config.max_pixels:
+            if config.draft and config.fit == "crop":
+                image.draft(None, (2 * short, 2 * short))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image).convert("L" if config.channels == 1 else "RGB")
+    except Image.DecompressionBombError as error:
+        raise BadImage(Reason.TOO_LARGE, error) from error
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+        raise BadImage(Reason.UNREADABLE, error) from error  # Pillow's decoders say all of these of damaged files
+    raise BadImage(Reason.TOO_LARGE, f"{pixels} pixels")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The same image, opaque, with 8 bits a channel."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+def _crop(image: Image.Image, size: int, short: int, view: View | None, most: int) -> Image.Image:
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
+    if width * height > most:
+        raise BadImage(Reason.TOO_LARGE, f"{image.size} pixels, scaled to {(width, height)}")
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     if view is not None and view.resize > 1:
@@ -185,28 +212,28 @@ def _as_is(key: str) -> None:
 
 
 def decode_samples(
-    samples: Iterable[Sample], config: ImageConfig, skipped: Counter[str], view: Callable[[str], View | None] = _as_is
+    shard: str,
+    samples: Iterable[Sample],
+    config: ImageConfig,
+    skipped: Skipped,
+    view: Callable[[str], View | None] = _as_is,
 ) -> Iterator[LabelledImage]:
-    """Decode samples in order, each in the view of its key.
-
-    An unreadable image is left out and counted by reason in `skipped`.
-    """
+    """Decode samples of a shard in order, each in the view of its key; what is of no use is counted in `skipped`."""
     for sample in samples:
         try:
             pixels = decode(sample.data, config, view(sample.key))
-        except OSError:
-            skipped["unreadable image"] += 1
+        except BadImage as error:
+            skipped.add(shard, Left(error.reason, sample.key))
             continue
+        skipped.seen += 1
         yield LabelledImage(sample.key, pixels, sample.label)
 
 
-def read_images(url: str, config: ImageConfig, skipped: Counter[str]) -> Iterator[LabelledImage]:
-    """The decoded images of a shard, as they are, in the order of the tar file."""
-    return decode_samples(read_samples(url, config.extensions), config, skipped)
-
-
-_SHARDS_PROBED = 64
-_log = logging.getLogger(__name__)
+def read_images(url: str, config: ImageConfig, skipped: Skipped) -> Iterator[LabelledImage]:
+    """The decoded images of a shard, as they are, in the order of the tar file; everything else goes to `skipped`."""
+    name, shard = files.name(url), read_shard(url, config.extensions)
+    skipped.add(name, *shard.left)
+    return decode_samples(name, shard.samples, config, skipped)
 
 
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
@@ -222,12 +249,26 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
         raise ValueError(f"data.{split} is empty; give shards, for example data/{split}-{{0000..0003}}.tar")
     urls = files.expand(pattern)
     for url in urls[:_SHARDS_PROBED]:
-        first = next(read_samples(url, config.extensions))
-        try:
-            decode(first.data, config)
-        except OSError as error:
-            _log.warning("shard %s: its first image cannot be read (%s)", url, error)
+        _check_shard(url, config)
     return urls
+
+
+def _check_shard(url: str, config: ImageConfig) -> None:
+    shard = read_shard(url, config.extensions, _PROBED_BYTES)
+    if not shard.samples:
+        shard = read_shard(url, config.extensions)
+    if shard.samples:
+        try:
+            decode(shard.samples[0].data, config)
+        except BadImage as error:
+            _log.warning("shard %s: its first image cannot be used (%s)", url, error)
+    elif {reason for reason, _ in shard.left} == {Reason.NO_IMAGE}:
+        raise ValueError(
+            f"shard {url!r} holds no image: looked for {', '.join(config.extensions)}, found "
+            f"{', '.join(sorted(shard.others)) or 'nothing'}; set data.extensions"
+        )
+    else:
+        _log.warning("shard %s holds no image that can be used: %s, ...", url, shard.left[0].reason)
 
 
 def stack(images: Sequence[LabelledImage]) -> Tensor:
@@ -238,23 +279,5 @@ def stack(images: Sequence[LabelledImage]) -> Tensor:
 def first_images(pattern: str, config: ImageConfig, limit: int) -> list[LabelledImage]:
     """The first `limit` images of a shard pattern, for pictures and validation."""
     urls = files.expand(pattern)
-    images = itertools.chain.from_iterable(read_images(url, config, Counter()) for url in urls)
+    images = itertools.chain.from_iterable(read_images(url, config, Skipped()) for url in urls)
     return list(itertools.islice(images, limit))
-
-
-def write_shard(url: str, samples: Iterable[Sample]) -> int:
-    """Write a WebDataset shard with deterministic bytes, committed when complete; returns the number of samples."""
-    from webdataset.writer import TarWriter
-
-    count = 0
-    with (
-        files.commit(url) as file,
-        TarWriter(file, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]  # any IO[bytes] will do
-    ):
-        for sample in samples:
-            fields = {"__key__": sample.key, sample.extension: sample.data}
-            if sample.label >= 0:
-                fields["cls"] = str(sample.label).encode()
-            writer.write(fields)
-            count += 1
-    return count

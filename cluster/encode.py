@@ -25,6 +25,7 @@ from bld_core.latents import (
     manifest_entry,
     shard_metadata,
 )
+from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.progress import Progress
 from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
@@ -44,10 +45,11 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A job done: what the manifest says of its file, the file's size, and whether it was made now or found."""
+    """A job done: what the manifest says of its file, the file's size, what it leaves out, and whether it is new."""
 
     entry: dict[str, Any]
     bytes: int
+    skipped: Skipped
     anew: bool
 
 
@@ -92,7 +94,7 @@ def _encode(stage: Stage, jobs: list[Job], autoencoder_hash: str) -> list[dict[s
     views = max(1, experiment.latents.draws) * (1 + experiment.latents.mirror)
     entries: dict[int, dict[str, Any]] = {}
     totals: Counter[str] = Counter()
-    images = 0
+    images, left_out = 0, Skipped()
     began = spoke = time.monotonic()
     progress = Progress("encode", len(jobs))
     arguments, calls = (experiment, autoencoder_hash), experiment.cluster.decode_tasks
@@ -103,6 +105,8 @@ def _encode(stage: Stage, jobs: list[Job], autoencoder_hash: str) -> list[dict[s
             totals["rows"] += encoded.entry["rows"]
             totals["bytes"] += encoded.bytes
             totals.update({f"skipped {reason}": count for reason, count in encoded.entry["skipped"].items()})
+            left_out.merge(encoded.skipped)
+            left_out.check(experiment.data.max_skipped, whole=len(entries) == len(jobs))
             if encoded.anew:
                 images += encoded.entry["rows"] // views
             else:
@@ -144,9 +148,9 @@ def _identity(experiment: Experiment, autoencoder_hash: str) -> dict[str, Any]:
     }
 
 
-def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Counter[str]]:
-    """A shard's images, as they are, some at a time; and at the end how many were skipped, by reason."""
-    skipped: Counter[str] = Counter()
+def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
+    """A shard's images, as they are, some at a time; and at the end what was left out."""
+    skipped = Skipped()
     images = read_images(source, data, skipped)
     while some := list(itertools.islice(images, size)):
         yield some
@@ -186,27 +190,32 @@ class Encoder:
             data = files.read_bytes(url)
             metadata = shard_metadata(data)
             if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
-                entry = manifest_entry(
-                    job.file, data, metadata["rows"], metadata["source"], job.split, metadata["skipped"]
-                )
-                return Encoded(entry, len(data), anew=False)
-        skipped: Counter[str] = Counter()
+                skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
+                entry = manifest_entry(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
+                return Encoded(entry, len(data), skipped, anew=False)
+        skipped = Skipped()
         latents = self.experiment.latents
         images = self._decoded(job.source, skipped)
         rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
-        facts: dict[str, Any] = {"source": files.name(job.source), "rows": len(rows.key), "skipped": dict(skipped)}
+        facts: dict[str, Any] = {
+            "source": files.name(job.source),
+            "rows": len(rows.key),
+            "seen": skipped.seen,
+            "skipped": dict(skipped.counts),
+            "skipped_names": skipped.names,
+        }
         data = latent_shard_bytes(rows, {**self.identity, **facts})
         files.write_bytes(url, data)
-        entry = manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped)
-        return Encoded(entry, len(data), anew=True)
+        entry = manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
+        return Encoded(entry, len(data), skipped, anew=True)
 
-    def _decoded(self, source: str, skipped: Counter[str]) -> Iterator[LabelledImage]:
+    def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
         parts: Any = self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size)
         for reference in parts:
             part = fetch(reference)
-            if isinstance(part, Counter):
-                skipped.update(part)
+            if isinstance(part, Skipped):
+                skipped.merge(part)
             else:
                 yield from part
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import trained_model
 from bld_core.pictures import grid, png, reconstruction_grid
 from bld_core.quantizer import BernoulliBottleneck, CodeHealth
+from bld_core.skipped import Skipped
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.plots import bit_usage_plot, profile_plot
@@ -53,6 +53,7 @@ class Reconstructions:
     health: CodeHealth = field(default_factory=CodeHealth)
     real: FeatureMoments = field(default_factory=FeatureMoments)
     remade: FeatureMoments = field(default_factory=FeatureMoments)
+    skipped: Skipped = field(default_factory=Skipped)
 
     def merge(self, other: Reconstructions) -> None:
         """Add another piece of work."""
@@ -61,6 +62,7 @@ class Reconstructions:
         self.health.merge(other.health)
         self.real.merge(other.real)
         self.remade.merge(other.remade)
+        self.skipped.merge(other.skipped)
 
     def figures(self, config: EvaluationConfig) -> dict[str, float]:
         """The figures by name; those that were asked for."""
@@ -76,6 +78,8 @@ class Reconstructions:
             found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
         if config.frechet:
             found[frechet_name("r", config.inception_sha256)] = frechet_distance(self.real, self.remade)
+        if self.skipped.total:
+            found["skipped_images"] = self.skipped.total
         return found
 
 
@@ -112,8 +116,10 @@ class Evaluator(Sampler):
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:
         found, autoencoder = Reconstructions(), self.generator.autoencoder.network
-        images = stack(list(read_images(url, self.experiment.data, Counter())))
-        for batch in images.split(self.experiment.latents.batch_size):
+        images = list(read_images(url, self.experiment.data, found.skipped))
+        if not images:
+            return found
+        for batch in stack(images).split(self.experiment.latents.batch_size):
             x = to_float(batch.to(self.generator.device))
             features = autoencoder.encode(x)
             remade = to_uint8(autoencoder.decode(autoencoder.bottleneck(features)[0]))
@@ -262,6 +268,7 @@ def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
                 found.bounds.append(result)
             case _:
                 found.samples.append(result)
+    found.remade.skipped.check(experiment.data.max_skipped)
     return found
 
 

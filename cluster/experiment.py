@@ -23,9 +23,9 @@ from cluster.runtime import ClusterConfig
 from cluster.tracking import TrackingConfig
 
 # What does not change what a stage makes, beyond rounding: how often it reports, how it saves time and memory, what it
-# does with a bad step, and where a file lies whose sha256 is given.
+# does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
 _FREE = (
-    *("log_every", "evaluate_every", "checkpoint_every", "non_finite"),
+    *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights"),
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from bld_core.generator import AUTOENCODER, Generator, load_prior
 from bld_core.images import ImageConfig, check_shards, first_images, read_images, stack
 from bld_core.metrics.classifier import Classifier, accuracy, train_classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.features import INCEPTION, Inception, frechet_name
 from cluster.runtime import map_on_actors
@@ -134,7 +134,7 @@ class Examiner(Sampler):
 
     def _look(self, piece: Look) -> Seen:
         data, seen = self.experiment.data, Seen(FeatureMoments(), FeatureMoments())
-        for images in stack(list(read_images(piece.url, data, Counter()))).split(self.experiment.latents.batch_size):
+        for images in stack(list(read_images(piece.url, data, Skipped()))).split(self.experiment.latents.batch_size):
             seen.real.update(self.extractor(images))
             if piece.held_out:
                 seen.remade.update(self.extractor(self.generator.decode(self.generator.encode(images))))

@@ -14,6 +14,8 @@ from ray.exceptions import RayTaskError
 
 from cluster.progress import Progress
 
+_LEAST_READ_AHEAD = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
@@ -24,7 +26,9 @@ class ClusterConfig:
             `ray job submit`) or else starts a local one that ends with the command.
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
-        decode_tasks: shards that are read and decoded at the same time for each training worker of stage 1.
+        decode_tasks: cores that decode images for each training worker of stage 1; one more block of images is under
+            way, so that none of them waits for the scheduler.
+        read_ahead: MiB of shared memory that each training worker of stage 1 may fill with images read ahead.
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
@@ -35,6 +39,7 @@ class ClusterConfig:
     workers: int = 1
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
+    read_ahead: int = 256
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
@@ -44,6 +49,11 @@ class ClusterConfig:
             raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1")
         if self.decode_tasks < 1:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
+        if self.read_ahead < _LEAST_READ_AHEAD:
+            raise ValueError(
+                f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with less, "
+                "Ray Data starves a fast consumer"
+            )
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if self.latents_gb <= 0:
@@ -60,7 +70,7 @@ class ClusterConfig:
 
 
 DECODE_CPUS = 0.25
-"""Cores reserved by one task that reads and decodes a shard."""
+"""Cores reserved by one task that decodes a block of images."""
 
 
 def connect(config: ClusterConfig) -> None:
@@ -72,6 +82,8 @@ def connect(config: ClusterConfig) -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, logging_level=logging.WARNING)

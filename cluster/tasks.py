@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from bld_core.objectives import AutoencoderObjective
 from bld_core.pictures import grid, reconstruction_grid
 from bld_core.quantizer import CodeHealth
 from bld_core.sampling import SamplingConfig
+from bld_core.skipped import Skipped
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
 from cluster.ingest import Position, image_batches, resume_position
@@ -59,10 +60,12 @@ class Task(ABC):
     Attributes:
         experiment: its configuration.
         training: the part of it that trains this stage.
+        skipped: the account of what this worker leaves out of its data.
     """
 
     experiment: Experiment
     training: TrainingConfig
+    skipped: Skipped
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -84,6 +87,10 @@ class Task(ABC):
         """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
         return []
 
+    def left_out(self) -> int:
+        """Samples that this worker has left out of its data since the first step; `skipped` accounts for new ones."""
+        return 0
+
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         """Which of several averages of the weights is the best; the first, where the stage has no measure of it."""
         return 0
@@ -99,6 +106,7 @@ class AutoencoderTask(Task):
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.training = experiment.autoencoder_training
+        self.skipped = Skipped()
         self._position = Position()
         self._held_out: Tensor | None = None
         self._perceptual: Perceptual | None = None
@@ -123,24 +131,17 @@ class AutoencoderTask(Task):
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        experiment, data = self.experiment, self.experiment.data
-        start = resume_position(positions, place.rank, place.world, len(files.expand(data.train)))
-        stream = image_batches(
-            data,
-            experiment.augmentation,
-            self.training,
-            experiment.seed,
-            step,
-            start,
-            place.rank,
-            place.world,
-            experiment.cluster.decode_tasks,
-        )
+        shards = len(files.expand(self.experiment.data.train))
+        start = resume_position(positions, place.rank, place.world, shards)
+        stream = image_batches(self.experiment, step, start, place.rank, place.world, self.skipped)
         for batch, self._position in stream:
             yield batch.to(place.device)
 
     def position(self) -> list[int]:
-        return [self._position.visit, self._position.offset]
+        return [*astuple(self._position)]
+
+    def left_out(self) -> int:
+        return self._position.skipped
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
@@ -180,6 +181,7 @@ class PriorTask(Task):
         self.experiment = experiment
         self.training = experiment.prior_training
         self._latents = files.join(source, "latents")
+        self.skipped = Skipped()
         self.source = source
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)

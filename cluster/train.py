@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,7 @@ from bld_core.images import check_shards
 from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
 from bld_core.patience import StorageError
+from bld_core.skipped import Skipped, above
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
 from cluster.ingest import check_feed
@@ -178,8 +180,8 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
         if (failure := _storage_failure(error)) is not None:
             raise failure from error
         raise
-    if result.return_value:
-        raise FloatingPointError(result.return_value)
+    if result.return_value is not None:
+        raise result.return_value
     checkpoint = result.checkpoint
     assert checkpoint is not None, "the last step always saves one"
     with checkpoint.as_directory() as folder:
@@ -198,8 +200,8 @@ def _storage_failure(error: TrainingFailedError) -> StorageError | None:
     return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
 
 
-def _work(config: dict[str, Any]) -> str:
-    """One training worker; returns why training has diverged, or nothing."""
+def _work(config: dict[str, Any]) -> Exception | None:
+    """One training worker; returns why all of them have stopped early: to start again would not help."""
     task: Task = config["task"]
     training = task.training
     task.experiment.cluster.limit_threads()
@@ -224,34 +226,47 @@ def _work(config: dict[str, Any]) -> str:
         for report in train(state, batches, task.objective(place), training):
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
-                figures = _figures(report, state, place)
+                figures = _figures(report, state, task, place)
                 if run is not None and load is not None and progress is not None:
                     named = {f"train_{name}": value for name, value in figures.items()}
                     run.metrics(named | load.figures(), report.step)
                     progress.update(report.step, figures)
+                if _too_many(task, report.step, figures):
+                    return ValueError(f"{_join(str(task.skipped), place)}; {above(task.experiment.data.max_skipped)}")
             look = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
             if look:
                 metrics = _evaluate(task, state, run, place)
             if look or keep:
                 _meet(task, state, metrics, place, config["folder"] if keep else None)
-    except FloatingPointError as error:  # on every worker at once; to start again from a checkpoint would not help
-        return _join(str(error), place)
+    except FloatingPointError as error:  # on every worker at once
+        return FloatingPointError(_join(str(error), place))
     if progress is not None:
         progress.close()
-    return ""
+    return None
 
 
-def _figures(report: Report, state: TrainState, place: Place) -> dict[str, float]:
-    """The step's losses, the mean over all workers; and how the step went."""
-    values = torch.stack([*report.terms.values()]).double()
+def _figures(report: Report, state: TrainState, task: Task, place: Place) -> dict[str, float]:
+    """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
+    terms = torch.stack([*report.terms.values()]).double()
+    values = torch.cat([terms, terms.new_tensor([task.left_out() * place.world])])
     if place.world > 1:
         torch.distributed.all_reduce(values)
-    figures = dict(zip(report.terms, (values / place.world).tolist(), strict=True))
+    *means, left_out = (values / place.world).tolist()
+    figures = dict(zip(report.terms, means, strict=True))
     figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
     if state.skipped:
         figures["skipped"] = state.skipped
+    if left_out:
+        figures["skipped_images"] = left_out
     return figures
+
+
+def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
+    """Whether all workers together have left out too many images; each of them gets the same answer."""
+    left_out = round(figures.get("skipped_images", 0))
+    account = Skipped(step * task.training.batch_size + left_out, Counter(images=left_out))
+    return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
 def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> dict[str, float]:

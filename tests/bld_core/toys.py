@@ -23,10 +23,11 @@ from bld_core.bits import pack_bits
 from bld_core.codes import Latents, open_latents
 from bld_core.diffusion import Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
 from bld_core.epochs import latent_batches
-from bld_core.images import LabelledImage, Sample
+from bld_core.images import LabelledImage
 from bld_core.latents import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
 from bld_core.noise import uniform
 from bld_core.prior import Prior, PriorConfig
+from bld_core.samples import Sample
 from bld_core.schedule import NoiseSchedule
 from bld_core.training import Batch, TrainingConfig
 
@@ -278,5 +279,5 @@ def png_of(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
 
 
 def toy_samples(count: int, size: int = 8, channels: int = 1) -> list[Sample]:
-    """The same images as PNG files."""
-    return [Sample(i.key, "png", png_of(i.pixels), i.label) for i in toy_images(count, size, channels)]
+    """The same images as PNG files, each with a class: 0 to 3."""
+    return [Sample(i.key, "png", png_of(i.pixels), i.label % 4) for i in toy_images(count, size, channels)]

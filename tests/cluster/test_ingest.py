@@ -1,10 +1,7 @@
 """Ray Data ingest: deterministic, resumable anywhere, every image once an epoch; from a path and from S3."""
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -13,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from bld_core.images import AugmentationConfig, ImageConfig, Sample, first_images, write_shard
+from bld_core.autoencoder import AutoencoderConfig
+from bld_core.images import AugmentationConfig, ImageConfig, first_images, read_images
+from bld_core.samples import Sample, write_shard
+from bld_core.skipped import Reason, Skipped
 from bld_core.training import Batch, TrainingConfig
+from bld_core.visits import Columns, decode_block, read_visit, unpack
 from cluster.experiment import Experiment
-from cluster.ingest import Position, _decode_shard, image_batches, resume_position
+from cluster.ingest import Ledger, Position, image_batches, resume_position
+from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
+from tests.bld_core.toys import png_of
 
 TRAINING = TrainingConfig(batch_size=100)
 START = Position()
@@ -34,8 +36,16 @@ def stream(
     rank: int = 0,
     world: int = 1,
     augmentation: AugmentationConfig = PLAIN,
+    skipped: Skipped | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
-    return image_batches(data, augmentation, TRAINING, 0, step, start, rank, world, decode_tasks=2)
+    experiment = Experiment(
+        data=data,
+        augmentation=augmentation,
+        autoencoder_training=TRAINING,
+        autoencoder=AutoencoderConfig(multipliers=[1, 2], attention=[]),
+        cluster=ClusterConfig(decode_tasks=1),
+    )
+    return image_batches(experiment, step, start, rank, world, Skipped() if skipped is None else skipped)
 
 
 def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
@@ -91,18 +101,69 @@ def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_pa
         assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 
-def test_unreadable_images_are_left_out_and_a_shard_of_nothing_else_is_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    good = io.BytesIO()
-    Image.new("L", (8, 8), 200).save(good, "PNG")
-    data = ImageConfig(image_size=8, channels=1)
-    item = {"url": np.asarray([f"{tmp_path}/a.tar"]), "epoch": np.asarray([0]), "visit": np.asarray([0])}
-    contents = [good.getvalue(), b"no image", good.getvalue()[:40], good.getvalue()]
-    write_shard(f"{tmp_path}/a.tar", [Sample(str(i), "png", content, -1) for i, content in enumerate(contents)])
-    [block] = _decode_shard(item, data, AugmentationConfig(), 0, 100)
-    assert block["pixels"].shape == (2, 8, 8, 1)
-    assert "2 unreadable image left out of 4" in caplog.text
-    write_shard(f"{tmp_path}/a.tar", [Sample("0", "png", b"no image", -1)])
-    with pytest.raises(ValueError, match=r"a.tar' holds no image that can be used \(1 unreadable image\)"):
-        list(_decode_shard(item, data, AugmentationConfig(), 0, 100))
+def bad_shards(folder: Path) -> ImageConfig:
+    """Two shards of 40 images: 37 and 38 are delivered, 2 and 3 things left out in every epoch."""
+    image = png_of(np.full((8, 8), 200, np.uint8))
+    for name in ("a", "b"):
+        samples = [Sample(f"{name}{i:02d}", "png", image, 1) for i in range(40)]
+        write_shard(f"{folder}/{name}.tar", [*samples[:39], samples[39]._replace(data=b"no image")])
+    whole = (folder / "a.tar").read_bytes()
+    (folder / "a.tar").write_bytes(whole[: whole.index(b"a37.cls") + 600])  # cut off before its image
+    data = bytearray((folder / "b.tar").read_bytes())
+    data[data.index(b"b05.png") + 30] ^= 1
+    (folder / "b.tar").write_bytes(data)
+    return ImageConfig(train=f"{folder}/{{a,b}}.tar", image_size=8, channels=1, max_skipped=0.1)
+
+
+def test_every_row_is_an_image_or_a_reason(tmp_path: Path) -> None:
+    data = bad_shards(tmp_path)
+    for name, delivered in (("a", 37), ("b", 38)):
+        url = f"{tmp_path}/{name}.tar"
+        skipped = Skipped()
+        images = {image.key: image for image in read_images(url, data, skipped)}
+        item = {"url": [url], "visit": [0], "epoch": [0], "start": [0]}
+        tables = read_visit({name: np.asarray(value) for name, value in item.items()}, data, 0)
+        blocks = [unpack(decode_block(table, data, PLAIN, 0), data) for table in tables]
+        ledger = Ledger(START, Skipped(), share=1)
+        entered = [ledger.enter(block, url) for block in blocks]
+        assert ledger.skipped == skipped
+        assert ledger.place == Position(1, 0, skipped.total)
+        assert sum(len(block["key"]) for block in entered) == len(images) == delivered
+        for block in entered:
+            for key, pixels in zip(block["key"].tolist(), block["pixels"], strict=True):
+                np.testing.assert_array_equal(pixels, images[key].pixels)
+
+
+def row(visit: int, offset: int, total: int, reason: int = -1) -> Columns:
+    return {name: np.asarray([value]) for name, value in locals().items()} | {"key": np.asarray(["k"])}
+
+
+def test_a_row_that_is_missing_stops_the_stream() -> None:
+    ledger = Ledger(Position(3, 1), Skipped(), share=2)
+    ledger.enter(row(3, 1, 2), "x/a.tar")
+    for wrong in (row(4, 1, 2), row(5, 0, 2), row(3, 1, 2)):
+        with pytest.raises(RuntimeError, match=r"came where row 0 of 2 in visit 4 should: .* run the command again"):
+            ledger.enter(wrong, "x/b.tar")
+    ledger.enter(row(4, 0, 1), "x/b.tar")
+    with pytest.raises(RuntimeError, match=r"'x/a.tar': row 0 of 1 in visit 5 came where row 0 of 2"):
+        ledger.enter(row(5, 0, 1), "x/a.tar")  # it had two
+
+
+def test_an_epoch_without_an_image_stops_the_stream() -> None:
+    bad = len(Reason) - 1
+    ledger = Ledger(Position(), Skipped(), share=2)
+    ledger.enter(row(0, 0, 1, bad), "x/a.tar")
+    with pytest.raises(ValueError, match=r"none of the 2 shards .* 2 of 2 samples left out: 2 unreadable image"):
+        ledger.enter(row(1, 0, 1, bad), "x/b.tar")
+
+
+def test_what_is_left_out_is_counted_and_a_restart_goes_on_counting(ray_session: None, tmp_path: Path) -> None:
+    data, account = bad_shards(tmp_path), Skipped()
+    whole = list(itertools.islice(stream(data, skipped=account), 3))
+    assert [position.skipped for _, position in whole] == sorted(position.skipped for _, position in whole)
+    assert 15 <= whole[2][1].skipped <= 20, "300 images are four epochs of 75, five left out in each"
+    assert account.names["unreadable image"] == ["b.tar/b39"]
+    assert account.seen >= 300 + 15
+    resumed, position = next(stream(data, whole[1][1], 2))
+    assert position == whole[2][1]
+    assert all(torch.equal(a, b) for a, b in zip(resumed[:3], whole[2][0][:3], strict=True))
