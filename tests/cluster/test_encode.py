@@ -26,6 +26,7 @@ from bld_core.latents import LatentConfig, encode_images, open_latents
 from bld_core.noise import key_of, uniform
 from cluster.encode import encode_latents, verify_latents
 from cluster.experiment import Experiment
+from cluster.tracking import Run
 from tests.conftest import copy_of, small_experiment
 
 
@@ -44,6 +45,10 @@ def test_every_image_is_encoded_once_and_the_manifest_says_so(encoded: Experimen
     assert train.shape == (4, 4, 8)
     assert set(train.labels.tolist()) == set(range(10))
     assert all(entry["skipped"] == {} for entry in train.manifest["files"])
+    run = Run(encoded.tracking.resolve(encoded.root), read_json(f"{folder}/stage.json")["run"])
+    figures = run.client.get_run(run.run_id).data.metrics
+    assert figures["images"] == figures["rows"] == 1797
+    assert figures["images_per_second"] > 0
 
 
 def test_an_interrupted_job_resumes_and_ends_with_the_same_bytes(encoded: Experiment, tmp_path: Path) -> None:
