@@ -239,6 +239,7 @@ def verify_latents(experiment: Experiment) -> str:
         for split in sorted({entry["split"] for entry in entries})
         if files.exists(files.join(folder, split))
         for name in files.listing(files.join(folder, split))
+        if name.endswith(".parquet")
     }
     faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
     connect(experiment.cluster)

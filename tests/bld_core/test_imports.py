@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {"lpips", "torchvision"}  # imported only where they are used
-CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "fsspec", "safetensors", "webdataset", "braceexpand"} | OPTIONAL
+STORAGE = {"fsspec", "s3fs", "botocore", "aiohttp"}  # s3fs and what it raises
+CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "safetensors", "webdataset", "braceexpand"} | STORAGE | OPTIONAL
 CLUSTER = CORE | {
     "cluster",
     "ray",

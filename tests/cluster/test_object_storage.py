@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 import bld_core
+from bld_core import files
+from bld_core.checkpoint import CONFIG, WEIGHTS
+from bld_core.generator import AUTOENCODER
 from bld_core.patience import StorageError
 from cluster.encode import encode_latents, verify_latents
 from cluster.evaluate import evaluate
@@ -42,6 +45,15 @@ def on_s3(
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
     training = small_training(20, checkpoint_every=5)
     return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training)
+
+
+def with_autoencoder(experiment: Experiment, name: str) -> Experiment:
+    """Another experiment with a copy of the autoencoder."""
+    copy = replace(experiment, name=name)
+    for file in (WEIGHTS, CONFIG):
+        there, here = (files.join(place.folder, AUTOENCODER, file) for place in (experiment, copy))
+        files.write_bytes(here, files.read_bytes(there))
+    return copy
 
 
 @contextlib.contextmanager
@@ -103,9 +115,8 @@ def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_t
 def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_completes_later(
     on_s3: Experiment, s3_server: S3Server
 ) -> None:
-    experiment = replace(on_s3, name="later")
-    bucket = s3_server.folder / "bucket/runs"
-    shutil.copytree(bucket / "small/autoencoder", bucket / "later/autoencoder")
+    experiment = with_autoencoder(on_s3, "later")
+    folder = s3_server.folder / "bucket/runs/later/latents"
     began = time.monotonic()
     with stopped_when(s3_server, "bucket/runs/later/latents/train/*.parquet", None) as stopped:
         with pytest.raises(StorageError, match=r"cannot .*s3://bucket/.*tried \d+ times in \d+ s.*same command again"):
@@ -114,7 +125,7 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_comple
     assert stopped.is_set()
     assert took > STORAGE_SECONDS
     s3_server.start()
-    finished = {path: path.stat().st_mtime_ns for path in (bucket / "later/latents").rglob("*.parquet")}
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert finished
     encode_latents(experiment)
     assert latent_files(s3_server, "later") == latent_files(s3_server, "small")
@@ -124,12 +135,11 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_comple
 def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
     on_s3: Experiment, s3_server: S3Server
 ) -> None:
-    experiment = replace(on_s3, name="twice", cluster=replace(on_s3.cluster, workers=1))
-    bucket = s3_server.folder / "bucket/runs"
-    shutil.copytree(bucket / "small/autoencoder", bucket / "twice/autoencoder")
+    experiment = with_autoencoder(on_s3, "twice")
+    experiment = replace(experiment, cluster=replace(experiment.cluster, workers=1))
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(encode_latents, experiment) for _ in range(2)]:
             done.result()
     assert latent_files(s3_server, "twice") == latent_files(s3_server, "small")
-    manifests = [(bucket / name / "latents/manifest.json").read_bytes() for name in ("twice", "small")]
-    assert manifests[0] == manifests[1]
+    one, other = (files.read_bytes(f"{e.folder}/latents/manifest.json") for e in (experiment, on_s3))
+    assert one == other

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from pipelines.command import command
 
@@ -75,6 +76,20 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_storage_that_cannot_be_reached_is_one_message(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("BLD_STORAGE_SECONDS", "0.5")
+    S3FileSystem.clear_instance_cache()
+    demo = str(CONFIGS[0].with_name("demo.yaml"))
+    assert run(monkeypatch, "encode_latents.py", "--config", demo, "--root", s3) == 2
+    S3FileSystem.clear_instance_cache()
+    error = capsys.readouterr().err
+    assert "error: cannot look for 's3://bucket/demo/autoencoder/final/config.json': tried" in error
+    assert "Traceback" not in error
 
 
 def test_a_fault_of_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
