@@ -288,13 +288,14 @@ def table(made: dict[str, Any]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     real = made["reference"]
-    lines.append(
-        f"bounds in bits a bit of held-out codes; {distance} of {made['samples']} samples to the training images, to "
-        f"which held-out images have {real[f'{distance}_held_out']:.3g} and their reconstructions "
-        f"{real[f'{distance}_remade']:.3g}; seconds a sample, decoding included, in batches, of one worker"
-    )
+    lines += [
+        "bounds: bits a bit of held-out codes; rows share codes and noise, so their differences are surer than +- says",
+        f"{distance}: of {made['samples']} samples to the training images; held-out images have "
+        f"{real[f'{distance}_held_out']:.3g}, their reconstructions {real[f'{distance}_remade']:.3g}",
+        "seconds: a sample, decoding included, in batches, of one worker",
+    ]
     if "classifier_accuracy" in real:
-        lines.append(f"the classifier is right on {real['classifier_accuracy']:.1%} of the held-out images")
+        lines.append(f"classifier: right on {real['classifier_accuracy']:.1%} of the held-out images")
     return "\n".join(lines)
 
 
