@@ -18,6 +18,7 @@ from torch import nn
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
+from bld_core.codes import open_latents
 from bld_core.losses import LossConfig
 from bld_core.noise import key_of
 from bld_core.training import Batch
@@ -52,14 +53,18 @@ def fit(experiment: Experiment, task: Any) -> tuple[dict[str, Any], list[float]]
     return files.read_json(str(checkpoint / "meta.json")), [m.value for m in sorted(history, key=lambda m: m.step)]
 
 
+A_SHARD_AT_A_TIME = 70e-6  # latents_gb: two shards of 405 codes, of 80 bytes each
+
+
 def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(encoded: Experiment, tmp_path: Path) -> None:
+    """With codes that stream, too."""
     curves: list[list[float]] = []
     for workers in (1, 2):
         experiment = replace(
             encoded,
             root=str(tmp_path),
             name=f"workers{workers}",
-            cluster=replace(encoded.cluster, workers=workers),
+            cluster=replace(encoded.cluster, workers=workers, latents_gb=A_SHARD_AT_A_TIME),
         )
         meta, curve = fit(experiment, FingerprintTask(experiment, encoded.folder))
         assert len(meta["positions"]) == workers
@@ -69,6 +74,28 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(encoded: 
     assert len(one) == 20
     assert one[-1] < one[0]
     assert (one - two).abs().max() <= 1e-4
+
+
+def test_memory_that_would_change_the_order_of_an_unfinished_run_is_refused(
+    encoded: Experiment, tmp_path: Path
+) -> None:
+    latents = open_latents(f"{encoded.folder}/latents")
+    assert latents.window(A_SHARD_AT_A_TIME) == 1
+    before = encoded.fingerprint("prior", "diffusion", "prior_training")
+    with open_stage(
+        replace(encoded, root=str(tmp_path)),
+        "prior",
+        before | {"latents_hash": latents.hash, "latents_window": 1},
+        "no",
+    ):
+        pass
+    with pytest.raises(ValueError, match="latents_window: 1 -> None"):
+        train_prior(replace(encoded, root=str(tmp_path)), source=encoded.folder)
+
+
+def test_classes_that_the_prior_does_not_know_are_refused(encoded: Experiment) -> None:
+    with pytest.raises(ValueError, match=r"hold class 9; prior\.classes is 5: raise it"):
+        train_prior(replace(encoded, prior=replace(encoded.prior, classes=5)))
 
 
 class DyingTask(AutoencoderTask):
