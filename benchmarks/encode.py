@@ -41,7 +41,9 @@ from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float
 from bld_core.checkpoint import save_model
 from bld_core.generator import AUTOENCODER, load_autoencoder
-from bld_core.images import ImageConfig, LabelledImage, Sample, read_images, stack
+from bld_core.images import ImageConfig, LabelledImage, read_images, stack
+from bld_core.samples import Sample, write_shard
+from bld_core.skipped import Skipped
 from cluster.encode import encode_latents
 from cluster.experiment import Experiment
 from cluster.runtime import ClusterConfig
