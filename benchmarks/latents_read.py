@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from bld_core import files
-from bld_core.codes import Latents, open_latents
 from bld_core.epochs import latent_batches
-from bld_core.latents import FORMAT_VERSION, MANIFEST, LatentRows, latent_shard_bytes, manifest_entry
+from bld_core.latent_shards import FORMAT_VERSION, MANIFEST, LatentRows, latent_shard_bytes, manifest_entry
+from bld_core.latents import Latents, open_latents
 from bld_core.training import TrainingConfig
 
 SHAPE = (16, 16, 32)

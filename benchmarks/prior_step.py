@@ -20,9 +20,9 @@ import torch
 from latents_read import write_data_set  # pyright: ignore[reportImplicitRelativeImport]
 from timing import matrix_rate, seconds  # pyright: ignore[reportImplicitRelativeImport]
 
-from bld_core.codes import Latents, open_latents
 from bld_core.diffusion import DiffusionConfig
 from bld_core.epochs import latent_batches
+from bld_core.latents import Latents, open_latents
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig
 from bld_core.training import TrainingConfig, make_state, train

@@ -28,9 +28,9 @@ import yaml
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
-from bld_core.codes import open_latents
 from bld_core.epochs import latent_batches
 from bld_core.images import ImageConfig, first_images, stack
+from bld_core.latents import open_latents
 from bld_core.noise import permutation
 from bld_core.prior import PriorConfig
 from bld_core.training import Batch, TrainingConfig, make_state, train

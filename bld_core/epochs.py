@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bld_core.bits import unpack_bits
-from bld_core.codes import Indices, Latents, PackedCodes
+from bld_core.latents import Indices, Latents, PackedCodes
 from bld_core.noise import permutation
 from bld_core.training import Batch, TrainingConfig, worker_share
 

@@ -16,7 +16,7 @@ from bld_core import files
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, load_autoencoder
 from bld_core.images import ImageConfig, LabelledImage, check_shards, read_images
-from bld_core.latents import (
+from bld_core.latent_shards import (
     FORMAT_VERSION,
     MANIFEST,
     Split,

@@ -11,7 +11,7 @@ from bld_core.autoencoder import AutoencoderConfig
 from bld_core.diffusion import DiffusionConfig
 from bld_core.generator import check_binary
 from bld_core.images import AugmentationConfig, ImageConfig
-from bld_core.latents import LatentConfig
+from bld_core.latent_shards import LatentConfig
 from bld_core.losses import LossConfig
 from bld_core.models import make_model
 from bld_core.prior import PriorConfig

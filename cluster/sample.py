@@ -13,9 +13,9 @@ from torch import Tensor
 import bld_core
 from bld_core import files
 from bld_core.checkpoint import read_model_config
-from bld_core.codes import open_latents
 from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.latents import open_latents
 from bld_core.models import BinaryModel, trained_model
 from bld_core.pictures import grid, png
 from bld_core.sampling import SamplingConfig

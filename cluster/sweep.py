@@ -12,8 +12,8 @@ from ray.tune import RunConfig, TuneConfig, Tuner
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
-from bld_core.codes import open_latents
 from bld_core.generator import AUTOENCODER
+from bld_core.latents import open_latents
 from cluster.experiment import Experiment
 from cluster.runtime import connect
 from cluster.storage import run_storage

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.codes import open_latents
 from bld_core.diffusion import Bound
 from bld_core.epochs import latent_batches
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
+from bld_core.latents import open_latents
 from bld_core.losses import PatchCritic, Perceptual, load_perceptual
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import make_model

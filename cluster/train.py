@@ -30,9 +30,9 @@ from torch import Tensor
 
 from bld_core import files
 from bld_core.checkpoint import CONFIG, average_name, load_state, read_model_config, save_model, save_state
-from bld_core.codes import open_latents
 from bld_core.generator import AUTOENCODER
 from bld_core.images import check_shards
+from bld_core.latents import open_latents
 from bld_core.losses import PatchCritic, load_perceptual
 from bld_core.noise import key_of
 from bld_core.patience import StorageError

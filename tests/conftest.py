@@ -21,7 +21,7 @@ from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.checkpoint import save_model
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import ImageConfig
-from bld_core.latents import LatentConfig
+from bld_core.latent_shards import LatentConfig
 from bld_core.prior import Prior, PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.training import TrainingConfig

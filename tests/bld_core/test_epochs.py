@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bld_core.codes import PackedCodes, open_latents
 from bld_core.epochs import latent_batches
+from bld_core.latents import PackedCodes, open_latents
 from bld_core.training import Batch, TrainingConfig
 from tests.bld_core.toys import random_latents, write_latents
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.bits import pack_bits
-from bld_core.codes import Latents, open_latents
 from bld_core.diffusion import Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
 from bld_core.epochs import latent_batches
 from bld_core.images import LabelledImage
-from bld_core.latents import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
+from bld_core.latent_shards import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
+from bld_core.latents import Latents, open_latents
 from bld_core.noise import uniform
 from bld_core.prior import Prior, PriorConfig
 from bld_core.samples import Sample

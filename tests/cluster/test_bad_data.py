@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bld_core.codes import open_latents
 from bld_core.images import ImageConfig
+from bld_core.latents import open_latents
 from bld_core.samples import read_shard, write_shard
 from bld_core.skipped import Reason
 from cluster.encode import encode_latents

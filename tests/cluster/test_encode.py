@@ -19,11 +19,11 @@ import torch
 from bld_core import files
 from bld_core.autoencoder import to_float
 from bld_core.bits import unpack_bits
-from bld_core.codes import open_latents
 from bld_core.files import read_json
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack
-from bld_core.latents import LatentConfig, encode_images
+from bld_core.latent_shards import LatentConfig, encode_images
+from bld_core.latents import open_latents
 from bld_core.noise import key_of, uniform
 from cluster.encode import encode_latents, verify_latents
 from cluster.experiment import Experiment

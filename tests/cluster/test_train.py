@@ -18,7 +18,7 @@ from torch import nn
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
-from bld_core.codes import open_latents
+from bld_core.latents import open_latents
 from bld_core.losses import LossConfig
 from bld_core.noise import key_of
 from bld_core.training import Batch
