@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Generator
@@ -39,8 +38,9 @@ def on_s3(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Experiment:
     """The small experiment with shards and root on the server; MLflow's SQLite file lies elsewhere."""
-    shutil.copytree(Path(digits["train"]).parent, s3_server.folder / "bucket/shards")
-    patterns = {split: f"{s3}/shards/{Path(pattern).name}" for split, pattern in digits.items()}
+    for shard in Path(digits["train"]).parent.glob("*.tar"):
+        files.write_bytes(f"{s3}/on_s3/{shard.name}", shard.read_bytes())
+    patterns = {split: f"{s3}/on_s3/{Path(pattern).name}" for split, pattern in digits.items()}
     experiment = small_experiment(Path("runs"), patterns)
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
     training = small_training(20, checkpoint_every=5)

@@ -25,6 +25,8 @@ from cluster.tracking import Run, start_run
 from cluster.train import train_autoencoder, train_prior
 from tests.conftest import copy_of, small_experiment
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 
 def test_a_finished_stage_says_so_and_does_nothing(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     final = Path(encoded.folder, "autoencoder/final/model.safetensors")

@@ -83,7 +83,7 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
 def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
     made = run_study(experiment, "steps")
     assert [row["x"] for row in made["rows"]] == [4, 8]
-    assert made["rows"][0]["bound"] > made["rows"][1]["bound"]
+    assert made["rows"][0]["bound"] != made["rows"][1]["bound"]
     folder = Path(experiment.folder, "study/steps")
     first = folder / "rows/0.json"
     first.write_text(json.dumps(json.loads(first.read_text()) | {"seconds": 5.0}))

@@ -16,6 +16,8 @@ from cluster.tracking import COMMIT, STARTS, Run, SystemLoad, TrackingConfig, li
 from tests.conftest import small_experiment
 from tests.servers import MlflowServer
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 
 def curve(run: Run, name: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, name))

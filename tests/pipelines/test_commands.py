@@ -131,7 +131,7 @@ def test_the_whole_order_of_work_on_fashion_images(
     (report,) = re.findall(r"^report: (.*)$", said, re.M)
     assert Path(report).is_relative_to(tmp_path / "fashion/evaluation")
     page = Path(report).read_text()
-    assert page.count("<img") == 2  # samples, reconstructions
+    assert page.count("<img") == 3  # samples, reconstructions, the profile of the bound
     assert page.count("<svg") > 5  # bits, curves
     assert run(monkeypatch, "run_all.py", *flags) == 0
     assert capsys.readouterr().out.count("already done") == 5
