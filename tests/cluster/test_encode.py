@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from bld_core import files
@@ -115,6 +119,34 @@ def kill(title: str) -> None:
     """Kill one of this session's Ray workers, by what it says that it does."""
     wait_for(lambda: descendants(os.getpid(), title))
     os.kill(descendants(os.getpid(), title)[0], signal.SIGKILL)
+
+
+def test_decoder_encoder_and_driver_killed_the_same_command_ends_with_the_bytes_of_an_undisturbed_run(
+    encoded: Experiment, digits: dict[str, str], tmp_path: Path
+) -> None:
+    calm, killed = (long_experiment(str(copy_of(encoded, tmp_path / n, "autoencoder")), digits) for n in ("a", "b"))
+    calm = replace(calm, cluster=replace(calm.cluster, workers=1, decode_tasks=3))  # another split, another order
+    address = ray.get_runtime_context().gcs_address
+    call = "import json, sys; from tests.cluster.test_encode import work; work(*json.loads(sys.argv[1]))"
+    arguments = [sys.executable, "-c", call, json.dumps([killed.root, digits, address])]
+    folder = Path(killed.folder, "latents")
+    with subprocess.Popen(arguments, start_new_session=True) as driver:
+        kill("ray::decode_shard")
+        wait_for(lambda: latent_files(folder))
+        with pytest.raises(ValueError, match=rf"in use by process {driver.pid} on "):
+            encode_latents(killed)
+        kill("ray::Encoder")
+        before = len(latent_files(folder))
+        wait_for(lambda: len(latent_files(folder)) > before)
+        assert driver.poll() is None, "the driver was over before it could be killed"
+        driver.kill()
+    assert not (folder / "manifest.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    encode_latents(killed)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was encoded again"
+    encode_latents(calm)
+    assert latent_files(folder) == latent_files(Path(calm.folder, "latents"))
+    assert (folder / "manifest.json").read_bytes() == Path(calm.folder, "latents/manifest.json").read_bytes()
 
 
 # --- The same bytes -------------------------------------------------------------------------------------------------

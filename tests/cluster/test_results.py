@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import bld_core
 from bld_core.autoencoder import Autoencoder
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.checkpoint import read_model_config, save_model
+from bld_core.checkpoint import average_name, read_model_config, save_model
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
 from bld_core.metrics.reconstruction import ReconstructionQuality
@@ -27,6 +28,7 @@ from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sample import GridConfig, draw_grid
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
+from cluster.tasks import PriorTask
 from cluster.train import train_prior
 from tests.conftest import copy_of
 
@@ -44,6 +46,20 @@ def one_thread() -> Iterator[None]:
 def finished(encoded: Experiment) -> Experiment:
     train_prior(encoded)
     return encoded
+
+
+def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
+    task, decays = PriorTask(finished, finished.folder), finished.prior_training.ema_decays
+    networks = [task.network().eval() for _ in decays]
+    checkpoint = max(Path(finished.folder, "prior").glob("checkpoint-*"))
+    for number, network in enumerate(networks):
+        network.load_state_dict(load_file(checkpoint / f"{average_name(number)}.safetensors"))
+    best = task.choose(networks, torch.device("cpu"))
+    assert read_model_config(f"{finished.folder}/prior/final")["metrics"]["ema_decay"] == decays[best]
+    kept = load_file(f"{finished.folder}/prior/final/model.safetensors")
+    for number, network in enumerate(networks):
+        same = [torch.equal(weight, kept[name]) for name, weight in network.state_dict().items()]
+        assert all(same) if number == best else not any(same)
 
 
 def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment) -> None:

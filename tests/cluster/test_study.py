@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
 
     assert run_study(experiment, "lambda") == made
     assert "study/lambda: already done" in capsys.readouterr().out
+
+
+def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
+    made = run_study(experiment, "steps")
+    assert [row["x"] for row in made["rows"]] == [4, 8]
+    assert made["rows"][0]["bound"] != made["rows"][1]["bound"]
+    folder = Path(experiment.folder, "study/steps")
+    first = folder / "rows/0.json"
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"seconds": 5.0}))
+    for gone in ("rows/1.json", "table.json"):
+        (folder / gone).unlink()
+    again = run_study(replace(experiment, cluster=replace(experiment.cluster, workers=1)), "steps")
+    assert again["rows"][0] == made["rows"][0] | {"seconds": 5.0}
+    assert again["rows"][1] == made["rows"][1] | {"seconds": again["rows"][1]["seconds"]}
 
 
 def test_what_each_study_compares() -> None:

@@ -1,0 +1,145 @@
+"""The whole order of work with everything on a real S3 server: shards, checkpoints, latents, models, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import bld_core
+from bld_core import files
+from bld_core.checkpoint import CONFIG, WEIGHTS
+from bld_core.generator import AUTOENCODER
+from bld_core.patience import StorageError
+from cluster.encode import encode_latents, verify_latents
+from cluster.evaluate import evaluate
+from cluster.experiment import Experiment
+from cluster.sample import GridConfig, draw_grid
+from cluster.tracking import TrackingConfig
+from cluster.train import train_autoencoder, train_prior
+from tests.conftest import STORAGE_SECONDS, small_experiment, small_training
+from tests.servers import S3Server
+
+OUTAGE_S = 3.0
+
+
+@pytest.fixture(scope="module")
+def on_s3(
+    ray_session: None,
+    s3: str,
+    s3_server: S3Server,
+    digits: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Experiment:
+    """The small experiment with shards and root on the server; MLflow's SQLite file lies elsewhere."""
+    for shard in Path(digits["train"]).parent.glob("*.tar"):
+        files.write_bytes(f"{s3}/on_s3/{shard.name}", shard.read_bytes())
+    patterns = {split: f"{s3}/on_s3/{Path(pattern).name}" for split, pattern in digits.items()}
+    experiment = small_experiment(Path("runs"), patterns)
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
+    training = small_training(20, checkpoint_every=5)
+    return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training)
+
+
+def with_autoencoder(experiment: Experiment, name: str) -> Experiment:
+    """Another experiment with a copy of the autoencoder."""
+    copy = replace(experiment, name=name)
+    for file in (WEIGHTS, CONFIG):
+        there, here = (files.join(place.folder, AUTOENCODER, file) for place in (experiment, copy))
+        files.write_bytes(here, files.read_bytes(there))
+    return copy
+
+
+@contextlib.contextmanager
+def stopped_when(server: S3Server, found: str, seconds: float | None) -> Generator[threading.Event]:
+    """Stop the server as soon as files of a pattern are in its folder; start it again after some seconds, or never."""
+    stopped, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if any(server.folder.glob(found)):
+                server.stop()
+                stopped.set()
+                if seconds is not None:
+                    time.sleep(seconds)
+                    server.start()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield stopped
+    finally:
+        over.set()
+        thread.join()
+
+
+def latent_files(server: S3Server, name: str) -> dict[str, bytes]:
+    folder = server.folder / "bucket/runs" / name / "latents"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_the_disk(
+    on_s3: Experiment, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_autoencoder(on_s3)
+    for stage, found in ((encode_latents, "latents/train/*.parquet"), (train_prior, "prior/checkpoint-*/meta.json")):
+        with stopped_when(s3_server, f"bucket/runs/small/{found}", OUTAGE_S) as stopped:
+            stage(on_s3)
+        assert stopped.is_set(), f"{stage.__name__} was over before the server could be stopped"
+    picture = draw_grid(on_s3, GridConfig(rows=2))
+    report = evaluate(on_s3)
+    assert picture.startswith("s3://bucket/runs/small/samples/")
+    assert report["figures"]["psnr"] > 0
+    assert "5 files, 1797 rows" in verify_latents(on_s3)
+    there = {path.name for path in (s3_server.folder / "bucket/runs/small").rglob("*")}
+    assert there >= {
+        "model.safetensors",
+        "manifest.json",
+        "train-0003.parquet",
+        "samples.npz",
+        "report.json",
+        "grid.png",
+    }
+    assert bld_core.load(on_s3.folder).sample(2, seed=1).shape == (2, 32, 32, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_completes_later(
+    on_s3: Experiment, s3_server: S3Server
+) -> None:
+    experiment = with_autoencoder(on_s3, "later")
+    folder = s3_server.folder / "bucket/runs/later/latents"
+    began = time.monotonic()
+    with stopped_when(s3_server, "bucket/runs/later/latents/train/*.parquet", None) as stopped:
+        with pytest.raises(StorageError, match=r"cannot .*s3://bucket/.*tried \d+ times in \d+ s.*same command again"):
+            encode_latents(experiment)
+        took = time.monotonic() - began
+    assert stopped.is_set()
+    assert took > STORAGE_SECONDS
+    s3_server.start()
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert finished
+    encode_latents(experiment)
+    assert latent_files(s3_server, "later") == latent_files(s3_server, "small")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
+
+
+def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
+    on_s3: Experiment, s3_server: S3Server
+) -> None:
+    experiment = with_autoencoder(on_s3, "twice")
+    experiment = replace(experiment, cluster=replace(experiment.cluster, workers=1))
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(encode_latents, experiment) for _ in range(2)]:
+            done.result()
+    assert latent_files(s3_server, "twice") == latent_files(s3_server, "small")
+    one, other = (files.read_bytes(f"{e.folder}/latents/manifest.json") for e in (experiment, on_s3))
+    assert one == other
