@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.progress import Progress
 
@@ -32,7 +33,8 @@ class ClusterConfig:
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
-        max_failures: times that training restarts from its last checkpoint after a worker or node has died.
+        max_failures: times that training restarts from its last checkpoint after a worker or node has died, and that a
+            piece of work of another job is begun again.
     """
 
     address: str = ""
@@ -154,29 +156,39 @@ def finished_on_actors(
     Raises:
         Exception: what a call has raised, as it was raised there.
     """
-    remote = ray.remote(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=1 if config.gpu else 0,
-        max_restarts=config.max_failures,
-    )(actor_class)
-    actors = [remote.options(max_concurrency=calls).remote(*arguments) for _ in range(min(config.workers, len(items)))]
-    idle = actors * calls
-    running: dict[Any, tuple[int, Any]] = {}
-    submitted = 0
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(actor_class)
+
+    def start() -> Any:
+        return remote.options(max_concurrency=calls).remote(*arguments)
+
+    actors = [start() for _ in range(min(config.workers, len(items)))]
+    idle = [*range(len(actors))] * calls
+    waiting = deque(range(len(items)))
+    running: dict[Any, tuple[int, int, Any]] = {}
+    deaths: Counter[int] = Counter()
     try:
-        while running or submitted < len(items):
-            while idle and submitted < len(items):
-                actor = idle.pop()
-                call = getattr(actor, method).options(max_task_retries=config.max_failures)
-                running[call.remote(items[submitted])] = (submitted, actor)
-                submitted += 1
+        while running or waiting:
+            while idle and waiting:
+                place, position = idle.pop(), waiting.popleft()
+                running[getattr(actors[place], method).remote(items[position])] = position, place, actors[place]
             [done], _ = ray.wait(list(running), num_returns=1)
-            position, actor = running.pop(done)
-            idle.append(actor)
-            yield position, fetch(done)
+            position, place, actor = running.pop(done)
+            idle.append(place)
+            try:
+                result = fetch(done)
+            except RayActorError as error:  # it or its node has died: another one does the work again
+                deaths[position] += 1
+                if error.actor_init_failed or deaths[position] > config.max_failures:
+                    raise
+                if actors[place] is actor:
+                    ray.kill(actor)
+                    actors[place] = start()
+                waiting.appendleft(position)
+            else:
+                yield position, result
     finally:
         for actor in actors:
-            ray.kill(actor)  # pyright: ignore[reportArgumentType]  # Ray types a handle as its class, too
+            ray.kill(actor)
 
 
 def fetch(reference: Any) -> Any:

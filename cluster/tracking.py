@@ -270,7 +270,12 @@ def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
     database = experiment.tracking.resolve(experiment.root)
     beside = database.removeprefix("sqlite:///").rpartition("/")[0]
     location = files.join(beside, "mlflow-artifacts") if database.startswith("sqlite:") else None
-    return client.create_experiment(name, artifact_location=location)
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _mlflow_experiment(client, experiment)  # another start was the first
 
 
 def _parent_run(client: MlflowClient, experiment: Experiment) -> str:

@@ -38,6 +38,7 @@ STORAGE_SECONDS = 10  # Ray's workers have it from the session's environment
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "ray_session" in item.fixturenames:
