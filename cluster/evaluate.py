@@ -275,6 +275,7 @@ def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
 def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
     """How often a logistic regression on real pixels sees the class asked for; and how good it is itself."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     data = experiment.data
 
@@ -282,11 +283,12 @@ def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[in
         images = first_images(pattern, data, _CLASSIFIER_IMAGES)
         return stack(images).flatten(1).numpy() / 255.0, [image.label for image in images]
 
-    classifier = LogisticRegression(max_iter=1000).fit(*table(data.train))
-    return {
-        "class_accuracy": float(classifier.score(samples.flatten(1).numpy() / 255.0, labels)),
-        "classifier_accuracy": float(classifier.score(*table(data.validation))),
-    }
+    with threadpool_limits(1):  # its products are small: where a core is busy, threads only wait for each other
+        classifier = LogisticRegression(max_iter=1000).fit(*table(data.train))
+        return {
+            "class_accuracy": float(classifier.score(samples.flatten(1).numpy() / 255.0, labels)),
+            "classifier_accuracy": float(classifier.score(*table(data.validation))),
+        }
 
 
 def _reconstructions(experiment: Experiment) -> dict[str, Any]:

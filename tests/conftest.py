@@ -90,7 +90,7 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
         sampling=SamplingConfig(steps=4, guidance=1.0),
         evaluation=EvaluationConfig(samples=40, batch_size=20, class_accuracy=True),
         sweep=SweepConfig(steps=4, concurrent=2),
-        cluster=ClusterConfig(workers=2, cpus_per_worker=0.25, decode_tasks=1),
+        cluster=ClusterConfig(cpus_per_worker=0.25, decode_tasks=1),
     )
 
 
@@ -104,7 +104,7 @@ def ray_session(s3: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def encoded(ray_session: None, digits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """A small experiment whose autoencoder is trained (two workers) and whose images are encoded."""
+    """A small experiment whose autoencoder is trained and whose images are encoded."""
     experiment = small_experiment(tmp_path_factory.mktemp("runs"), digits)
     train_autoencoder(experiment)
     encode_latents(experiment)

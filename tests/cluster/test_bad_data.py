@@ -14,7 +14,6 @@ from bld_core.skipped import Reason
 from cluster.encode import encode_latents
 from cluster.evaluate import Evaluator, Reconstruct
 from cluster.experiment import Experiment
-from cluster.runtime import ClusterConfig
 from cluster.train import train_autoencoder
 from tests.conftest import copy_of, small_training
 
@@ -43,7 +42,6 @@ def test_training_stops_with_the_report_and_counts_as_it_goes(encoded: Experimen
         root=str(tmp_path),
         data=spoiled(encoded.data, tmp_path),
         autoencoder_training=small_training(3),
-        cluster=ClusterConfig(workers=1, cpus_per_worker=0.25, decode_tasks=1),
     )
     with pytest.raises(ValueError, match=REPORT):
         train_autoencoder(experiment)
@@ -51,8 +49,7 @@ def test_training_stops_with_the_report_and_counts_as_it_goes(encoded: Experimen
 
 def test_encoding_stops_with_the_report_and_goes_on_when_it_may(encoded: Experiment, tmp_path: Path) -> None:
     data = spoiled(encoded.data, tmp_path)
-    cluster = replace(encoded.cluster, workers=1)
-    experiment = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder")), data=data, cluster=cluster)
+    experiment = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder")), data=data)
     with pytest.raises(ValueError, match=REPORT):
         encode_latents(experiment)
     encode_latents(replace(experiment, data=replace(data, max_skipped=0.1)))  # changes nothing of what is made

@@ -59,7 +59,7 @@ def test_an_interrupted_job_resumes_and_ends_with_the_same_bytes(encoded: Experi
     experiment = replace(
         encoded,
         root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")),
-        cluster=replace(encoded.cluster, workers=1),
+        cluster=replace(encoded.cluster, workers=2),
     )
     folder = Path(experiment.folder, "latents")
     (folder / "manifest.json").unlink()
@@ -77,7 +77,7 @@ def test_an_interrupted_job_resumes_and_ends_with_the_same_bytes(encoded: Experi
 
 def long_experiment(root: str, digits: dict[str, str]) -> Experiment:
     """Encoding takes long enough to be killed in the middle: many draws, in small batches."""
-    latents = LatentConfig(draws=40, mirror=True, batch_size=8)
+    latents = LatentConfig(draws=20, mirror=True, batch_size=8)
     return replace(small_experiment(Path(root), digits), latents=latents)
 
 
@@ -125,7 +125,7 @@ def test_decoder_encoder_and_driver_killed_the_same_command_ends_with_the_bytes_
     encoded: Experiment, digits: dict[str, str], tmp_path: Path
 ) -> None:
     calm, killed = (long_experiment(str(copy_of(encoded, tmp_path / n, "autoencoder")), digits) for n in ("a", "b"))
-    calm = replace(calm, cluster=replace(calm.cluster, workers=1, decode_tasks=3))  # another split, another order
+    calm = replace(calm, cluster=replace(calm.cluster, workers=2, decode_tasks=3))  # another split, another order
     address = ray.get_runtime_context().gcs_address
     call = "import json, sys; from tests.cluster.test_encode import work; work(*json.loads(sys.argv[1]))"
     arguments = [sys.executable, "-c", call, json.dumps([killed.root, digits, address])]

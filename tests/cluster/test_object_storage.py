@@ -136,7 +136,6 @@ def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
     on_s3: Experiment, s3_server: S3Server
 ) -> None:
     experiment = with_autoencoder(on_s3, "twice")
-    experiment = replace(experiment, cluster=replace(experiment.cluster, workers=1))
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(encode_latents, experiment) for _ in range(2)]:
             done.result()

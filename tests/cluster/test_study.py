@@ -95,7 +95,7 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
     first.write_text(json.dumps(json.loads(first.read_text()) | {"seconds": 5.0}))
     for gone in ("rows/1.json", "table.json"):
         (folder / gone).unlink()
-    again = run_study(replace(experiment, cluster=replace(experiment.cluster, workers=1)), "steps")
+    again = run_study(replace(experiment, cluster=replace(experiment.cluster, workers=2)), "steps")
     assert again["rows"][0] == made["rows"][0] | {"seconds": 5.0}
     assert again["rows"][1] == made["rows"][1] | {"seconds": again["rows"][1]["seconds"]}
 

@@ -24,7 +24,6 @@ from bld_core.noise import key_of
 from bld_core.training import Batch
 from cluster import train as cluster_train
 from cluster.experiment import Experiment
-from cluster.runtime import ClusterConfig
 from cluster.stages import open_stage
 from cluster.tasks import AutoencoderTask, Place, PriorTask
 from cluster.tracking import Run
@@ -124,7 +123,6 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
             root=str(tmp_path),
             name=name,
             autoencoder_training=small_training(9, batch_size=100, checkpoint_every=5),  # an epoch is 17 steps
-            cluster=ClusterConfig(workers=1, cpus_per_worker=0.25, decode_tasks=1),
         )
         flag = tmp_path / "died"
         if name == "killed":
@@ -167,6 +165,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
         root=str(tmp_path),
         loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
         autoencoder_training=small_training(6, checkpoint_every=2),
+        cluster=replace(encoded.cluster, workers=2),
     )
     monkeypatch.setattr(cluster_train, "AutoencoderTask", SpoiledTask)
     with pytest.raises(FloatingPointError, match=r"step 4: the loss or its gradient is not finite") as stopped:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
+from bld_core.samples import read_shard, write_shard
 from pipelines.command import command
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -116,11 +117,13 @@ def test_the_whole_order_of_work_on_fashion_images(
     data = os.environ.get("BLD_REAL_DATA")
     if not data:
         pytest.skip("BLD_REAL_DATA does not name a folder of real image shards")
+    for name in ("train-0000", "train-0001", "test-0000"):
+        write_shard(f"{tmp_path}/{name}.tar", read_shard(f"{data}/fashion-mnist/{name}.tar", ["png"]).samples[:500])
     flags = [
         *("--config", str(CONFIGS[0].with_name("demo.yaml"))),
         *("--name", "fashion", "--root", str(tmp_path)),
-        *("--data.train", f"{data}/fashion-mnist/train-{{0000..0001}}.tar"),
-        *("--data.validation", f"{data}/fashion-mnist/test-0000.tar", "--data.fit", "pad"),
+        *("--data.train", f"{tmp_path}/train-{{0000..0001}}.tar"),
+        *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad"),
         *("--autoencoder_training.steps", "4", "--prior_training.steps", "4"),
         *("--evaluation.samples", "40", "--evaluation.class_accuracy", "false", "--cluster.cpus_per_worker", "0.25"),
     ]
