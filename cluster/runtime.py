@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,7 @@ def connect(config: ClusterConfig) -> None:
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            # With its dashboard: Ray Train asks its state API every second whether the training is still alive.
-            ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING)
+            _start_local()
     have = ray.cluster_resources()
     need = config.workers * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
@@ -105,6 +105,19 @@ def connect(config: ClusterConfig) -> None:
             f"{config.workers} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
+
+
+def _start_local() -> None:
+    """Start a cluster that ends with this process, and tell its workers where its dashboard is.
+
+    Ray Train asks the dashboard every second whether the training is still alive. Without the variable, its processes
+    would ask the cluster that was last started on this machine: if that is gone, every training ends 12 s late.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
 
 
 def map_on_actors(
