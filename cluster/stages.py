@@ -24,6 +24,7 @@ _COMMANDS = {
     "samples": "sample.py",
     "evaluation": "evaluate.py",
     "study": "study.py",
+    "reference": "reference.py",
 }
 
 

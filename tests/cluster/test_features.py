@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from bld_core.losses import VGG16
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.experiment import EvaluationConfig
-from cluster.features import INCEPTION, Inception, frechet_name
+from cluster.features import INCEPTION, Inception, figure_name
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,16 @@ def test_other_weights_are_refused_and_never_called_fid(weights: tuple[str, str]
         Inception(path, INCEPTION.sha256, torch.device("cpu"))
     with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
         EvaluationConfig(inception_sha256="abcdef00")
-    assert frechet_name("r", sha256) == f"rfd_inception_{sha256[:8]}"
-    assert frechet_name("r", INCEPTION.sha256 + "0" * 8) == "rfid"
-    assert len({frechet_name(prefix, digits) for prefix, digits in itertools.product("rs", ("6" * 64, sha256))}) == 4
+    assert figure_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
+    assert figure_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"
+    true = {
+        figure_name(name, "inception", INCEPTION.sha256 + "0" * 8): name for name in ("fd", "rfd", "kd", "is", "recall")
+    }
+    assert list(true) == ["fid", "rfid", "kid", "inception_score", "recall"]
+    assert figure_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
+    assert figure_name("fd", "classifier") == "fd_classifier"
+    names = {
+        figure_name(figure, "inception", digits)
+        for figure, digits in itertools.product(("fd", "rfd"), ("6" * 64, sha256, INCEPTION.sha256))
+    }
+    assert len(names) == 6

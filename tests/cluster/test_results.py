@@ -20,12 +20,17 @@ from bld_core.baselines.vector import VectorBottleneck
 from bld_core.checkpoint import average_name, read_model_config, save_model
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
+from bld_core.latents import open_latents
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
-from cluster.evaluate import evaluate, table
-from cluster.experiment import Experiment
+from cluster.evaluate import drawn_labels, evaluate, table
+from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
+from cluster.reference import Space, load_extractor
 from cluster.sample import GridConfig, draw_grid
+from cluster.sample_figures import precision_recall
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
@@ -131,7 +136,17 @@ def test_a_picture_that_cannot_be_made_is_refused(finished: Experiment, tmp_path
 
 
 def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experiment) -> None:
-    report = evaluate(finished)
+    asked = replace(
+        finished.evaluation,
+        labels="drawn",
+        classifier=True,
+        precision_recall=True,
+        bootstrap=3,
+        neighbours=3,
+        export="npz",
+    )
+    experiment = replace(finished, evaluation=asked, study=StudyConfig(classifier_steps=20))
+    report = evaluate(experiment)
     figures = report["figures"]
     assert 0 < figures["bound"] < 1.5
     assert 0 <= figures["class_accuracy"] <= 1
@@ -139,13 +154,60 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 < figures["bound_sampling"] < 1.5
     assert figures["bound_sampling"] != figures["bound"]  # four steps are not all
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
-    evaluation = Path(finished.folder, "evaluation")
+    evaluation = Path(experiment.folder, "evaluation")
     assert Image.open(evaluation / "bound-profile.png").size == (480, 360)
     samples = (evaluation / "samples.png").read_bytes()
-    one = evaluate(replace(finished, cluster=replace(finished.cluster, workers=1)), fresh=True)["figures"]
+    _check_samples(experiment, figures)
+
+    workers = replace(experiment.cluster, workers=1)
+    one = evaluate(replace(experiment, cluster=workers, evaluation=replace(asked, export="png")))["figures"]
     assert one == pytest.approx(figures, rel=1e-12)
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
+    assert "fd_classifier " in table(report)
+    last = np.asarray(Image.open(evaluation / "samples/000039.png"))
+    assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
+        labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
+    )[0, ..., 0].numpy())  # fmt: skip
+
+
+def _class_counts(experiment: Experiment) -> list[int]:
+    labels = open_latents(f"{experiment.folder}/latents").read().labels
+    return np.bincount(labels, minlength=10).tolist()
+
+
+def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
+    """The figures of samples are those of the samples that were exported, and of all training images."""
+    with np.load(Path(experiment.folder, "evaluation/samples.npz")) as arrays:
+        drawn, labels = torch.from_numpy(arrays["arr_0"]), arrays["arr_1"].tolist()
+    assert drawn.shape == (40, 32, 32, 1)
+    assert labels == drawn_labels(_class_counts(experiment), 40, 0)
+    extractor = load_extractor(experiment, Space("classifier"))
+    images = first_images(experiment.data.train, experiment.data, 10**6)
+    real = extractor(stack(images))
+    a, b, chosen = FeatureMoments(), FeatureMoments(), Selection(40)
+    a.update(real)
+    b.update(extractor(drawn))
+    chosen.update([image.key for image in images], real)
+    assert figures["fd_classifier"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    expected = precision_recall(extractor(drawn), chosen.features)
+    assert (figures["precision_classifier"], figures["recall_classifier"]) == pytest.approx(expected, abs=0.03)
+    assert 0 < figures["fd_classifier_se"] < figures["fd_classifier"]
+    assert 0 < figures["fd_classifier_held_out"] < figures["fd_classifier"]
+    assert figures["rfd_classifier"] > 0
+    with np.load(Path(experiment.folder, "reference/classifier/statistics.npz")) as arrays:
+        np.testing.assert_allclose(arrays["mu"], a.mean.numpy(), rtol=1e-4, atol=1e-6)
+        assert arrays["sigma"].shape == (128, 128)
+
+    nearest = torch.cdist(extractor(drawn[:32]).double(), real.double()).min(1)
+    held_out = extractor(stack(first_images(experiment.data.validation, experiment.data, 32))).double()
+    ratio = nearest.values.mean() / torch.cdist(held_out, real.double()).min(1).values.mean()
+    assert figures["neighbour_ratio_classifier"] == pytest.approx(float(ratio), rel=1e-3)
+    picture = np.asarray(Image.open(Path(experiment.folder, "evaluation/neighbours.png")))
+    assert picture.shape == (10 * 66 + 2, 4 * 66 + 2)
+    cells = [picture[2:66:2, 2 + 66 * column : 66 + 66 * column : 2] for column in range(2)]
+    assert np.array_equal(cells[0], drawn[0, ..., 0].numpy())
+    assert np.array_equal(cells[1], images[int(nearest.indices[0])].pixels[..., 0])
 
 
 def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:
