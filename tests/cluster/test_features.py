@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from bld_core.losses import VGG16
 from bld_core.metrics.frechet import FeatureMoments
@@ -16,26 +14,8 @@ from cluster.experiment import EvaluationConfig
 from cluster.features import INCEPTION, Inception, figure_name
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A file of Inception weights, freshly initialised, and its sha256."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    def keep(network: nn.Module, state: object) -> None:
-        del network, state
-
-    with pytest.MonkeyPatch.context() as patch:  # its constructor wants the file that is yet to be made
-        patch.setattr(torch, "load", lambda *_, **__: {})  # pyright: ignore[reportUnknownLambdaType]
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", keep)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3("made", ["2048"], feature_extractor_weights_path="none")
-    file = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), file)
-    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_features_have_the_same_moments_however_they_are_batched(weights: tuple[str, str]) -> None:
-    inception = Inception(*weights, torch.device("cpu"))
+def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:
+    inception = Inception(*inception_weights, torch.device("cpu"))
     real = torch.randint(0, 256, (6, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
     moments: list[FeatureMoments] = []
     for size in (6, 4):
@@ -49,8 +29,8 @@ def test_features_have_the_same_moments_however_they_are_batched(weights: tuple[
     assert (parts.scatter - whole.scatter).norm() < 1e-3 * whole.scatter.norm()
 
 
-def test_other_weights_are_refused_and_never_called_fid(weights: tuple[str, str], tmp_path: Path) -> None:
-    path, sha256 = weights
+def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = inception_weights
     with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*evaluation.inception_sha256"):
         Inception(path, INCEPTION.sha256, torch.device("cpu"))
     with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
