@@ -76,7 +76,7 @@ class Neighbours:
     """What was found.
 
     Attributes:
-        space: whose distance it was: an extractor's, or "pixels".
+        space: by what they are near: "pixels", or "features of ..." an extractor.
         figures: the mean distance of samples to their nearest training image by that of held-out images: about 1 for a
             model that has learnt no image by heart, near 0 for one that has.
         picture: a sample in each row, and its nearest training images, nearest first.
@@ -111,4 +111,5 @@ def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]
     name = space.figure("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
     rows = torch.cat([samples[:_SHOWN, None], found.images[: len(samples)][:_SHOWN]], 1)
     figures = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing
-    return Neighbours(space.name if space is not None else "pixels", figures, grid(rows.flatten(0, 1), rows.shape[1]))
+    by = f"features of {space.name}" if space is not None else "pixels"
+    return Neighbours(by, figures, grid(rows.flatten(0, 1), rows.shape[1]))
