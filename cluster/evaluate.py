@@ -22,6 +22,7 @@ from bld_core.losses import VGG16
 from bld_core.models import trained_model
 from bld_core.noise import uniform
 from bld_core.pictures import grid, png, reconstruction_grid
+from cluster.cas import cas_experiment, measure_cas
 from cluster.evaluator import Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.neighbours import find_neighbours
@@ -43,6 +44,7 @@ _LINES = {
     **dict.fromkeys(("inception_score", "is_"), "of samples"),
     "precision": "share of samples among real images",
     "recall": "share of real images among samples",
+    "cas_top": "% of held-out images that a ResNet-50 trained on samples is right about",
     "neighbour_ratio": "distance to the nearest training image, samples by held-out images",
 }
 # Of the work, not of what is measured: figures are the same whatever these are.
@@ -137,6 +139,8 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
             report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
             report["references"] = {made.space.name: made.hash for made in references}
+            if experiment.evaluation.cas_steps:
+                figures |= measure_cas(cas_experiment(experiment), fingerprint)
             if experiment.evaluation.neighbours:
                 found = find_neighbours(experiment, measured.samples.shown, spaces)
                 figures |= found.figures
@@ -196,6 +200,8 @@ def _check(experiment: Experiment) -> None:
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
     for space in spaces_of(experiment):
         check_space(experiment, space)
+    if config.cas_steps:
+        cas_experiment(experiment)
 
 
 def _labels(experiment: Experiment, classes: int) -> list[int] | None:
@@ -221,7 +227,9 @@ def _looks(experiment: Experiment, labels: list[int] | None, folder: str) -> lis
         count = min(config.batch_size, config.samples - start)
         some = None if labels is None else labels[start : start + count]
         draw = Draw(experiment.sampling, some, count, start, experiment.seed)
-        looks.append(Look(draw, all_pixels or start < SHOWN, folder if config.export == "png" else ""))
+        png_folder = files.join(folder, "samples") if config.export == "png" else ""
+        shard = files.join(folder, f"cas/samples/{start:06d}.tar") if config.cas_steps else ""
+        looks.append(Look(draw, all_pixels or start < SHOWN, png_folder, shard))
     return looks
 
 

@@ -19,6 +19,7 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.pictures import picture, png
 from bld_core.quantizer import BernoulliBottleneck, CodeHealth
+from bld_core.samples import Sample, write_shard
 from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.features import Inception, SpaceName
@@ -40,12 +41,14 @@ class Look:
     Attributes:
         draw: which.
         pixels: hand back the images, too.
-        folder: where each image is written as PNG, in samples/; empty writes none.
+        folder: where each image is written as PNG; empty writes none.
+        shard: where all of them are written as a shard, with their classes; empty writes none.
     """
 
     draw: Draw
     pixels: bool = False
     folder: str = ""
+    shard: str = ""
 
 
 class Drawn(NamedTuple):
@@ -142,10 +145,22 @@ class Evaluator(Sampler):
             if isinstance(extractor, Inception) and self.experiment.evaluation.inception_score:
                 logits = extractor.logits(found).cpu()
             features[space.name] = found.cpu()
-        if piece.folder:
-            for number, image in enumerate(images, piece.draw.first_index):
-                files.write_bytes(files.join(piece.folder, "samples", f"{number:06d}.png"), png(picture(image)))
+        if piece.folder or piece.shard:
+            self._write(piece, images)
         return Drawn(piece.draw.first_index, features, logits, images if piece.pixels else None, seconds)
+
+    def _write(self, piece: Look, images: Tensor) -> None:
+        draw = piece.draw
+        labels = draw.labels or [-1] * draw.count
+        samples = [
+            Sample(f"{number:06d}", "png", png(picture(image)), label)
+            for number, (image, label) in enumerate(zip(images, labels, strict=True), draw.first_index)
+        ]
+        if piece.folder:
+            for sample in samples:
+                files.write_bytes(files.join(piece.folder, f"{sample.key}.png"), bytes(sample.data))
+        if piece.shard:
+            write_shard(piece.shard, samples)
 
     @torch.no_grad()
     def _reconstruct(self, url: str) -> Reconstructions:

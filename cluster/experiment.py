@@ -59,6 +59,9 @@ class EvaluationConfig:
             none. Each holds moments, 32 MiB in Inception's space, and takes as long to sum as the samples themselves.
         class_accuracy: also train a logistic regression on the pixels of the training images, and report the share
             of samples that it recognises as the class asked for; for small images with classes.
+        cas_steps: also train a ResNet-50 for so many steps on the samples, of whose classes it then names those of the
+            held-out images (top-1 and top-5 in percent); 0 trains none. The samples are kept as shards.
+        cas_batch_size: images of a step of it, over all workers together.
         neighbours: also show the so many nearest training images of the first samples, and compare their distance with
             that of held-out images; 0 shows none.
         export: also write the samples: "npz", one file as ADM's evaluator takes it (arr_0, and arr_1 the labels), or
@@ -79,6 +82,8 @@ class EvaluationConfig:
     vgg16: bool = False
     bootstrap: int = 0
     class_accuracy: bool = False
+    cas_steps: int = 0
+    cas_batch_size: int = 256
     neighbours: int = 0
     export: Literal["none", "npz", "png"] = "none"
 
@@ -115,6 +120,11 @@ class EvaluationConfig:
         if self.bootstrap < 0 or self.bootstrap == 1:
             raise ValueError(
                 f"evaluation.bootstrap is {self.bootstrap}; it must be 0 (no error), or at least 2 replicates"
+            )
+        if self.cas_steps < 0 or self.cas_batch_size < 2:
+            raise ValueError(
+                f"evaluation.cas_steps is {self.cas_steps}, evaluation.cas_batch_size {self.cas_batch_size}; they must "
+                "be at least 0 (no such classifier) and 2"
             )
         if self.neighbours < 0:
             raise ValueError(f"evaluation.neighbours is {self.neighbours}; it must be 0 (no picture) or more")

@@ -77,6 +77,8 @@ _FIGURES = {
     "precision_classifier": Figure(_SAMPLES, "Precision, classifier", "{:.3f}", "share of samples among real images"),
     "recall_classifier": Figure(_SAMPLES, "Recall, classifier", "{:.3f}", "share of real images among samples"),
     "rfd_classifier": Figure(_IMAGES, "Frechet distance, classifier", "{:.3f}", _BY_CLASSIFIER),
+    "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
+    "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
     "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
     "classifier_accuracy": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }

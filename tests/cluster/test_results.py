@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bld_core
-from bld_core.autoencoder import Autoencoder
+from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.checkpoint import average_name, read_model_config, save_model
+from bld_core.checkpoint import average_name, load_weights, read_model_config, save_model
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
 from bld_core.latents import open_latents
@@ -25,8 +25,9 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
+from cluster.cas import CasTask, cas_experiment
 from cluster.evaluate import drawn_labels, evaluate, table
-from cluster.experiment import Experiment, StudyConfig
+from cluster.experiment import EvaluationConfig, Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.reference import Space, load_extractor
 from cluster.sample import GridConfig, draw_grid
@@ -208,6 +209,32 @@ def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
     cells = [picture[2:66:2, 2 + 66 * column : 66 + 66 * column : 2] for column in range(2)]
     assert np.array_equal(cells[0], drawn[0, ..., 0].numpy())
     assert np.array_equal(cells[1], images[int(nearest.indices[0])].pixels[..., 0])
+
+
+def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(finished: Experiment) -> None:
+    asked = EvaluationConfig(samples=16, batch_size=8, cas_steps=2, cas_batch_size=8)
+    one = replace(finished.cluster, workers=1)
+    experiment = replace(finished, evaluation=asked, cluster=one)
+    report = evaluate(experiment)
+    figures = report["figures"]
+    assert 0 <= figures["cas_top1"] <= figures["cas_top5"] <= 100
+    folder = Path(experiment.folder, "evaluation/cas")
+    images = first_images(f"{folder}/samples/*.tar", experiment.data, 100)
+    assert [image.label for image in images] == [i % 10 for i in range(16)]
+    drawn = bld_core.load(experiment.folder).sample(labels=[i % 10 for i in range(16)], steps=4, guidance=1.0)
+    assert torch.equal(stack(images[:8]), drawn[:8])
+    network = CasTask(cas_experiment(experiment)).network().eval()
+    load_weights(f"{folder}/classifier/final", network, read_model_config(f"{folder}/classifier/final")["hash"])
+    held_out = first_images(experiment.data.validation, experiment.data, 1000)
+    with torch.no_grad():
+        likeliest = network(to_float(stack(held_out)).expand(-1, 3, -1, -1)).argmax(1)
+    right = (likeliest == torch.tensor([image.label for image in held_out])).double().mean()
+    assert figures["cas_top1"] == pytest.approx(100 * float(right), abs=0.3)
+    assert "cas_top5" in table(report)
+    with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
+        evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9)))
+    with pytest.raises(ValueError, match=r"cas_steps is 2, but prior.classes is 0"):
+        evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
 
 
 def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:

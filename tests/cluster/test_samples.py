@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bld_core.images import ImageConfig, first_images, stack
+from cluster.cas import hits_of
 from cluster.evaluate import drawn_labels, sample_labels
 from cluster.experiment import EvaluationConfig, Experiment
 from cluster.export import samples_npz
@@ -91,3 +92,9 @@ def test_spaces_that_cannot_be_had_are_refused_before_anything_starts(digits: di
         make_references(replace(experiment, evaluation=missing))
     check_space(experiment, Space("classifier"))
     assert not list(tmp_path.iterdir())
+
+
+def test_hits_are_counted_among_the_likeliest_classes() -> None:
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5]]).repeat(3, 1)
+    assert hits_of(logits, [0, 5, 4, 1, 5, 0]).tolist() == [2, 4]
+    assert hits_of(logits[:, :3], [2, 0, 1, 1, 0, 2]).tolist() == [2, 6]
