@@ -238,8 +238,8 @@ def _measure(
 ) -> Measured:
     """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
     pieces: list[Look | Judge | Reconstruct] = [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    # Of stage 1 alone only Inception looks at reconstructions: no classifier is trained for them.
-    spaces = [space for space in spaces_of(experiment) if prior is not None or space.name == "inception"]
+    # Of stage 1 alone only published networks look at reconstructions: no classifier is trained for them.
+    spaces = [space for space in spaces_of(experiment) if prior is not None or space.name != "classifier"]
     labels = None
     if prior is not None:
         labels = _labels(experiment, prior["prior"]["classes"])

@@ -18,7 +18,7 @@ from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.schedule import ScheduleName
 from bld_core.training import TrainingConfig, worker_share
-from cluster.features import INCEPTION, KERNEL_SUBSET, NEIGHBOURHOOD, SPLITS
+from cluster.features import DINOV2, INCEPTION, KERNEL_SUBSET, NEIGHBOURHOOD, SPLITS
 from cluster.runtime import ClusterConfig
 from cluster.tracking import TrackingConfig
 
@@ -26,7 +26,7 @@ from cluster.tracking import TrackingConfig
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
 _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
-    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights"),
+    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
 
 
@@ -48,6 +48,9 @@ class EvaluationConfig:
             samples, called fid with the true weights only.
         inception_weights: local file of those weights; empty downloads them.
         inception_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8.
+        dinov2_weights: local file of the authors' weights of DINOv2, ViT-L/14; empty downloads them.
+        dinov2_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8: also measure the Frechet
+            distances in the features of DINOv2; empty does not.
         classifier: the same in the features of a small classifier that is trained on the training images: a yardstick
             for small images with classes where there is no Inception.
         inception_score: also measure the Inception score, 10 splits; needs frechet.
@@ -75,6 +78,8 @@ class EvaluationConfig:
     frechet: bool = False
     inception_weights: str = ""
     inception_sha256: str = INCEPTION.sha256
+    dinov2_weights: str = ""
+    dinov2_sha256: str = ""
     classifier: bool = False
     inception_score: bool = False
     kid: bool = False
@@ -94,12 +99,15 @@ class EvaluationConfig:
                 "both must be at least 1"
             )
         INCEPTION.check_settings(self.inception_weights, self.inception_sha256)
+        if self.dinov2_sha256 or self.dinov2_weights:
+            DINOV2.check_settings(self.dinov2_weights, self.dinov2_sha256)
+        distances = self.frechet or self.classifier or bool(self.dinov2_sha256)
         needs = {
             "inception_score": (self.frechet, "frechet"),
             "kid": (self.frechet, "frechet"),
             "vgg16": (self.precision_recall, "precision_recall"),
-            "precision_recall": (self.frechet or self.classifier or self.vgg16, "frechet, vgg16 or classifier"),
-            "bootstrap": (self.frechet or self.classifier, "frechet or classifier"),
+            "precision_recall": (distances or self.vgg16, "frechet, dinov2_sha256, vgg16 or classifier"),
+            "bootstrap": (distances, "frechet, dinov2_sha256 or classifier"),
         }
         for name, (there, other) in needs.items():
             if getattr(self, name) and not there:
@@ -107,6 +115,7 @@ class EvaluationConfig:
         least = {
             "frechet": 2,
             "classifier": 2,
+            "dinov2_sha256": 2,
             "precision_recall": NEIGHBOURHOOD + 1,
             "inception_score": SPLITS,
             "kid": KERNEL_SUBSET,

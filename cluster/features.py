@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bld_core.losses import VGG16
+from bld_core.metrics.dinov2 import DINOv2
 from bld_core.weights import PublishedWeights
 
 INCEPTION = PublishedWeights(
@@ -16,7 +17,14 @@ INCEPTION = PublishedWeights(
     "6726825d",
     "evaluation.inception_weights",
 )
-SpaceName = Literal["inception", "vgg16", "classifier"]
+DINOV2 = PublishedWeights(  # published without a hash: whoever uses the file says which it is
+    "DINOv2",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "",
+    "evaluation.dinov2_weights",
+)
+SpaceName = Literal["inception", "dinov2", "vgg16", "classifier"]
+_DINOV2_PIXELS = 224
 SPLITS = 10  # of the Inception score
 KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
 NEIGHBOURHOOD = 3  # of precision and recall: their k
@@ -88,6 +96,41 @@ class VGG16Features:
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 4096); one channel stands for three equal ones."""
         return self.network(_planes(images, self.device))[0]
+
+
+class DINOv2Features:
+    """The 1,024 features of DINOv2, ViT-L/14, of images that are resized and scaled as torch-fidelity does for it.
+
+    torch-fidelity itself takes this network from the internet alone, code and weights, so the network is our own: the
+    authors' code gives the same features to 1e-7.
+
+    Args:
+        path: local file of the authors' weights; empty downloads them.
+        sha256: of that file, or its first digits.
+        device: where it runs; always in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: as `PublishedWeights.find`.
+    """
+
+    def __init__(self, path: str, sha256: str, device: torch.device) -> None:
+        with torch.device("meta"):  # no random numbers for weights that the file replaces
+            network = DINOv2()
+        self.network = network.to_empty(device="cpu")
+        self.network.load_state_dict(DINOV2.load(DINOV2.find(path, sha256), sha256))
+        self.network.requires_grad_(False).eval().to(device)
+        self.device = device
+        mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self._mean, self._deviation = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, deviation))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 1024); one channel stands for three equal ones."""
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        size = (_DINOV2_PIXELS, _DINOV2_PIXELS)
+        x = interpolate_bilinear_2d_like_tensorflow1x(_planes(images, self.device).float(), size, align_corners=False)
+        return self.network((x - self._mean) / self._deviation)
 
 
 def _planes(images: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,16 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.selection import Selection
 from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
-from cluster.features import INCEPTION, Extractor, Inception, SpaceName, VGG16Features, figure_name
+from cluster.features import (
+    DINOV2,
+    INCEPTION,
+    DINOv2Features,
+    Extractor,
+    Inception,
+    SpaceName,
+    VGG16Features,
+    figure_name,
+)
 from cluster.runtime import map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -60,6 +69,7 @@ def spaces_of(experiment: Experiment) -> list[Space]:
     config = experiment.evaluation
     known = [
         (config.frechet, Space("inception", config.inception_sha256)),
+        (bool(config.dinov2_sha256), Space("dinov2", config.dinov2_sha256)),
         (config.vgg16, Space("vgg16", experiment.loss.vgg_sha256)),
         (config.classifier, Space("classifier")),
     ]
@@ -76,6 +86,8 @@ def check_space(experiment: Experiment, space: Space) -> None:
     config, loss, data = experiment.evaluation, experiment.loss, experiment.data
     if space.name == "inception":
         INCEPTION.find(config.inception_weights, config.inception_sha256)
+    elif space.name == "dinov2":
+        DINOV2.find(config.dinov2_weights, config.dinov2_sha256)
     elif space.name == "vgg16":
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
     elif first_images(data.train, data, 1)[0].label < 0:
@@ -90,6 +102,8 @@ def load_extractor(experiment: Experiment, space: Space) -> Extractor:
     config, loss, device = experiment.evaluation, experiment.loss, torch.device(experiment.cluster.device)
     if space.name == "inception":
         return Inception(config.inception_weights, config.inception_sha256, device)
+    if space.name == "dinov2":
+        return DINOv2Features(config.dinov2_weights, config.dinov2_sha256, device)
     if space.name == "vgg16":
         return VGG16Features(loss.vgg_weights, loss.vgg_sha256, device)
     folder = files.join(experiment.folder, _STAGE, space.name, "classifier")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -20,9 +20,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
+from bld_core.metrics.dinov2 import DINOv2
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.experiment import EvaluationConfig
-from cluster.features import Inception, VGG16Features
+from cluster.features import DINOv2Features, Inception, VGG16Features, figure_name
 from cluster.reference import Reference, Space
 from cluster.sample_figures import SampleFigures, kernel_distance, precision_recall
 
@@ -142,25 +143,43 @@ def test_features_and_logits_are_those_of_torch_fidelitys_pipeline(inception_wei
     assert torch.equal(inception.logits(features), expected["logits_unbiased"])
 
 
+def small_file(network: nn.Module, file: Path) -> tuple[str, str]:
+    """Random weights of a large network, a number for each output, which takes little room in the file."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(shape: torch.Size) -> Tensor:
+        return (torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) / shape[-1]).expand(shape)
+
+    torch.save({name: made(weights.shape) for name, weights in network.state_dict().items()}, file)
+    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_features_of_dinov2_come_from_a_file_of_the_authors_names(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = DINOv2()
+    assert sum(weights.numel() for weights in network.parameters()) == 304_368_640  # of the authors' ViT-L/14
+    path, sha256 = small_file(network, tmp_path / "dinov2.pth")
+    image = torch.randint(0, 256, (1, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
+    features = DINOv2Features(path, sha256, torch.device("cpu"))(image)
+    assert features.shape == (1, 1024)
+    assert features.isfinite().all()
+    assert figure_name("fd", "dinov2", sha256) == f"fd_dinov2_{sha256[:8]}"
+    assert EvaluationConfig(samples=4, dinov2_weights=path, dinov2_sha256=sha256).samples == 4
+    with pytest.raises(ValueError, match=r"evaluation.dinov2_sha256 is ''"):
+        EvaluationConfig(dinov2_weights=path)
+
+
 def test_features_of_vgg16_are_its_last_layer_but_one(tmp_path: Path) -> None:
     from torchvision.models import vgg16
 
     with torch.device("meta"):
-        shapes = {name: tuple(weights.shape) for name, weights in vgg16().state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-
-    def made(shape: tuple[int, ...]) -> Tensor:
-        """A number for each output, which takes little room in the file."""
-        return (torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) / shape[-1]).expand(shape)
-
-    file = tmp_path / "vgg16.pth"
-    torch.save({name: made(shape) for name, shape in shapes.items()}, file)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    images = torch.randint(0, 256, (2, 32, 32, 1), generator=generator).byte()
-    features = VGG16Features(str(file), sha256, torch.device("cpu"))(images)
+        network = vgg16()
+    file, sha256 = small_file(network, tmp_path / "vgg16.pth")
+    images = torch.randint(0, 256, (2, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
+    features = VGG16Features(file, sha256, torch.device("cpu"))(images)
     assert features.shape == (2, 4096)
     assert features.dtype == torch.float32
     assert features.isfinite().all()
     assert not torch.equal(features[0], features[1])
     with pytest.raises(ValueError, match=r"sha256 .*, expected 00000000"):
-        VGG16Features(str(file), "0" * 8, torch.device("cpu"))
+        VGG16Features(file, "0" * 8, torch.device("cpu"))
