@@ -27,8 +27,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from bld_core.images import ImageConfig, first_images, stack
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.experiment import EvaluationConfig
 from cluster.features import Inception
+from cluster.measures import EvaluationConfig
 from cluster.reference import Reference, Space
 from cluster.sample_figures import SampleFigures
 

@@ -25,9 +25,6 @@ DINOV2 = PublishedWeights(  # published without a hash: whoever uses the file sa
 )
 SpaceName = Literal["inception", "dinov2", "vgg16", "classifier"]
 _DINOV2_PIXELS = 224
-SPLITS = 10  # of the Inception score
-KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
-NEIGHBOURHOOD = 3  # of precision and recall: their k
 _IN_THE_FIELD = {"fd": "fid", "rfd": "rfid", "kd": "kid", "is": "inception_score"}
 
 

@@ -15,9 +15,9 @@ from bld_core.metrics.bootstrap import FrechetBootstrap
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.inception_score import InceptionScore
 from cluster.evaluator import Drawn
-from cluster.experiment import EvaluationConfig, Experiment
+from cluster.experiment import Experiment
 from cluster.export import samples_npz
-from cluster.features import KERNEL_SUBSET, KERNEL_SUBSETS, NEIGHBOURHOOD, SPLITS
+from cluster.measures import KERNEL_SUBSET, KERNEL_SUBSETS, NEIGHBOURHOOD, SPLITS, EvaluationConfig
 from cluster.reference import Reference
 
 SHOWN = 80  # samples of the picture

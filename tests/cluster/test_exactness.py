@@ -22,8 +22,8 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from bld_core.metrics.dinov2 import DINOv2
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.experiment import EvaluationConfig
 from cluster.features import DINOv2Features, Inception, VGG16Features, figure_name
+from cluster.measures import EvaluationConfig
 from cluster.reference import Reference, Space
 from cluster.sample_figures import SampleFigures, kernel_distance, precision_recall
 

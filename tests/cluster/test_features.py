@@ -10,8 +10,8 @@ import torch
 
 from bld_core.losses import VGG16
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.experiment import EvaluationConfig
 from cluster.features import INCEPTION, Inception, figure_name
+from cluster.measures import EvaluationConfig
 
 
 def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:

@@ -27,8 +27,9 @@ from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
 from cluster.cas import CasTask, cas_experiment
 from cluster.evaluate import drawn_labels, evaluate, table
-from cluster.experiment import EvaluationConfig, Experiment, StudyConfig
+from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
+from cluster.measures import EvaluationConfig
 from cluster.reference import Space, load_extractor
 from cluster.sample import GridConfig, draw_grid
 from cluster.sample_figures import precision_recall

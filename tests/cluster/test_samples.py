@@ -13,8 +13,9 @@ from torch import Tensor
 from bld_core.images import ImageConfig, first_images, stack
 from cluster.cas import hits_of
 from cluster.evaluate import drawn_labels, sample_labels
-from cluster.experiment import EvaluationConfig, Experiment
+from cluster.experiment import Experiment
 from cluster.export import samples_npz
+from cluster.measures import EvaluationConfig
 from cluster.neighbours import Finder, Nearest
 from cluster.reference import Space, check_space, make_references
 
