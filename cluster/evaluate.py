@@ -290,6 +290,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")
     for name, value in figures.items():
         of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
+        if name.endswith("_held_out"):
+            of = "of held-out images to training images: no sample is expected to be nearer"
         if of and not name.endswith(("_se", "_std")):
             spread = [
                 f", {short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures

@@ -27,12 +27,13 @@ from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
 from cluster.cas import CasTask, cas_experiment
 from cluster.evaluate import drawn_labels, evaluate, table
+from cluster.evaluator import Drawn, Evaluator, Look
 from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.measures import EvaluationConfig
-from cluster.reference import Space, load_extractor
-from cluster.sample import GridConfig, draw_grid
-from cluster.sample_figures import precision_recall
+from cluster.reference import Space, load_extractor, make_reference
+from cluster.sample import Draw, GridConfig, draw_grid
+from cluster.sample_figures import Samples, precision_recall
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
@@ -178,6 +179,19 @@ def _class_counts(experiment: Experiment) -> list[int]:
     return np.bincount(labels, minlength=10).tolist()
 
 
+def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict[str, float]:
+    """The figures of the same samples, in other batches, in this process."""
+    space, config = Space("classifier"), replace(experiment.evaluation, class_accuracy=False)
+    samples = Samples(replace(experiment, evaluation=config), [make_reference(experiment, space)], labels)
+    evaluator = Evaluator(experiment, [space])
+    for start in range(0, len(labels), size):
+        some = labels[start : start + size]
+        drawn = evaluator.work(Look(Draw(experiment.sampling, some, len(some), start, experiment.seed)))
+        assert isinstance(drawn, Drawn)
+        samples.add(drawn)
+    return samples.figures()
+
+
 def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
     """The figures of samples are those of the samples that were exported, and of all training images."""
     with np.load(Path(experiment.folder, "evaluation/samples.npz")) as arrays:
@@ -200,6 +214,10 @@ def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
     with np.load(Path(experiment.folder, "reference/classifier/statistics.npz")) as arrays:
         np.testing.assert_allclose(arrays["mu"], a.mean.numpy(), rtol=1e-4, atol=1e-6)
         assert arrays["sigma"].shape == (128, 128)
+
+    other = _in_batches_of(7, experiment, labels)
+    for name in ("fd_classifier", "fd_classifier_se"):
+        assert other[name] == pytest.approx(figures[name], rel=1e-4), "another batch size"
 
     nearest = torch.cdist(extractor(drawn[:32]).double(), real.double()).min(1)
     held_out = extractor(stack(first_images(experiment.data.validation, experiment.data, 32))).double()
