@@ -83,7 +83,7 @@ def job_rate(experiment: Experiment, workers: int) -> float:
         count = min(config.batch_size, config.samples - start)
         some = None if labels is None else labels[start : start + count]
         looks.append(Look(Draw(experiment.sampling, some, count, start, experiment.seed)))
-    samples = Samples(replace(experiment, evaluation=replace(config, class_accuracy=False)), references, labels)
+    samples = Samples(replace(config, class_accuracy=False), experiment, references, labels)
     arguments = (experiment, [reference.space for reference in references])
     work = map_on_actors(Evaluator, arguments, "work", looks, experiment.cluster, "evaluate")
     with contextlib.closing(work):

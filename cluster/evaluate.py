@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Judge
-from cluster.sample_figures import SHOWN, Samples
+from cluster.sample_figures import SHOWN, Samples, over_seeds
 from cluster.stages import Stage, open_stage
 from cluster.tracking import lineage
 
 _PICTURE_IMAGES = 32
-_SPREADS = {"_std": "sd", "_se": "se"}
+_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 # What figures of sets of images are about, by the start of their names.
 _LINES = {
     **dict.fromkeys(("rfid", "rfd_"), "of reconstructions to held-out images"),
@@ -56,12 +56,12 @@ class Measured:
     """What the actors have found; where there is a prior, samples and bounds: of all steps, and of those sampled.
 
     Attributes:
-        samples: drawn images, of which there are none without a prior.
+        samples: drawn images, a set for each seed; none without a prior.
         remade: held-out images and their reconstructions.
         bounds: of all steps, and of those sampled.
     """
 
-    samples: Samples
+    samples: list[Samples]
     remade: Reconstructions = field(default_factory=Reconstructions)
     bounds: list[Bound] = field(default_factory=list)
 
@@ -130,19 +130,19 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             report["bit_usage"] = measured.remade.health.usage.tolist()
             pictures["bit-usage.png"] = bit_usage_plot(measured.remade.health.usage)
         if prior is not None:
-            bound, sampled = measured.bounds
+            (bound, sampled), shown = measured.bounds, measured.samples[0].shown
             figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
             figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-            figures |= measured.samples.figures()
+            figures |= over_seeds([samples.figures() for samples in measured.samples])
             pictures["bound-profile.png"] = profile_plot(bound.profile)
-            pictures["samples.png"] = grid(measured.samples.shown, prior["prior"]["classes"] or 10)
+            pictures["samples.png"] = grid(shown, prior["prior"]["classes"] or 10)
             report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
             report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
             report["references"] = {made.space.name: made.hash for made in references}
             if experiment.evaluation.cas_steps:
                 figures |= measure_cas(cas_experiment(experiment), fingerprint)
             if experiment.evaluation.neighbours:
-                found = find_neighbours(experiment, measured.samples.shown, spaces)
+                found = find_neighbours(experiment, shown, spaces)
                 figures |= found.figures
                 pictures["neighbours.png"], report["neighbours_by"] = found.picture, found.space
         for name, picture in pictures.items():
@@ -230,24 +230,29 @@ def _looks(experiment: Experiment, labels: list[int] | None, folder: str) -> lis
         png_folder = files.join(folder, "samples") if config.export == "png" else ""
         shard = files.join(folder, f"cas/samples/{start:06d}.tar") if config.cas_steps else ""
         looks.append(Look(draw, all_pixels or start < SHOWN, png_folder, shard))
-    return looks
+    again = range(experiment.seed + 1, experiment.seed + config.seeds)
+    return looks + [Look(replace(look.draw, seed=seed)) for seed in again for look in looks]
 
 
 def _measure(
     experiment: Experiment, prior: dict[str, Any] | None, references: list[Reference], stage: Stage
 ) -> Measured:
     """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
+    config, seed = experiment.evaluation, experiment.seed
     pieces: list[Look | Judge | Reconstruct] = [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
     # Of stage 1 alone only published networks look at reconstructions: no classifier is trained for them.
     spaces = [space for space in spaces_of(experiment) if prior is not None or space.name != "classifier"]
-    labels = None
+    found, npz = Measured([]), contextlib.nullcontext()
     if prior is not None:
         labels = _labels(experiment, prior["prior"]["classes"])
         pieces = [Judge(None), Judge(experiment.sampling), *_looks(experiment, labels, stage.folder), *pieces]
-    found = Measured(Samples(experiment, references, labels))
+        plain = replace(config, class_accuracy=False)
+        for number in range(config.seeds):
+            found.samples.append(Samples(plain if number else config, experiment, references, labels))
+        if config.export == "npz":
+            npz = found.samples[0].exported(stage.folder)
     work = map_on_actors(Evaluator, (experiment, spaces), "work", pieces, experiment.cluster, "evaluate")
-    npz = prior is not None and experiment.evaluation.export == "npz"
-    with contextlib.closing(work), found.samples.exported(stage.folder) if npz else contextlib.nullcontext():
+    with contextlib.closing(work), npz:
         for result in work:
             match result:
                 case Reconstructions():
@@ -255,7 +260,7 @@ def _measure(
                 case Bound():
                     found.bounds.append(result)
                 case _:
-                    found.samples.add(result)
+                    found.samples[result.seed - seed].add(result)
     found.remade.skipped.check(experiment.data.max_skipped)
     return found
 
@@ -292,7 +297,7 @@ def table(report: dict[str, Any]) -> str:
         of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
         if name.endswith("_held_out"):
             of = "of held-out images to training images: no sample is expected to be nearer"
-        if of and not name.endswith(("_se", "_std")):
+        if of and not name.endswith(tuple(_SPREADS)):
             spread = [
                 f", {short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures
             ]

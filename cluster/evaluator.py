@@ -55,6 +55,7 @@ class Drawn(NamedTuple):
     """Drawn images: what comes back is smaller than sums would be, (F, F), until a piece of work has F images.
 
     Attributes:
+        seed: that they were drawn with.
         first_index: of the first of them.
         features: by space, float32 (B, F), on the CPU.
         logits: of the Inception score, float32 (B, 1008), where it is asked for.
@@ -62,6 +63,7 @@ class Drawn(NamedTuple):
         seconds: of drawing, decoding included.
     """
 
+    seed: int
     first_index: int
     features: dict[SpaceName, Tensor]
     logits: Tensor | None
@@ -147,7 +149,9 @@ class Evaluator(Sampler):
             features[space.name] = found.cpu()
         if piece.folder or piece.shard:
             self._write(piece, images)
-        return Drawn(piece.draw.first_index, features, logits, images if piece.pixels else None, seconds)
+        return Drawn(
+            piece.draw.seed, piece.draw.first_index, features, logits, images if piece.pixels else None, seconds
+        )
 
     def _write(self, piece: Look, images: Tensor) -> None:
         draw = piece.draw

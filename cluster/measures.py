@@ -21,6 +21,9 @@ class EvaluationConfig:
 
     Args:
         samples: images drawn; as many training images are kept as features where features are kept.
+        seeds: sets of so many samples, of the experiment's seed and those after it: figures of samples are then means
+            over the sets, with their deviation (n - 1) as `_sd`. Pictures, exports, class_accuracy and the classifier
+            of cas_steps take the first set. Memory for kept features is that of all sets.
         batch_size: images in one piece of work.
         labels: classes of the samples: "balanced", sample i is of class i modulo the number of classes; or "drawn" by
             the seed and the sample's index, with the frequencies of the training set.
@@ -54,6 +57,7 @@ class EvaluationConfig:
     """
 
     samples: int = 50_000
+    seeds: int = 1
     batch_size: int = 100
     labels: Literal["balanced", "drawn"] = "balanced"
     lpips: bool = False
@@ -75,11 +79,9 @@ class EvaluationConfig:
     export: Literal["none", "npz", "png"] = "none"
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"evaluation.samples is {self.samples}, evaluation.batch_size {self.batch_size}; "
-                "both must be at least 1"
-            )
+        for name in ("samples", "seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")
         INCEPTION.check_settings(self.inception_weights, self.inception_sha256)
         if self.dinov2_sha256 or self.dinov2_weights:
             DINOV2.check_settings(self.dinov2_weights, self.dinov2_sha256)

@@ -89,7 +89,7 @@ _NOT_LOSSES = tuple(
     f"train_{name}" for name in ("gradient_norm", "learning_rate", "skipped", "adaptive", "adversarial", "critic")
 )
 _TIME = "%Y-%m-%d %H:%M UTC"
-_SPREADS = {"_std": "sd", "_se": "se"}
+_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 _CAPTIONS = {
     "samples.png": "Samples of the prior; a column for each class, where there are classes.",
     "reconstructions.png": "Held-out images; below each row its reconstructions, and the differences: grey is none.",

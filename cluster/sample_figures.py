@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -31,14 +32,20 @@ class Samples:
     Of the images the first 80 are kept; what else grows with their number is said of `SampleFigures`.
 
     Args:
-        experiment: what is measured.
+        config: what is measured.
+        experiment: whose samples they are.
         references: the training images, in every space.
         labels: the class of each sample.
     """
 
-    def __init__(self, experiment: Experiment, references: Sequence[Reference], labels: list[int] | None) -> None:
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        experiment: Experiment,
+        references: Sequence[Reference],
+        labels: list[int] | None,
+    ) -> None:
         self.experiment, self.labels = experiment, labels
-        config = experiment.evaluation
         self._judges = [SampleFigures(config, reference, experiment.seed) for reference in references]
         self._accuracy = ClassAccuracy(experiment) if config.class_accuracy and labels is not None else None
         self._shown: list[Tensor] = []
@@ -78,6 +85,21 @@ class Samples:
             real = judge.reference.figures
             found |= {name: value for name, value in real.items() if name.endswith("_held_out")}
         return found | (self._accuracy.figures() if self._accuracy is not None else {})
+
+
+def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of several sets of samples: the means, with the deviation (n - 1) of each as `_sd`.
+
+    Args:
+        found: the figures of each set; the first may have some that the others lack, which stay as they are.
+    """
+    figures = dict(found[0])
+    for name in found[-1] if len(found) > 1 else ():
+        values = [one[name] for one in found]
+        figures[name] = statistics.fmean(values)
+        if not name.endswith(("_std", "_se", "_held_out")):
+            figures[f"{name}_sd"] = statistics.stdev(values)
+    return figures
 
 
 class ClassAccuracy:

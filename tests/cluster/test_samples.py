@@ -18,6 +18,7 @@ from cluster.export import samples_npz
 from cluster.measures import EvaluationConfig
 from cluster.neighbours import Finder, Nearest
 from cluster.reference import Space, check_space, make_references
+from cluster.sample_figures import over_seeds
 
 
 def small_digits(digits: dict[str, str]) -> ImageConfig:
@@ -99,3 +100,10 @@ def test_hits_are_counted_among_the_likeliest_classes() -> None:
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5]]).repeat(3, 1)
     assert hits_of(logits, [0, 5, 4, 1, 5, 0]).tolist() == [2, 4]
     assert hits_of(logits[:, :3], [2, 0, 1, 1, 0, 2]).tolist() == [2, 6]
+
+
+def test_figures_of_several_seeds_are_means_with_their_deviation() -> None:
+    sets = [{"fid": 4.0, "fid_se": 0.1, "class_accuracy": 0.5}, {"fid": 6.0, "fid_se": 0.3}]
+    assert over_seeds(sets) == pytest.approx({"fid": 5, "fid_sd": 2**0.5, "fid_se": 0.2, "class_accuracy": 0.5})
+    assert over_seeds(sets[:1]) == sets[0]
+    assert over_seeds([{"fd_held_out": 2.0}] * 2) == {"fd_held_out": 2.0}
