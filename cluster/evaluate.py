@@ -1,137 +1,69 @@
-"""Evaluation of a finished experiment on a pool of actors; the driver merges their sums."""
+"""Evaluation of a finished experiment on a pool of actors; the driver merges what they have seen."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 import bld_core
 from bld_core import files
-from bld_core.autoencoder import to_float, to_uint8
 from bld_core.checkpoint import CONFIG, read_model_config
 from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.images import check_shards, first_images, read_images, stack
-from bld_core.losses import VGG16, load_perceptual
-from bld_core.metrics.frechet import FeatureMoments, frechet_distance
-from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
+from bld_core.images import check_shards, first_images, stack
+from bld_core.latents import open_latents
+from bld_core.losses import VGG16
 from bld_core.models import trained_model
+from bld_core.noise import uniform
 from bld_core.pictures import grid, png, reconstruction_grid
-from bld_core.quantizer import BernoulliBottleneck, CodeHealth
-from bld_core.skipped import Skipped
-from cluster.experiment import EvaluationConfig, Experiment
-from cluster.features import INCEPTION, Inception, frechet_name
+from cluster.cas import cas_experiment, measure_cas
+from cluster.evaluator import Evaluator, Look, Reconstruct, Reconstructions
+from cluster.experiment import Experiment
+from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
+from cluster.reference import Reference, check_space, make_reference, spaces_of
 from cluster.runtime import map_on_actors
-from cluster.sample import Draw, Judge, Sampler
-from cluster.stages import open_stage
+from cluster.sample import Draw, Judge
+from cluster.sample_figures import SHOWN, Samples, over_seeds
+from cluster.stages import Stage, open_stage
 from cluster.tracking import lineage
 
 _PICTURE_IMAGES = 32
-_PICTURE_SAMPLES = 80
-_CLASSIFIER_IMAGES = 5000
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """Piece of work: reconstruct the images of one validation shard."""
-
-    url: str
-
-
-@dataclass
-class Reconstructions:
-    """What held-out images look like through their codes, from sums that merge."""
-
-    quality: ReconstructionQuality = field(default_factory=ReconstructionQuality)
-    lpips: Moments = field(default_factory=Moments)
-    health: CodeHealth = field(default_factory=CodeHealth)
-    real: FeatureMoments = field(default_factory=FeatureMoments)
-    remade: FeatureMoments = field(default_factory=FeatureMoments)
-    skipped: Skipped = field(default_factory=Skipped)
-
-    def merge(self, other: Reconstructions) -> None:
-        """Add another piece of work."""
-        self.quality.merge(other.quality)
-        self.lpips.merge(other.lpips)
-        self.health.merge(other.health)
-        self.real.merge(other.real)
-        self.remade.merge(other.remade)
-        self.skipped.merge(other.skipped)
-
-    def figures(self, config: EvaluationConfig) -> dict[str, float]:
-        """The figures by name; those that were asked for."""
-        found = {
-            "psnr": self.quality.psnr.mean,
-            "psnr_std": self.quality.psnr.deviation,
-            "ssim": self.quality.ssim.mean,
-            "ssim_std": self.quality.ssim.deviation,
-        }
-        if self.health.count:  # there are bits
-            found |= self.health.figures()
-        if config.lpips:
-            found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
-        if config.frechet:
-            found[frechet_name("r", config.inception_sha256)] = frechet_distance(self.real, self.remade)
-        if self.skipped.total:
-            found["skipped_images"] = self.skipped.total
-        return found
+_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
+# What figures of sets of images are about, by the start of their names.
+_LINES = {
+    **dict.fromkeys(("rfid", "rfd_"), "of reconstructions to held-out images"),
+    **dict.fromkeys(("fid", "fd_"), "of samples to training images"),
+    **dict.fromkeys(("kid", "kd_"), "of samples to training images"),
+    **dict.fromkeys(("inception_score", "is_"), "of samples"),
+    "precision": "share of samples among real images",
+    "recall": "share of real images among samples",
+    "cas_top": "% of held-out images that a ResNet-50 trained on samples is right about",
+    "neighbour_ratio": "distance to the nearest training image, samples by held-out images",
+}
+# Of the work, not of what is measured: figures are the same whatever these are.
+_NOT_MEASURED = ("batch_size", "neighbours", "export")
 
 
 @dataclass
 class Measured:
-    """What the actors have found; where there is a prior, samples and bounds: of all steps, and of those sampled."""
+    """What the actors have found; where there is a prior, samples and bounds: of all steps, and of those sampled.
 
+    Attributes:
+        samples: drawn images, a set for each seed; none without a prior.
+        remade: held-out images and their reconstructions.
+        bounds: of all steps, and of those sampled.
+    """
+
+    samples: list[Samples]
     remade: Reconstructions = field(default_factory=Reconstructions)
     bounds: list[Bound] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
-
-
-class Evaluator(Sampler):
-    """An actor that judges reconstructions and, where there is a prior, draws samples and judges its bound."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        super().__init__(experiment)
-        config, loss, device = experiment.evaluation, experiment.loss, self.generator.device
-        self.perceptual = load_perceptual(loss, device) if config.lpips else None
-        self.inception = (
-            Inception(config.inception_weights, config.inception_sha256, device) if config.frechet else None
-        )
-
-    def work(self, piece: Reconstruct | Draw | Judge) -> Reconstructions | Tensor | Bound:
-        """Do one piece: sums over reconstructions, images (uint8), or the bound."""
-        match piece:
-            case Reconstruct(url):
-                return self._reconstruct(url)
-            case Draw():
-                return self.draw(piece)
-            case Judge():
-                return self.judge(piece)
-
-    @torch.no_grad()
-    def _reconstruct(self, url: str) -> Reconstructions:
-        found, autoencoder = Reconstructions(), self.generator.autoencoder.network
-        images = list(read_images(url, self.experiment.data, found.skipped))
-        if not images:
-            return found
-        for batch in stack(images).split(self.experiment.latents.batch_size):
-            x = to_float(batch.to(self.generator.device))
-            features = autoencoder.encode(x)
-            remade = to_uint8(autoencoder.decode(autoencoder.bottleneck(features)[0]))
-            found.quality.update(batch, remade.cpu())
-            if isinstance(autoencoder.bottleneck, BernoulliBottleneck):
-                found.health.update(features)
-            if self.perceptual is not None:
-                found.lpips.update(self.perceptual(x, to_float(remade)))
-            if self.inception is not None:
-                found.real.update(self.inception(batch))
-                found.remade.update(self.inception(remade))
-        return found
 
 
 def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
@@ -139,10 +71,18 @@ def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
     return [i % classes for i in range(start, start + count)] if classes else None
 
 
-def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
-    """Finished experiment -> <folder>/evaluation: report.json and pictures.
+def drawn_labels(counts: Sequence[int], total: int, seed: int) -> list[int]:
+    """Classes by their frequencies: that of sample i is a function of (seed, i) and the counts of the classes."""
+    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    u = uniform(seed, "sample labels", torch.arange(total), 1)[:, 0].double()
+    return torch.searchsorted(ends, u * ends[-1], right=True).tolist()
 
-    Where there is no prior (yet), it is stage 1 alone that is evaluated, whatever its latent.
+
+def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
+    """Finished experiment -> <folder>/evaluation: report.json and pictures, and the samples where they are exported.
+
+    Where there is no prior (yet), it is stage 1 alone that is evaluated, whatever its latent. Samples are drawn,
+    decoded, rounded and looked at by the actors; see `Samples` for what grows with their number.
 
     Args:
         experiment: its configuration.
@@ -152,7 +92,8 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         The report: figures by name.
 
     Raises:
-        FileNotFoundError: stage 1 is not finished.
+        FileNotFoundError: stage 1 is not finished, or weights of an extractor are missing.
+        ValueError: bad input, before anything is started.
     """
     autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
     has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
@@ -170,26 +111,40 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         "vgg_sha256": experiment.loss.vgg_sha256,
         "shards": files.fingerprint(files.expand(experiment.data.validation)),
     }
+    if spaces_of(experiment):
+        fingerprint["train_shards"] = files.fingerprint(files.expand(experiment.data.train))
+    if experiment.evaluation.classifier:
+        fingerprint["classifier_steps"] = experiment.study.classifier_steps
     with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
         report_url = files.join(stage.folder, "report.json")
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(autoencoder, prior))
-        measured = _measure(experiment, prior)
-        figures = measured.remade.figures(experiment.evaluation)
+        spaces = spaces_of(experiment)
+        references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
+        measured = _measure(experiment, prior, references, stage)
+        figures = measured.remade.figures()
         pictures = _reconstructions(experiment)
         report: dict[str, Any] = {"figures": figures, "protocol": _protocol(fingerprint)}
         if measured.remade.health.count:
             report["bit_usage"] = measured.remade.health.usage.tolist()
             pictures["bit-usage.png"] = bit_usage_plot(measured.remade.health.usage)
         if prior is not None:
-            classes = prior["prior"]["classes"]
-            samples = torch.cat(measured.samples)
-            figures |= _prior_figures(experiment, classes, measured, samples)
-            pictures["bound-profile.png"] = profile_plot(measured.bounds[0].profile)
-            pictures["samples.png"] = grid(samples[:_PICTURE_SAMPLES], classes or 10)
-            report |= {"bound_profile": measured.bounds[0].profile, "samples": len(samples)}
+            (bound, sampled), shown = measured.bounds, measured.samples[0].shown
+            figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+            figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
+            figures |= over_seeds([samples.figures() for samples in measured.samples])
+            pictures["bound-profile.png"] = profile_plot(bound.profile)
+            pictures["samples.png"] = grid(shown, prior["prior"]["classes"] or 10)
+            report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
             report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
+            report["references"] = {made.space.name: made.hash for made in references}
+            if experiment.evaluation.cas_steps:
+                figures |= measure_cas(cas_experiment(experiment), fingerprint)
+            if experiment.evaluation.neighbours:
+                found = find_neighbours(experiment, shown, spaces)
+                figures |= found.figures
+                pictures["neighbours.png"], report["neighbours_by"] = found.picture, found.space
         for name, picture in pictures.items():
             files.write_bytes(files.join(stage.folder, name), png(picture))
             stage.run.picture(picture, name)
@@ -222,21 +177,19 @@ def read_report(experiment: Experiment) -> dict[str, Any]:
 
 def _protocol(fingerprint: dict[str, Any]) -> str:
     """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
-    images = ("shards", "data.image_size", "data.channels", "data.fit", "vgg_sha256")
+    images = {
+        "shards",
+        "train_shards",
+        "data.image_size",
+        "data.channels",
+        "data.fit",
+        "vgg_sha256",
+        "classifier_steps",
+    }
     decides = {name: value for name, value in fingerprint.items() if name in images or name.startswith("evaluation.")}
-    decides.pop("evaluation.batch_size")  # of the work, not of what is measured
+    for name in _NOT_MEASURED:
+        decides.pop(f"evaluation.{name}")
     return files.sha256(json.dumps(decides, sort_keys=True).encode())
-
-
-def _prior_figures(experiment: Experiment, classes: int, measured: Measured, samples: Tensor) -> dict[str, float]:
-    bound, sampled = measured.bounds
-    figures = {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
-    figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-    if experiment.evaluation.class_accuracy and classes:
-        labels = sample_labels(0, len(samples), classes)
-        assert labels is not None, "there are classes"
-        figures |= _class_accuracy(experiment, samples, labels)
-    return figures
 
 
 def _check(experiment: Experiment) -> None:
@@ -245,50 +198,71 @@ def _check(experiment: Experiment) -> None:
     check_shards(experiment.data, "validation")
     if config.lpips:
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
-    if config.frechet:
-        INCEPTION.find(config.inception_weights, config.inception_sha256)
+    for space in spaces_of(experiment):
+        check_space(experiment, space)
+    if config.cas_steps:
+        cas_experiment(experiment)
 
 
-def _measure(experiment: Experiment, prior: dict[str, Any] | None) -> Measured:
-    pieces: list[Reconstruct | Draw | Judge] = []
+def _labels(experiment: Experiment, classes: int) -> list[int] | None:
+    """The classes of all samples; None without classes."""
+    total = experiment.evaluation.samples
+    if experiment.evaluation.labels == "balanced" or not classes:
+        return sample_labels(0, total, classes)
+    latents, counts = open_latents(files.join(experiment.folder, "latents")), np.zeros(classes, np.int64)
+    for shard in range(len(latents.shards)):
+        labels = latents.read([shard]).labels
+        counts += np.bincount(labels[labels >= 0], minlength=classes)
+    if not counts.any():
+        raise ValueError("evaluation.labels is drawn, but no training image has a class: set it to balanced")
+    return drawn_labels(counts.tolist(), total, experiment.seed)
+
+
+def _looks(experiment: Experiment, labels: list[int] | None, folder: str) -> list[Look]:
+    """The samples, piece by piece; images are handed back where something is made of them."""
+    config = experiment.evaluation
+    all_pixels = config.export == "npz" or (config.class_accuracy and labels is not None)
+    looks: list[Look] = []
+    for start in range(0, config.samples, config.batch_size):
+        count = min(config.batch_size, config.samples - start)
+        some = None if labels is None else labels[start : start + count]
+        draw = Draw(experiment.sampling, some, count, start, experiment.seed)
+        png_folder = files.join(folder, "samples") if config.export == "png" else ""
+        shard = files.join(folder, f"cas/samples/{start:06d}.tar") if config.cas_steps else ""
+        looks.append(Look(draw, all_pixels or start < SHOWN, png_folder, shard))
+    again = range(experiment.seed + 1, experiment.seed + config.seeds)
+    return looks + [Look(replace(look.draw, seed=seed)) for seed in again for look in looks]
+
+
+def _measure(
+    experiment: Experiment, prior: dict[str, Any] | None, references: list[Reference], stage: Stage
+) -> Measured:
+    """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
+    config, seed = experiment.evaluation, experiment.seed
+    pieces: list[Look | Judge | Reconstruct] = [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
+    # Of stage 1 alone only published networks look at reconstructions: no classifier is trained for them.
+    spaces = [space for space in spaces_of(experiment) if prior is not None or space.name != "classifier"]
+    found, npz = Measured([]), contextlib.nullcontext()
     if prior is not None:
-        total, batch = experiment.evaluation.samples, experiment.evaluation.batch_size
-        pieces += [Judge(None), Judge(experiment.sampling)]
-        for start in range(0, total, batch):
-            count = min(batch, total - start)
-            labels = sample_labels(start, count, prior["prior"]["classes"])
-            pieces.append(Draw(experiment.sampling, labels, count, start, experiment.seed))
-    pieces += [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    found = Measured()
-    for result in map_on_actors(Evaluator, (experiment,), "work", pieces, experiment.cluster, "evaluate"):
-        match result:
-            case Reconstructions():
-                found.remade.merge(result)
-            case Bound():
-                found.bounds.append(result)
-            case _:
-                found.samples.append(result)
+        labels = _labels(experiment, prior["prior"]["classes"])
+        pieces = [Judge(None), Judge(experiment.sampling), *_looks(experiment, labels, stage.folder), *pieces]
+        plain = replace(config, class_accuracy=False)
+        for number in range(config.seeds):
+            found.samples.append(Samples(plain if number else config, experiment, references, labels))
+        if config.export == "npz":
+            npz = found.samples[0].exported(stage.folder)
+    work = map_on_actors(Evaluator, (experiment, spaces), "work", pieces, experiment.cluster, "evaluate")
+    with contextlib.closing(work), npz:
+        for result in work:
+            match result:
+                case Reconstructions():
+                    found.remade.merge(result)
+                case Bound():
+                    found.bounds.append(result)
+                case _:
+                    found.samples[result.seed - seed].add(result)
     found.remade.skipped.check(experiment.data.max_skipped)
     return found
-
-
-def _class_accuracy(experiment: Experiment, samples: Tensor, labels: Sequence[int]) -> dict[str, float]:
-    """How often a logistic regression on real pixels sees the class asked for; and how good it is itself."""
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
-
-    data = experiment.data
-
-    def table(pattern: str) -> tuple[Any, list[int]]:
-        images = first_images(pattern, data, _CLASSIFIER_IMAGES)
-        return stack(images).flatten(1).numpy() / 255.0, [image.label for image in images]
-
-    with threadpool_limits(1):  # its products are small: where a core is busy, threads only wait for each other
-        classifier = LogisticRegression(max_iter=1000).fit(*table(data.train))
-        return {
-            "class_accuracy": float(classifier.score(samples.flatten(1).numpy() / 255.0, labels)),
-            "classifier_accuracy": float(classifier.score(*table(data.validation))),
-        }
 
 
 def _reconstructions(experiment: Experiment) -> dict[str, Any]:
@@ -319,7 +293,15 @@ def table(report: dict[str, Any]) -> str:
         )
     if "lpips" in figures:
         lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")
-    lines += [f"{name:<23} {value:7.2f}     of reconstructions" for name, value in figures.items() if name[:2] == "rf"]
+    for name, value in figures.items():
+        of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
+        if name.endswith("_held_out"):
+            of = "of held-out images to training images: no sample is expected to be nearer"
+        if of and not name.endswith(tuple(_SPREADS)):
+            spread = [
+                f", {short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures
+            ]
+            lines.append(f"{name:<23} {value:7.4g}     {of}{''.join(spread)}")
     if "class_accuracy" in figures:
         lines += [
             f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "

@@ -18,7 +18,7 @@ from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.schedule import ScheduleName
 from bld_core.training import TrainingConfig, worker_share
-from cluster.features import INCEPTION
+from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
 from cluster.tracking import TrackingConfig
 
@@ -26,41 +26,8 @@ from cluster.tracking import TrackingConfig
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
 _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
-    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights"),
+    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The evaluation of a finished experiment.
-
-    Args:
-        samples: images drawn; their classes are balanced.
-        batch_size: images in one piece of work.
-        lpips: also measure the LPIPS distance of reconstructions, with the VGG16 weights of `loss`.
-        frechet: also measure the Frechet distance between held-out images and their reconstructions, in the features of
-            torch-fidelity's Inception; called rfid with the true weights only.
-        inception_weights: local file of those weights; empty downloads them.
-        inception_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8.
-        class_accuracy: also train a logistic regression on the pixels of the training images, and report the share
-            of samples that it recognises as the class asked for; for small images with classes.
-    """
-
-    samples: int = 500
-    batch_size: int = 100
-    lpips: bool = False
-    frechet: bool = False
-    inception_weights: str = ""
-    inception_sha256: str = INCEPTION.sha256
-    class_accuracy: bool = False
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"evaluation.samples is {self.samples}, evaluation.batch_size {self.batch_size}; "
-                "both must be at least 1"
-            )
-        INCEPTION.check_settings(self.inception_weights, self.inception_sha256)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class Row(NamedTuple):
     says: str
 
 
+_BY_CLASSIFIER = "not FID: in the features of a small classifier that was trained on these images"
 _FIGURES = {
     "psnr": Figure(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
     "ssim": Figure(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
@@ -63,7 +64,21 @@ _FIGURES = {
     "bit_usage_mean": Figure(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
     "bit_correlation": Figure(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
     "bound": Figure(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
-    "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between real images and samples, as sets; lower is better"),
+    "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
+    "fid_held_out": Figure(_SAMPLES, "... held-out images", "{:.2f}", "as far as real images are from one another"),
+    "inception_score": Figure(_SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"),
+    "kid": Figure(_SAMPLES, "KID", "{:.4f}", "as FID, by kernels: of no bias with few samples; lower is better"),
+    "precision": Figure(_SAMPLES, "Precision", "{:.3f}", "share of samples among real images, in Inception's features"),
+    "recall": Figure(_SAMPLES, "Recall", "{:.3f}", "share of real images among samples, in Inception's features"),
+    "precision_vgg16": Figure(_SAMPLES, "Precision, VGG16", "{:.3f}", "the same in features of VGG16"),
+    "recall_vgg16": Figure(_SAMPLES, "Recall, VGG16", "{:.3f}", "the same in features of VGG16"),
+    "fd_classifier": Figure(_SAMPLES, "Frechet distance, classifier", "{:.3f}", _BY_CLASSIFIER),
+    "fd_classifier_held_out": Figure(_SAMPLES, "... held-out images", "{:.3f}", "as far as real images are"),
+    "precision_classifier": Figure(_SAMPLES, "Precision, classifier", "{:.3f}", "share of samples among real images"),
+    "recall_classifier": Figure(_SAMPLES, "Recall, classifier", "{:.3f}", "share of real images among samples"),
+    "rfd_classifier": Figure(_IMAGES, "Frechet distance, classifier", "{:.3f}", _BY_CLASSIFIER),
+    "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
+    "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
     "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
     "classifier_accuracy": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }
@@ -74,10 +89,11 @@ _NOT_LOSSES = tuple(
     f"train_{name}" for name in ("gradient_norm", "learning_rate", "skipped", "adaptive", "adversarial", "critic")
 )
 _TIME = "%Y-%m-%d %H:%M UTC"
-_SPREADS = {"_std": "sd", "_se": "se"}
+_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 _CAPTIONS = {
     "samples.png": "Samples of the prior; a column for each class, where there are classes.",
     "reconstructions.png": "Held-out images; below each row its reconstructions, and the differences: grey is none.",
+    "neighbours.png": "Samples, each before the training images nearest to it, nearest first, by {neighbours_by}.",
 }
 _DRAWN = "bit-usage.png"  # the page draws it again, in its own colours
 
@@ -110,7 +126,7 @@ def write_report(experiment: Experiment) -> str:
         "summary": _summary(experiment, autoencoder, report),
         "tiles": [rows[name] for name in _TILES if name in rows],
         "groups": {group: [row for row in rows.values() if row.group == group] for group in _GROUPS},
-        "pictures": _pictures(folder),
+        "pictures": _pictures(folder, report),
         "usage": svg(bit_usage_figure(torch.tensor(usage), _HALF)) if (usage := report.get("bit_usage")) else "",
         "curves": {run.info.run_name: _curves(experiment, run) for run in runs if run.info.run_name in _TRAINED},
         "tables": [_beside(table, experiment, figures) for table in tables if figures.keys() & table.columns.values()],
@@ -161,7 +177,7 @@ def _rows(figures: Mapping[str, float]) -> dict[str, Row]:
     return rows
 
 
-def _pictures(folder: str) -> list[tuple[str, str]]:
+def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Data URI and caption of each picture of the evaluation."""
     found: list[tuple[str, str]] = []
     names = [name for name in files.listing(folder) if name.endswith(".png") and name != _DRAWN]
@@ -173,6 +189,7 @@ def _pictures(folder: str) -> list[tuple[str, str]]:
         if picture.width > _WIDEST:
             data = png(picture.resize((_WIDEST, picture.height * _WIDEST // picture.width), Image.Resampling.LANCZOS))
         caption = _CAPTIONS.get(name, name.removesuffix(".png").replace("-", " "))
+        caption = caption.format(neighbours_by=report.get("neighbours_by", ""))
         found.append((f"data:image/png;base64,{base64.b64encode(data).decode()}", caption))
     return found
 

@@ -23,7 +23,9 @@ _COMMANDS = {
     "prior": "stage2_prior.py",
     "samples": "sample.py",
     "evaluation": "evaluate.py",
+    "classifier": "evaluate.py",
     "study": "study.py",
+    "reference": "reference.py",
 }
 
 

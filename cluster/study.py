@@ -11,13 +11,16 @@ from PIL.Image import Image
 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
+from bld_core.images import check_shards
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.pictures import png
 from bld_core.sampling import SamplingConfig
 from cluster.evaluate import sample_labels
+from cluster.evaluator import Look, Reconstruct, Reconstructions
+from cluster.examiner import Examine, Examiner
 from cluster.experiment import Experiment
 from cluster.plots import Line, Panel, panels_plot
-from cluster.reference import Examine, Examiner, Reference, make_reference
+from cluster.reference import Reference, Space, make_reference
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Judge
 from cluster.stages import open_stage
@@ -25,6 +28,7 @@ from cluster.train import train_prior
 
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
+_REMADE = "rows/remade.json"
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
 _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -184,7 +188,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
     rows = make_rows(experiment)
     if not rows:
         raise ValueError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
-    reference = make_reference(experiment)
+    reference = make_reference(experiment, _space(experiment))
     variants = {row.experiment.folder: row.experiment for row in rows}
     trained = {
         folder: read_model_config(train_prior(variant, fresh and folder != experiment.folder, source=experiment.folder))
@@ -213,8 +217,8 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "column": column,
                 "rows": found,
                 "paper": source,
-                "distance": reference.name,
-                "reference": reference.figures,
+                "distance": reference.space.figure("fd"),
+                "reference": reference.figures | files.read_json(files.join(stage.folder, _REMADE)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
@@ -227,15 +231,30 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         return files.read_json(table_url)
 
 
+def _space(experiment: Experiment) -> Space:
+    """Where a study compares images: Inception's features where they are asked for, or else a classifier's."""
+    config = experiment.evaluation
+    return Space("inception", config.inception_sha256) if config.frechet else Space("classifier")
+
+
 def _measure(
     experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference
 ) -> Iterator[dict[str, float]]:
-    """The figures of each row, kept in a file of its own, so that none is measured twice."""
+    """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
+    remade_url = files.join(folder, _REMADE)
     urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
+    held_out = [] if files.exists(remade_url) else check_shards(experiment.data, "validation")
     open_rows = [row for row, url in zip(rows, urls, strict=True) if not files.exists(url)]
-    pieces = [piece for row in open_rows for piece in _pieces(experiment, row)]
-    work = map_on_actors(Examiner, (experiment,), "work", pieces, experiment.cluster, "measure")
+    pieces = [Examine(experiment.folder, Reconstruct(url)) for url in held_out]
+    pieces += [piece for row in open_rows for piece in _pieces(experiment, row)]
+    work = map_on_actors(Examiner, (experiment, reference.space), "examine", pieces, experiment.cluster, "measure")
     with contextlib.closing(work):
+        if held_out:
+            remade = Reconstructions()
+            for _ in held_out:
+                remade.merge(next(work))
+            distance = frechet_distance(reference.moments, remade.remade[reference.space])
+            files.write_json(remade_url, {f"{reference.space.figure('fd')}_remade": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
                 files.write_json(url, _figures(row, work, experiment.study.samples, reference))
@@ -245,11 +264,11 @@ def _measure(
 def _pieces(experiment: Experiment, row: Row) -> list[Examine]:
     """What has to be done for a row: its bounds, then its samples."""
     total, batch = experiment.study.samples, experiment.evaluation.batch_size
-    work: list[Draw | Judge] = [*row.bounds.values()]
+    work: list[Look | Judge] = [*row.bounds.values()]
     for start in range(0, total, batch):
         count = min(batch, total - start)
         labels = sample_labels(start, count, experiment.prior.classes)
-        work.append(Draw(row.sampling, labels, count, start, experiment.seed))
+        work.append(Look(Draw(row.sampling, labels, count, start, experiment.seed)))
     return [Examine(row.experiment.folder, piece) for piece in work]
 
 
@@ -262,9 +281,9 @@ def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) 
     moments, seconds = FeatureMoments(), 0.0
     while moments.count < samples:
         drawn = next(work)
-        moments.merge(drawn.moments)
+        moments.update(drawn.features[reference.space.name])
         seconds += drawn.seconds
-    figures[reference.name] = frechet_distance(reference.moments, moments)
+    figures[reference.space.figure("fd")] = frechet_distance(reference.moments, moments)
     figures["seconds"] = seconds / samples
     return figures
 

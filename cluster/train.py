@@ -48,7 +48,7 @@ from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
 from cluster.tracking import Run, SystemLoad, lineage
 
 _CHECKPOINTS_KEPT = 2
-_FINAL = "final"
+FINAL = "final"
 _SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
@@ -73,7 +73,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
-    with open_stage(experiment, "autoencoder", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
+    with open_stage(experiment, "autoencoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(experiment.autoencoder),
@@ -83,8 +83,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
                 "data_hash": fingerprint["shards"],
             }
             stage.run.tags({"bld.data_hash": fingerprint["shards"]})
-            _fit(stage, AutoencoderTask(experiment), config)
-        return files.join(stage.folder, _FINAL)
+            fit(stage, AutoencoderTask(experiment), config)
+        return files.join(stage.folder, FINAL)
 
 
 def _check_losses(experiment: Experiment) -> None:
@@ -137,7 +137,7 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
         fingerprint["latents_window"] = window
-    with open_stage(experiment, "prior", fingerprint, f"{_FINAL}/{CONFIG}", fresh=fresh) as stage:
+    with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
             config = {
                 "prior": asdict(experiment.prior),
@@ -147,11 +147,11 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
                 "latents_hash": latents.hash,
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
-            _fit(stage, PriorTask(experiment, source), config)
-        return files.join(stage.folder, _FINAL)
+            fit(stage, PriorTask(experiment, source), config)
+        return files.join(stage.folder, FINAL)
 
 
-def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
+def fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
     """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights."""
     cluster = stage.experiment.cluster
     trainer = TorchTrainer(
@@ -188,7 +188,7 @@ def _fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
         metrics = files.read_json(f"{folder}/meta.json")["metrics"]
         best = task.training.ema_decays.index(metrics["ema_decay"])
         weights = load_file(f"{folder}/{average_name(best)}.safetensors")
-    final = files.join(stage.folder, _FINAL)
+    final = files.join(stage.folder, FINAL)
     digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
 

@@ -5,6 +5,7 @@ Two processes share the tests, one core each; all that needs the cluster runs in
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ from bld_core.prior import Prior, PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.training import TrainingConfig
 from cluster.encode import encode_latents
-from cluster.experiment import EvaluationConfig, Experiment, SweepConfig
+from cluster.experiment import Experiment, SweepConfig
+from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from cluster.tracking import TrackingConfig
@@ -116,6 +118,24 @@ def copy_of(experiment: Experiment, root: Path, *stages: str) -> Path:
     for stage in stages:
         shutil.copytree(Path(experiment.folder, stage), root / experiment.name / stage)
     return root
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A file of Inception weights, freshly initialised, and its sha256."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    def keep(network: nn.Module, state: object) -> None:
+        del network, state
+
+    with pytest.MonkeyPatch.context() as patch:  # its constructor wants the file that is yet to be made
+        patch.setattr(torch, "load", lambda *_, **__: {})  # pyright: ignore[reportUnknownLambdaType]
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", keep)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("made", ["2048"], feature_extractor_weights_path="none")
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="session")

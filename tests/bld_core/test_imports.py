@@ -19,6 +19,7 @@ CLUSTER = CORE | {
     "ray",
     "mlflow",
     "sklearn",
+    "threadpoolctl",
     "tqdm",
     "yaml",
     "torch_fidelity",

@@ -8,8 +8,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from bld_core.metrics.bootstrap import FrechetBootstrap, poisson_counts
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.metrics.inception_score import InceptionScore, split_of_samples
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality, psnr, ssim
+from bld_core.metrics.selection import Selection
 from bld_core.noise import uniform
 
 
@@ -217,3 +220,80 @@ def test_features_that_cannot_be_compared_are_refused() -> None:
     bad[[2, 5], 1] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
     with pytest.raises(ValueError, match="2 of 9 feature vectors hold NaN"):
         moments_of(bad)
+
+
+def test_selections_keep_the_same_images_however_they_are_split() -> None:
+    x, keys = features(40, 3).float(), [f"image-{i}" for i in range(40)]
+    whole = Selection(7)
+    whole.update(keys, x)
+    parts = [Selection(7) for _ in range(3)]
+    for start in (0, 30, 10, 20):
+        parts[start % 3].update(keys[start : start + 10], x[start : start + 10])
+    merged = Selection(7)
+    for part in parts:
+        merged.merge(part)
+    assert torch.equal(merged.features, whole.features)
+    assert torch.equal(merged.ranks, whole.ranks)
+    assert whole.features.shape == (7, 3)
+    assert {tuple(row) for row in whole.features.tolist()} < {tuple(row) for row in x.tolist()}
+    few = Selection(100)
+    few.update(keys, x)
+    assert len(few.features) == 40
+    nothing = Selection(0)
+    nothing.update(keys, x)
+    assert not len(nothing.features)
+
+
+def test_inception_scores_of_samples_that_are_sure_and_balanced_are_the_number_of_classes() -> None:
+    logits = 100.0 * torch.eye(5).repeat(40, 1)
+    split = split_of_samples(200, 4)
+    assert torch.bincount(split).tolist() == [50] * 4
+    score = InceptionScore(200, 1)
+    score.update(logits, 0)
+    assert float(score.scores()) == pytest.approx(5, rel=1e-12)
+    sure = InceptionScore(200, 4)  # of one class: no information
+    sure.update(logits[:1].repeat(200, 1), 0)
+    torch.testing.assert_close(sure.scores(), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cuts", [[50], [1, 99], list(range(1, 100))])
+def test_inception_scores_do_not_depend_on_batches_or_workers(cuts: list[int]) -> None:
+    logits = features(100, 6).float()
+    whole, merged = InceptionScore(100), InceptionScore(100)
+    whole.update(logits, 0)
+    for start, end in zip([0, *cuts], [*cuts, 100], strict=True):
+        part = InceptionScore(100)
+        part.update(logits[start:end], start)
+        merged.merge(part)
+    torch.testing.assert_close(merged.scores(), whole.scores(), rtol=1e-12, atol=0)
+
+
+def test_inception_scores_that_would_be_of_too_little_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"9 samples.*10 splits"):
+        InceptionScore(9)
+    score = InceptionScore(20)
+    score.update(features(10, 3), 0)
+    with pytest.raises(ValueError, match=r"10 of 20 samples were seen"):
+        score.scores()
+
+
+def test_a_bootstrap_draws_each_sample_once_on_average_and_the_same_way_in_any_batch() -> None:
+    counts = poisson_counts(1, torch.arange(20_000), 5)
+    shares = torch.bincount(counts.flatten(), minlength=4)[:4] / counts.numel()
+    truth = torch.tensor([1, 1, 1 / 2, 1 / 6]) * math.exp(-1)
+    torch.testing.assert_close(shares, truth, rtol=0, atol=0.005)
+    assert torch.equal(poisson_counts(1, torch.arange(50, 60), 3), counts[50:60, :3])
+    assert not torch.equal(poisson_counts(2, torch.arange(100), 5), counts[:100])
+
+
+def test_the_bootstrap_error_is_that_of_distances_of_other_samples() -> None:
+    reference = moments_of(features(4000, 3))
+    drawn = features(40_400, 3)[4000:] + 0.5
+    distances = [frechet_distance(reference, moments_of(part)) for part in drawn.split(400)[:60]]
+    bootstrap = FrechetBootstrap(60, 0)
+    for start in range(0, 400, 100):
+        part = FrechetBootstrap(60, 0)
+        part.update(drawn[start : start + 100], start)
+        bootstrap.merge(part)
+    truth = float(torch.tensor(distances, dtype=torch.float64).std())
+    assert bootstrap.standard_error(reference) == pytest.approx(truth, rel=0.35)  # 60 replicates: 9 % each

@@ -12,7 +12,7 @@ from bld_core.latents import open_latents
 from bld_core.samples import read_shard, write_shard
 from bld_core.skipped import Reason
 from cluster.encode import encode_latents
-from cluster.evaluate import Evaluator, Reconstruct
+from cluster.evaluator import Evaluator, Reconstruct
 from cluster.experiment import Experiment
 from cluster.train import train_autoencoder
 from tests.conftest import copy_of, small_training
@@ -60,7 +60,7 @@ def test_encoding_stops_with_the_report_and_goes_on_when_it_may(encoded: Experim
 
 
 def test_evaluation_counts_what_it_leaves_out(encoded: Experiment, tmp_path: Path) -> None:
-    evaluator = Evaluator(replace(encoded, data=spoiled(encoded.data, tmp_path)))
+    evaluator = Evaluator(replace(encoded, data=spoiled(encoded.data, tmp_path)), [])
     found = evaluator.work(Reconstruct(f"{tmp_path}/bad.tar"))
     with pytest.raises(ValueError, match=REPORT):
         found.skipped.check(0)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
+from bld_core.losses import VGG16
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.experiment import EvaluationConfig
-from cluster.features import INCEPTION, Inception, frechet_name
+from cluster.features import INCEPTION, Inception, figure_name
+from cluster.measures import EvaluationConfig
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A file of Inception weights, freshly initialised, and its sha256."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    def keep(network: nn.Module, state: object) -> None:
-        del network, state
-
-    with pytest.MonkeyPatch.context() as patch:  # its constructor wants the file that is yet to be made
-        patch.setattr(torch, "load", lambda *_, **__: {})  # pyright: ignore[reportUnknownLambdaType]
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", keep)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3("made", ["2048"], feature_extractor_weights_path="none")
-    file = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), file)
-    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_features_have_the_same_moments_however_they_are_batched(weights: tuple[str, str]) -> None:
-    inception = Inception(*weights, torch.device("cpu"))
+def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:
+    inception = Inception(*inception_weights, torch.device("cpu"))
     real = torch.randint(0, 256, (6, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
     moments: list[FeatureMoments] = []
     for size in (6, 4):
@@ -48,12 +29,22 @@ def test_features_have_the_same_moments_however_they_are_batched(weights: tuple[
     assert (parts.scatter - whole.scatter).norm() < 1e-3 * whole.scatter.norm()
 
 
-def test_other_weights_are_refused_and_never_called_fid(weights: tuple[str, str], tmp_path: Path) -> None:
-    path, sha256 = weights
+def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = inception_weights
     with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*evaluation.inception_sha256"):
         Inception(path, INCEPTION.sha256, torch.device("cpu"))
     with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
         EvaluationConfig(inception_sha256="abcdef00")
-    assert frechet_name("r", sha256) == f"rfd_inception_{sha256[:8]}"
-    assert frechet_name("r", INCEPTION.sha256 + "0" * 8) == "rfid"
-    assert len({frechet_name(prefix, digits) for prefix, digits in itertools.product("rs", ("6" * 64, sha256))}) == 4
+    assert figure_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
+    assert figure_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"
+    true = {
+        figure_name(name, "inception", INCEPTION.sha256 + "0" * 8): name for name in ("fd", "rfd", "kd", "is", "recall")
+    }
+    assert list(true) == ["fid", "rfid", "kid", "inception_score", "recall"]
+    assert figure_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
+    assert figure_name("fd", "classifier") == "fd_classifier"
+    names = {
+        figure_name(figure, "inception", digits)
+        for figure, digits in itertools.product(("fd", "rfd"), ("6" * 64, sha256, INCEPTION.sha256))
+    }
+    assert len(names) == 6

@@ -15,19 +15,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bld_core
-from bld_core.autoencoder import Autoencoder
+from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.checkpoint import average_name, read_model_config, save_model
+from bld_core.checkpoint import average_name, load_weights, read_model_config, save_model
 from bld_core.diffusion import strided_bound
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
 from bld_core.latents import open_latents
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
-from cluster.evaluate import evaluate, table
-from cluster.experiment import Experiment
+from cluster.cas import CasTask, cas_experiment
+from cluster.evaluate import drawn_labels, evaluate, table
+from cluster.evaluator import Drawn, Evaluator, Look
+from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
-from cluster.sample import GridConfig, draw_grid
+from cluster.measures import EvaluationConfig
+from cluster.reference import Space, load_extractor, make_reference
+from cluster.sample import Draw, GridConfig, draw_grid
+from cluster.sample_figures import Samples, over_seeds, precision_recall
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
@@ -133,7 +140,18 @@ def test_a_picture_that_cannot_be_made_is_refused(finished: Experiment, tmp_path
 
 
 def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experiment) -> None:
-    report = evaluate(finished)
+    asked = replace(
+        finished.evaluation,
+        labels="drawn",
+        classifier=True,
+        precision_recall=True,
+        bootstrap=3,
+        neighbours=3,
+        export="npz",
+        seeds=2,
+    )
+    experiment = replace(finished, evaluation=asked, study=StudyConfig(classifier_steps=20))
+    report = evaluate(experiment)
     figures = report["figures"]
     assert 0 < figures["bound"] < 1.5
     assert 0 <= figures["class_accuracy"] <= 1
@@ -146,13 +164,112 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     strided = strided_bound(prior.network, codes, labels, schedule, grid)
     assert figures["bound_sampling"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
-    evaluation = Path(finished.folder, "evaluation")
+    evaluation = Path(experiment.folder, "evaluation")
     assert Image.open(evaluation / "bound-profile.png").size == (480, 360)
     samples = (evaluation / "samples.png").read_bytes()
-    two = evaluate(replace(finished, cluster=replace(finished.cluster, workers=2)), fresh=True)["figures"]
+    _check_samples(experiment, figures)
+
+    workers = replace(experiment.cluster, workers=2)
+    two = evaluate(replace(experiment, cluster=workers, evaluation=replace(asked, export="png")))["figures"]
     assert two == pytest.approx(figures, rel=1e-12)
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
+    assert "fd_classifier " in table(report)
+    last = np.asarray(Image.open(evaluation / "samples/000039.png"))
+    assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
+        labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
+    )[0, ..., 0].numpy())  # fmt: skip
+
+
+def _class_counts(experiment: Experiment) -> list[int]:
+    labels = open_latents(f"{experiment.folder}/latents").read().labels
+    return np.bincount(labels, minlength=10).tolist()
+
+
+def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict[str, float]:
+    """The figures of the same samples, in other batches, in this process."""
+    space, config = Space("classifier"), replace(experiment.evaluation, class_accuracy=False)
+    reference, evaluator = make_reference(experiment, space), Evaluator(experiment, [space])
+    sets = [Samples(config, experiment, [reference], labels) for _ in range(config.seeds)]
+    for seed, samples in enumerate(sets):
+        for start in range(0, len(labels), size):
+            some = labels[start : start + size]
+            drawn = evaluator.work(Look(Draw(experiment.sampling, some, len(some), start, seed)))
+            assert isinstance(drawn, Drawn)
+            samples.add(drawn)
+    return over_seeds([samples.figures() for samples in sets])
+
+
+def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
+    """The figures of samples are those of the samples that were exported, and of all training images."""
+    with np.load(Path(experiment.folder, "evaluation/samples.npz")) as arrays:
+        drawn, labels = torch.from_numpy(arrays["arr_0"]), arrays["arr_1"].tolist()
+    assert drawn.shape == (40, 32, 32, 1)
+    assert labels == drawn_labels(_class_counts(experiment), 40, 0)
+    extractor = load_extractor(experiment, Space("classifier"))
+    images = first_images(experiment.data.train, experiment.data, 10**6)
+    real = extractor(stack(images))
+    again = bld_core.load(experiment.folder).sample(labels=labels, seed=1, steps=4, guidance=1.0)
+    a, chosen = FeatureMoments(), Selection(40)
+    a.update(real)
+    chosen.update([image.key for image in images], real)
+    found = {name: list[float]() for name in ("fd_classifier", "precision_classifier", "recall_classifier")}
+    for pixels in (drawn, again):
+        b, features = FeatureMoments(), extractor(pixels)
+        b.update(features)
+        values = (frechet_distance(a, b), *precision_recall(features, chosen.features))
+        for name, value in zip(found, values, strict=True):
+            found[name].append(value)
+    for name, values in found.items():
+        near = 1e-4 * values[0] if name == "fd_classifier" else 0.03  # 40 samples: one more or less is 0.025
+        assert figures[name] == pytest.approx(sum(values) / 2, abs=near)
+        assert figures[f"{name}_sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=0.03 * max(1, *values))
+    assert 0 < figures["fd_classifier_se"] < figures["fd_classifier"]
+    assert 0 < figures["fd_classifier_held_out"] < figures["fd_classifier"]
+    assert figures["rfd_classifier"] > 0
+    with np.load(Path(experiment.folder, "reference/classifier/statistics.npz")) as arrays:
+        np.testing.assert_allclose(arrays["mu"], a.mean.numpy(), rtol=1e-4, atol=1e-6)
+        assert arrays["sigma"].shape == (128, 128)
+
+    other = _in_batches_of(7, experiment, labels)
+    for name in ("fd_classifier", "fd_classifier_se"):
+        assert other[name] == pytest.approx(figures[name], rel=1e-4), "another batch size"
+
+    nearest = torch.cdist(extractor(drawn[:32]).double(), real.double()).min(1)
+    held_out = extractor(stack(first_images(experiment.data.validation, experiment.data, 32))).double()
+    ratio = nearest.values.mean() / torch.cdist(held_out, real.double()).min(1).values.mean()
+    assert figures["neighbour_ratio_classifier"] == pytest.approx(float(ratio), rel=1e-3)
+    picture = np.asarray(Image.open(Path(experiment.folder, "evaluation/neighbours.png")))
+    assert picture.shape == (10 * 66 + 2, 4 * 66 + 2)
+    cells = [picture[2:66:2, 2 + 66 * column : 66 + 66 * column : 2] for column in range(2)]
+    assert np.array_equal(cells[0], drawn[0, ..., 0].numpy())
+    assert np.array_equal(cells[1], images[int(nearest.indices[0])].pixels[..., 0])
+
+
+def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(finished: Experiment) -> None:
+    asked = EvaluationConfig(samples=16, batch_size=8, cas_steps=2, cas_batch_size=8)
+    one = replace(finished.cluster, workers=1)
+    experiment = replace(finished, evaluation=asked, cluster=one)
+    report = evaluate(experiment)
+    figures = report["figures"]
+    assert 0 <= figures["cas_top1"] <= figures["cas_top5"] <= 100
+    folder = Path(experiment.folder, "evaluation/cas")
+    images = first_images(f"{folder}/samples/*.tar", experiment.data, 100)
+    assert [image.label for image in images] == [i % 10 for i in range(16)]
+    drawn = bld_core.load(experiment.folder).sample(labels=[i % 10 for i in range(16)], steps=4, guidance=1.0)
+    assert torch.equal(stack(images[:8]), drawn[:8])
+    network = CasTask(cas_experiment(experiment)).network().eval()
+    load_weights(f"{folder}/classifier/final", network, read_model_config(f"{folder}/classifier/final")["hash"])
+    held_out = first_images(experiment.data.validation, experiment.data, 1000)
+    with torch.no_grad():
+        likeliest = network(to_float(stack(held_out)).expand(-1, 3, -1, -1)).argmax(1)
+    right = (likeliest == torch.tensor([image.label for image in held_out])).double().mean()
+    assert figures["cas_top1"] == pytest.approx(100 * float(right), abs=0.3)
+    assert "cas_top5" in table(report)
+    with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
+        evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9)))
+    with pytest.raises(ValueError, match=r"cas_steps is 2, but prior.classes is 0"):
+        evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
 
 
 def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:

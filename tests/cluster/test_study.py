@@ -56,9 +56,10 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     assert (folder / "lambda/table.txt").read_text() == f"{table(made)}\n"
     assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in table(made)
 
-    data, config = experiment.data, read_model_config(str(folder / "reference/classifier"))
+    trained = f"{experiment.folder}/reference/classifier/classifier"
+    data, config = experiment.data, read_model_config(trained)
     classifier = Classifier(32, 1, 10)
-    load_weights(str(folder / "reference/classifier"), classifier, config["hash"])
+    load_weights(trained, classifier, config["hash"])
 
     @torch.no_grad()
     def moments(images: torch.Tensor) -> FeatureMoments:

@@ -45,7 +45,7 @@ class FingerprintTask(PriorTask):
 def fit(experiment: Experiment, task: Any) -> tuple[dict[str, Any], list[float]]:
     """Train a task in a stage of its own; its last meta.json and its loss curve from MLflow."""
     with open_stage(experiment, "prior", {}, "never", fresh=True) as stage:
-        cluster_train._fit(stage, task, {})
+        cluster_train.fit(stage, task, {})
         run: Run = stage.run
     checkpoint = max(Path(experiment.folder, "prior").glob("checkpoint-*"))
     history = run.client.get_metric_history(run.run_id, "train_loss")

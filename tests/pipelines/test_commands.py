@@ -126,6 +126,7 @@ def test_the_whole_order_of_work_on_fashion_images(
         *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad"),
         *("--autoencoder_training.steps", "4", "--prior_training.steps", "4"),
         *("--evaluation.samples", "40", "--evaluation.class_accuracy", "false", "--cluster.cpus_per_worker", "0.25"),
+        *("--evaluation.classifier", "false", "--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
     ]
     assert run(monkeypatch, "run_all.py", *flags) == 0
     said = capsys.readouterr().out

@@ -1,0 +1,118 @@
+"""The samples of the evaluation job: their rate, where the time goes, what a second worker brings.
+
+    python benchmarks/evaluate.py --config configs/fashion_mnist.yaml [--evaluation.samples 10000]
+
+The experiment is finished: its pair is there, and `evaluation` says in whose features its samples are measured (the
+classifier is trained, and the training images looked at, where that was not done yet). The parts, sampling, decoding
+and features, are measured in this process, one after the other, in the threads of one worker; the job from its first
+result to its last, without the start of processes, figures included. Its whole time is compared with its slowest part
+alone. Prints one JSON line for each figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
+
+from bld_core import files
+from bld_core.checkpoint import read_model_config
+from bld_core.generator import PRIOR
+from cluster.evaluate import sample_labels
+from cluster.evaluator import Evaluator, Look
+from cluster.experiment import Experiment
+from cluster.reference import make_references
+from cluster.runtime import connect, map_on_actors
+from cluster.sample import Draw
+from cluster.sample_figures import Samples
+from pipelines.command import command
+
+REPEATS = 3
+
+
+def classes_of(experiment: Experiment) -> int:
+    """Of the trained prior."""
+    return read_model_config(files.join(experiment.folder, PRIOR))["prior"]["classes"]
+
+
+@torch.no_grad()
+def parts(experiment: Experiment) -> dict[str, float]:
+    """Seconds a sample of each part, in batches."""
+    batch, device = experiment.evaluation.batch_size, experiment.cluster.device
+    references = make_references(experiment)
+    evaluator = Evaluator(experiment, [reference.space for reference in references])
+    generator = evaluator.generator
+    assert generator.prior is not None
+    prior, autoencoder = generator._networks(  # pyright: ignore[reportPrivateUsage]  # the very networks that draw
+        generator.prior, experiment.sampling
+    )
+    chosen = sample_labels(0, batch, generator.classes)
+    labels = None if chosen is None else torch.tensor(chosen, device=device)
+    index = torch.arange(batch, device=device)
+
+    def sample() -> torch.Tensor:
+        return prior.model.sample(prior.network, labels, index, experiment.sampling, experiment.seed)
+
+    z = sample().view(-1, *autoencoder.code_shape)
+    images = autoencoder.decode(z).cpu()
+
+    def features() -> None:
+        for extractor in evaluator.extractors.values():
+            extractor(images).cpu()
+
+    names = ("sampling", "decoding", "features")
+    seconds = in_turns([sample, lambda: autoencoder.decode(z), features], REPEATS, device)
+    return {name: value / batch for name, value in zip(names, seconds, strict=True)}
+
+
+def job_rate(experiment: Experiment, workers: int) -> float:
+    """Samples a second of the job, from its first result to its last."""
+    experiment = replace(experiment, cluster=replace(experiment.cluster, workers=workers))
+    config, references = experiment.evaluation, make_references(experiment)
+    connect(experiment.cluster)
+    labels = sample_labels(0, config.samples, classes_of(experiment))
+    looks: list[Look] = []
+    for start in range(0, config.samples, config.batch_size):
+        count = min(config.batch_size, config.samples - start)
+        some = None if labels is None else labels[start : start + count]
+        looks.append(Look(Draw(experiment.sampling, some, count, start, experiment.seed)))
+    samples = Samples(replace(config, class_accuracy=False), experiment, references, labels)
+    arguments = (experiment, [reference.space for reference in references])
+    work = map_on_actors(Evaluator, arguments, "work", looks, experiment.cluster, "evaluate")
+    with contextlib.closing(work):
+        for _ in range(workers):  # the first of each
+            samples.add(next(work))
+        began = time.perf_counter()
+        for drawn in work:
+            samples.add(drawn)
+    return (config.samples - workers * config.batch_size) / (time.perf_counter() - began)
+
+
+def main(experiment: Experiment, _: Namespace) -> None:
+    seconds = parts(experiment)
+    total, slowest = sum(seconds.values()), max(seconds.values())
+    rates = {workers: job_rate(experiment, workers) for workers in (1, 2)}
+    ray.shutdown()
+    lines: list[dict[str, Any]] = [
+        {"name": f"evaluate, share of {part}", "value": value / total, "unit": "of the parts", "peer": 1.0}
+        for part, value in seconds.items()
+    ]
+    lines += [
+        {"name": f"evaluate, {workers} workers", "value": rate, "unit": "samples/s", "peer": rates[1]}
+        for workers, rate in rates.items()
+    ]
+    whole = {"name": "evaluate, whole by slowest part", "value": 1 / rates[1], "unit": "s/sample", "peer": slowest}
+    lines.append(whole)
+    for line in lines:
+        print(json.dumps(line | {"ratio": line["value"] / line["peer"]}), flush=True)
+
+
+if __name__ == "__main__":
+    command(__doc__, main)

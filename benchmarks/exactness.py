@@ -1,0 +1,138 @@
+"""Our figures of samples beside torch-fidelity's own, from the images on: the same files, weights and batches.
+
+    BLD_REAL_DATA=path/to/real/shards python benchmarks/exactness.py [--images 2000] [--weights file.pth]
+
+2,000 Fashion-MNIST test images stand for the samples, 2,000 training images for the reference. Ours go through the
+extractor of the evaluation job and its sums, in parts that merge; the peer is `torch_fidelity.calculate_metrics`.
+Without --weights Inception has random ones of the usual scale (He et al. 2015), which changes the figures and not the
+arithmetic. Takes 4 passes of Inception an image, and prints one JSON line for each figure; "ratio" is the relative
+difference, which is to be below 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from bld_core.images import ImageConfig, first_images, stack
+from bld_core.metrics.frechet import FeatureMoments
+from cluster.features import Inception
+from cluster.measures import EvaluationConfig
+from cluster.reference import Reference, Space
+from cluster.sample_figures import SampleFigures
+
+NAMES = {
+    "fd": "frechet_inception_distance",
+    "is": "inception_score_mean",
+    "kd": "kernel_inception_distance_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+class Images(Dataset[Tensor]):
+    """Images as torch-fidelity reads them, uint8 (3, H, W)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def random_weights(folder: str) -> str:
+    """A file of random Inception weights."""
+    torch.manual_seed(0)
+    with (  # its constructor wants the file that is yet to be made
+        mock.patch.object(torch, "load", return_value={}),
+        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        network = FeatureExtractorInceptionV3("made", ["2048"], feature_extractor_weights_path="none")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    path = f"{folder}/inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> dict[str, float]:
+    """The figures by the parts of the evaluation job."""
+    sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    inception = Inception(weights, sha256, torch.device("cpu"))
+    moments, kept = FeatureMoments(), list[Tensor]()
+    for some in real.split(batch):
+        kept.append(inception(some))
+        part = FeatureMoments()
+        part.update(kept[-1])
+        moments.merge(part)
+    config = EvaluationConfig(
+        samples=len(samples),
+        frechet=True,
+        inception_weights=weights,
+        inception_sha256=sha256,
+        inception_score=True,
+        kid=len(samples) >= 1000,
+        precision_recall=True,
+    )
+    space = Space("inception", sha256)
+    figures = SampleFigures(config, Reference(space, "", moments, torch.cat(kept), {}), 0)
+    for number, some in enumerate(samples.split(batch)):
+        features = inception(some)
+        figures.update(features, inception.logits(features), number * batch)
+    found = figures.figures()
+    return {name: found[space.figure(name)] for name in NAMES if space.figure(name) in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--weights", default="")
+    flags = parser.parse_args()
+    data = os.environ.get("BLD_REAL_DATA")
+    if not data:
+        raise SystemExit("BLD_REAL_DATA does not name a folder of real image shards")
+    config = ImageConfig(image_size=32, channels=1, fit="pad", extensions=["png"])
+    samples, real = (
+        stack(first_images(f"{data}/fashion-mnist/{split}-*.tar", config, flags.images)) for split in ("test", "train")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        weights = flags.weights or random_weights(folder)
+        found = ours(weights, samples, real, flags.batch_size)
+        theirs = calculate_metrics(
+            input1=Images(samples),
+            input2=Images(real),
+            feature_extractor="inception-v3-compat",  # also for precision and recall, which it takes in VGG16 otherwise
+            feature_extractor_weights_path=weights,
+            batch_size=flags.batch_size,
+            fid=True,
+            isc=True,
+            kid="kd" in found,
+            prc=True,
+            cuda=False,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+    for name, value in found.items():
+        peer = theirs[NAMES[name]]
+        line = {"name": f"exactness {name}, {flags.images} images", "value": value, "unit": "", "peer": peer}
+        print(json.dumps(line | {"ratio": abs(value - peer) / abs(peer) if peer else abs(value)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

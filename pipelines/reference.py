@@ -1,0 +1,17 @@
+"""Look once at the images that samples are compared with; <root>/<name>/reference, statistics.npz in it."""
+
+from argparse import Namespace
+
+from cluster.experiment import Experiment
+from cluster.reference import make_references
+from pipelines.command import command, next_command
+
+
+def main(experiment: Experiment, _: Namespace) -> None:
+    for reference in make_references(experiment):
+        print(f"{reference.space.name}: {experiment.folder}/reference/{reference.space.name}, {reference.hash[:12]}")
+    next_command("evaluate.py")
+
+
+if __name__ == "__main__":
+    command(__doc__, main)
