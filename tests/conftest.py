@@ -32,7 +32,7 @@ from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
 from cluster.tracking import TrackingConfig
-from cluster.train import train_autoencoder
+from cluster.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
 
 STORAGE_SECONDS = 10  # Ray's workers have it from the session's environment
@@ -100,6 +100,8 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
 def ray_session(s3: str) -> Iterator[None]:
     """The one local Ray cluster, which the first stage starts (with the S3 settings); it ends with the session."""
     os.environ.pop("RAY_ADDRESS", None)
+    # A look at a training more often than every other second, and no look-out for a cloud that takes nodes away.
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     yield
     ray.shutdown()
 
@@ -111,6 +113,13 @@ def encoded(ray_session: None, digits: dict[str, str], tmp_path_factory: pytest.
     train_autoencoder(experiment)
     encode_latents(experiment)
     return experiment
+
+
+@pytest.fixture(scope="session")
+def finished(encoded: Experiment) -> Experiment:
+    """The small experiment with its prior."""
+    train_prior(encoded)
+    return encoded
 
 
 def copy_of(experiment: Experiment, root: Path, *stages: str) -> Path:

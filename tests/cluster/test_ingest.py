@@ -48,21 +48,27 @@ def stream(
     return image_batches(experiment, step, start, rank, world, Skipped() if skipped is None else skipped)
 
 
-def test_a_stream_goes_on_exactly_where_it_stopped(encoded: Experiment) -> None:
-    whole = list(itertools.islice(stream(encoded.data), 20))  # an epoch is 16.17 batches
-    for stop in (3, 16):
-        rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1), 3)
-        for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
-            assert position == expected
-            assert all(torch.equal(a, b) for a, b in zip(resumed[:3], original[:3], strict=True))
+@pytest.fixture(scope="module")
+def whole(encoded: Experiment) -> list[tuple[Batch, Position]]:
+    """The first batches of a stream of augmented images; an epoch is 16.17 batches."""
+    return list(itertools.islice(stream(encoded.data, augmentation=VARIED), 20))
 
 
-def test_augmented_images_are_the_same_after_a_restart_and_in_the_order_of_plain_ones(encoded: Experiment) -> None:
-    whole = list(itertools.islice(stream(encoded.data, augmentation=VARIED), 18))
-    resumed, position = next(stream(encoded.data, whole[16][1], 17, augmentation=VARIED))
-    assert position == whole[17][1]
-    assert all(torch.equal(a, b) for a, b in zip(resumed[:3], whole[17][0][:3], strict=True))
+@pytest.mark.parametrize("stop", [3, 16])
+def test_a_stream_goes_on_exactly_where_it_stopped(
+    encoded: Experiment, whole: list[tuple[Batch, Position]], stop: int
+) -> None:
+    rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1, augmentation=VARIED), 3)
+    for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
+        assert position == expected
+        assert all(torch.equal(a, b) for a, b in zip(resumed[:3], original[:3], strict=True))
+
+
+def test_augmented_images_come_in_the_order_of_plain_ones(
+    encoded: Experiment, whole: list[tuple[Batch, Position]]
+) -> None:
     (plain, _), (varied, _) = next(stream(encoded.data)), whole[0]
+    assert plain.keys == varied.keys
     assert torch.equal(plain.labels, varied.labels)
     assert not torch.equal(plain.data, varied.data)
 
@@ -91,13 +97,13 @@ def test_fewer_shards_than_workers_are_refused(encoded: Experiment) -> None:
         next(stream(encoded.data, world=5))
 
 
-def test_shards_on_s3_give_the_same_batches(encoded: Experiment, s3: str, tmp_path: Path) -> None:
+def test_shards_on_s3_give_the_same_batches(whole: list[tuple[Batch, Position]], s3: str) -> None:
     patterns = make_shards(ShardConfig(output=f"{s3}/digits", images_per_shard=405)).patterns
     remote = ImageConfig(
         train=patterns["train"], validation=patterns["validation"], image_size=32, channels=1, extensions=["png"]
     )
     assert remote.train.startswith("s3://")
-    for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote), 3), stream(encoded.data), strict=False):
+    for (ours, _), (theirs, _) in zip(itertools.islice(stream(remote, augmentation=VARIED), 3), whole, strict=False):
         assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
 
 

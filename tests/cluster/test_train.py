@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,37 +41,31 @@ class FingerprintTask(PriorTask):
         return [key_of(*(tensor.double().sum().item() for tensor in self.built.state_dict().values()))]
 
 
-def fit(experiment: Experiment, task: Any) -> tuple[dict[str, Any], list[float]]:
-    """Train a task in a stage of its own; its last meta.json and its loss curve from MLflow."""
-    with open_stage(experiment, "prior", {}, "never", fresh=True) as stage:
-        cluster_train.fit(stage, task, {})
-        run: Run = stage.run
-    checkpoint = max(Path(experiment.folder, "prior").glob("checkpoint-*"))
-    history = run.client.get_metric_history(run.run_id, "train_loss")
-    return files.read_json(str(checkpoint / "meta.json")), [m.value for m in sorted(history, key=lambda m: m.step)]
-
-
 A_SHARD_AT_A_TIME = 70e-6  # latents_gb: two shards of 405 codes, of 80 bytes each
 
 
-def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(encoded: Experiment, tmp_path: Path) -> None:
-    """With codes that stream, too."""
-    curves: list[list[float]] = []
-    for workers in (1, 2):
-        experiment = replace(
-            encoded,
-            root=str(tmp_path),
-            name=f"workers{workers}",
-            cluster=replace(encoded.cluster, workers=workers, latents_gb=A_SHARD_AT_A_TIME),
-        )
-        meta, curve = fit(experiment, FingerprintTask(experiment, encoded.folder))
-        assert len(meta["positions"]) == workers
-        assert all(position == meta["positions"][0] for position in meta["positions"]), "replicas differ"
-        curves.append(curve)
-    one, two = torch.tensor(curves)
-    assert len(one) == 20
+def curve_of(experiment: Experiment, stage: str) -> list[tuple[int, float]]:
+    """Steps and losses of a finished stage, as MLflow has them."""
+    run_id = read_model_config(f"{experiment.folder}/{stage}/final")["run"]
+    run = Run(experiment.tracking.resolve(experiment.root), run_id)
+    history = run.client.get_metric_history(run.run_id, "train_loss")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished: Experiment, tmp_path: Path) -> None:
+    two = replace(finished, root=str(tmp_path), cluster=replace(finished.cluster, workers=2))
+    with open_stage(two, "prior", {}, "never") as stage:
+        cluster_train.fit(stage, FingerprintTask(two, finished.folder), {})
+    meta = files.read_json(str(max(Path(two.folder, "prior").glob("checkpoint-*")) / "meta.json"))
+    assert len(meta["positions"]) == 2
+    assert meta["positions"][0] == meta["positions"][1], "replicas differ"
+    run: Run = stage.run
+    history = run.client.get_metric_history(run.run_id, "train_loss")
+    curves = curve_of(finished, "prior"), [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    one, other = torch.tensor([loss for _, loss in curves[0]]), torch.tensor(curves[1])
+    assert len(one) == len(other) == 20
     assert one[-1] < one[0]
-    assert (one - two).abs().max() <= 1e-4
+    assert (one - other).abs().max() <= 1e-4
 
 
 def test_memory_that_would_change_the_order_of_an_unfinished_run_is_refused(
@@ -106,7 +99,7 @@ class DyingTask(AutoencoderTask):
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         for batch in super().batches(step, positions, place):
-            if int(batch.sample_index[0]) // self.training.batch_size == 7 and not self.flag.exists():
+            if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
                 self.flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
@@ -115,34 +108,24 @@ class DyingTask(AutoencoderTask):
 def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes: list[str] = []
-    curves: list[list[tuple[int, float]]] = []
-    for name in ("undisturbed", "killed"):
-        experiment = replace(
-            encoded,
-            root=str(tmp_path),
-            name=name,
-            autoencoder_training=small_training(9, batch_size=100, checkpoint_every=5),  # an epoch is 17 steps
-        )
-        flag = tmp_path / "died"
-        if name == "killed":
-            monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
-        config = read_model_config(train_autoencoder(experiment))
-        hashes.append(config["hash"])
-        run = Run(experiment.tracking.resolve(experiment.root), config["run"])
-        history = run.client.get_metric_history(run.run_id, "train_loss")
-        curves.append(sorted((metric.step, metric.value) for metric in history))
-        recorded = run.client.get_run(run.run_id)
-        everyone = run.client.search_runs([recorded.info.experiment_id], "tags.mlflow.runName = 'autoencoder'")
-        assert [each.info.run_id for each in everyone] == [run.run_id]
-        known = recorded.data
-        assert known.tags["bld.autoencoder_hash"] == config["hash"]
-        assert known.tags["bld.data_hash"] == config["data_hash"]
-        assert "system/cpu_utilization_percentage" in known.metrics
+    """Beside the session's experiment, which was trained undisturbed."""
+    training = replace(encoded.autoencoder_training, checkpoint_every=3)
+    killed = replace(encoded, root=str(tmp_path), autoencoder_training=training)
+    flag = tmp_path / "died"
+    monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
+    config = read_model_config(train_autoencoder(killed))
     assert flag.exists(), "the worker was never killed"
-    assert hashes[0] == hashes[1]
-    assert [step for step, _ in curves[1]] == list(range(1, 10)), "steps 6 and 7 were taken twice, and logged once"
-    assert curves[0] == curves[1]
+    assert config["hash"] == read_model_config(f"{encoded.folder}/autoencoder/final")["hash"]
+    curve = curve_of(killed, "autoencoder")
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6], "step 4 was taken twice, and logged once"
+    assert curve == curve_of(encoded, "autoencoder")
+    run = Run(killed.tracking.resolve(killed.root), config["run"])
+    recorded = run.client.get_run(run.run_id)
+    everyone = run.client.search_runs([recorded.info.experiment_id], "tags.mlflow.runName = 'autoencoder'")
+    assert [each.info.run_id for each in everyone] == [run.run_id]
+    assert recorded.data.tags["bld.autoencoder_hash"] == config["hash"]
+    assert recorded.data.tags["bld.data_hash"] == config["data_hash"]
+    assert "system/cpu_utilization_percentage" in recorded.data.metrics
 
 
 class SpoiledTask(AutoencoderTask):
@@ -173,7 +156,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     spoiled = Path(experiment.folder, "spoiled").read_text()
     assert f"sample '{spoiled}': loss = nan, l1 = nan" in str(stopped.value)
     monkeypatch.undo()
-    final = train_autoencoder(experiment)  # goes on from the last good checkpoint, with both players
+    one = replace(experiment, cluster=encoded.cluster)
+    final = train_autoencoder(one)  # goes on from the last good checkpoint, with both players, and one worker for two
     assert read_model_config(final)["metrics"]["val_psnr"] > 0
     run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
     critic = run.client.get_metric_history(run.run_id, "train_critic")

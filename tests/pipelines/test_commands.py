@@ -124,9 +124,10 @@ def test_the_whole_order_of_work_on_fashion_images(
         *("--name", "fashion", "--root", str(tmp_path)),
         *("--data.train", f"{tmp_path}/train-{{0000..0001}}.tar"),
         *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad"),
-        *("--autoencoder_training.steps", "4", "--prior_training.steps", "4"),
-        *("--evaluation.samples", "40", "--evaluation.class_accuracy", "false", "--cluster.cpus_per_worker", "0.25"),
-        *("--evaluation.classifier", "false", "--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
+        *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--evaluation.samples", "40"),
+        *("--evaluation.class_accuracy", "false", "--evaluation.classifier", "false"),
+        *("--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
+        *("--cluster.workers", "1", "--cluster.cpus_per_worker", "0.25"),
     ]
     assert run(monkeypatch, "run_all.py", *flags) == 0
     said = capsys.readouterr().out

@@ -13,7 +13,6 @@ from PIL import Image
 from bld_core.files import expand
 from bld_core.images import ImageConfig, first_images
 from cluster.experiment import Experiment
-from cluster.train import train_prior
 from tests.pipelines.test_commands import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,11 +59,10 @@ def test_a_folder_of_images_becomes_shards(
     assert "choose another --output" in capsys.readouterr().err
 
 
-def test_the_python_lines_run_without_ray(encoded: Experiment) -> None:
-    train_prior(encoded)
+def test_the_python_lines_run_without_ray(finished: Experiment) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict[str, object] = {}
-    exec(block.replace("runs/demo", encoded.folder), names)  # the README's own lines
+    exec(block.replace("runs/demo", finished.folder), names)  # the README's own lines
     assert tuple(getattr(names["images"], "shape", ())) == (3, 32, 32, 1)
     assert getattr(names["again"], "shape", None) == getattr(names["images"], "shape", ())
 
