@@ -166,7 +166,7 @@ class Experiment:
             )
         make_model(self.prior, self.diffusion, h * w, c).steps(self.sampling)
         for training in (self.autoencoder_training, self.prior_training):
-            worker_share(training, self.cluster.workers)
+            worker_share(training, self.cluster.replicas)
 
     @property
     def folder(self) -> str:

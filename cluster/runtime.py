@@ -26,7 +26,9 @@ class ClusterConfig:
     Args:
         address: Ray cluster to connect to, "auto" for the one on this machine; empty uses RAY_ADDRESS (set inside
             `ray job submit`) or else starts a local one that ends with the command.
-        workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs.
+        workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
+            trains in the process of the command, without the processes that Ray Train starts: the same weights some
+            20 seconds earlier, for small experiments on one machine; the other jobs then take one actor.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: cores that decode images for each training worker of stage 1; one more block of images is under
             way, so that none of them waits for the scheduler.
@@ -48,8 +50,10 @@ class ClusterConfig:
     max_failures: int = 3
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"cluster.workers is {self.workers}; it must be at least 1")
+        if self.workers < 0:
+            raise ValueError(
+                f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in the command's own process"
+            )
         if self.decode_tasks < 1:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.read_ahead < _LEAST_READ_AHEAD:
@@ -61,6 +65,11 @@ class ClusterConfig:
             raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if self.latents_gb <= 0:
             raise ValueError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
+
+    @property
+    def replicas(self) -> int:
+        """Processes that work at the same time."""
+        return max(1, self.workers)
 
     @property
     def device(self) -> str:
@@ -93,16 +102,16 @@ def connect(config: ClusterConfig) -> None:
         else:
             _start_local()
     have = ray.cluster_resources()
-    need = config.workers * config.cpus_per_worker + DECODE_CPUS
+    need = config.replicas * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
         raise ValueError(
-            f"{config.workers} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
+            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
             f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )
-    if config.gpu and config.workers > have.get("GPU", 0):
+    if config.gpu and config.replicas > have.get("GPU", 0):
         raise ValueError(
-            f"{config.workers} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
+            f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
 
@@ -174,7 +183,7 @@ def finished_on_actors(
     def start() -> Any:
         return remote.options(max_concurrency=calls).remote(*arguments)
 
-    actors = [start() for _ in range(min(config.workers, len(items)))]
+    actors = [start() for _ in range(min(config.replicas, len(items)))]
     idle = [*range(len(actors))] * calls
     waiting = deque(range(len(items)))
     running: dict[Any, tuple[int, int, Any]] = {}

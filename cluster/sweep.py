@@ -84,12 +84,14 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
 
 def _trials(experiment: Experiment) -> list[Experiment]:
     sweep = experiment.sweep
+    cluster = replace(experiment.cluster, workers=experiment.cluster.replicas)  # Tune's process is no place to train in
     return [
         experiment.variant(
             "sweep",
             f"lambda{weight:g}-{schedule}",
             diffusion=replace(experiment.diffusion, vlb_weight=weight, schedule=schedule),
             prior_training=replace(experiment.prior_training, steps=sweep.steps),
+            cluster=cluster,
         )
         for weight, schedule in itertools.product(sweep.vlb_weights, sweep.schedules)
     ]

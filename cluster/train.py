@@ -11,6 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+import tqdm
 from ray.experimental import tqdm_ray
 from ray.train import (
     Checkpoint,
@@ -48,6 +49,7 @@ from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
 from cluster.tracking import Run, SystemLoad, lineage
 
 _CHECKPOINTS_KEPT = 2
+_CHECKPOINT = "checkpoint-"
 FINAL = "final"
 _SMALL = 64  # pixels: enough to see whether a network takes an image
 
@@ -66,7 +68,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
         ValueError: bad input, each with its remedy, before anything is started.
     """
     shards = check_shards(experiment.data, "train")
-    check_feed(shards, experiment.cluster.workers)
+    check_feed(shards, experiment.cluster.replicas)
     check_shards(experiment.data, "validation")
     _check_losses(experiment)
     fingerprint = {
@@ -182,7 +184,7 @@ def fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
         raise
     if result.return_value is not None:
         raise result.return_value
-    checkpoint = result.checkpoint
+    checkpoint = _last_checkpoint(stage.folder)
     assert checkpoint is not None, "the last step always saves one"
     with checkpoint.as_directory() as folder:
         metrics = files.read_json(f"{folder}/meta.json")["metrics"]
@@ -212,13 +214,14 @@ def _work(config: dict[str, Any]) -> Exception | None:
     if (critic := task.critic()) is not None:
         state.critic = make_state(*critic, ray.train.torch.prepare_model)
     positions: list[list[int]] = []
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint = ray.train.get_checkpoint() or _last_checkpoint(config["folder"])
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             positions = load_state(folder, state)["positions"]
     run: Run | None = config["run"] if place.rank == 0 else None
     load = SystemLoad() if place.rank == 0 else None
-    bar = tqdm_ray.tqdm if config["bar"] else None
+    bars = tqdm_ray.tqdm if task.experiment.cluster.workers else tqdm.tqdm
+    bar = bars if config["bar"] else None
     progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
     metrics: dict[str, float] = {}
@@ -296,14 +299,34 @@ def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place
     if place.rank or folder is None:
         ray.train.report({"step": state.step})
         return
-    url = files.join(folder, f"checkpoint-{state.step:07d}")
+    url = files.join(folder, f"{_CHECKPOINT}{state.step:07d}")
     save_state(url, state, {"positions": positions, "metrics": metrics})
-    storage: Any = ray.train.get_context().get_storage()
     ray.train.report(
         {"step": state.step, **metrics},
-        checkpoint=Checkpoint(files.filesystem(url)[1], storage.storage_filesystem),
+        checkpoint=_checkpoint(url),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
+    if not task.experiment.cluster.workers:  # else Ray Train does so
+        for old in _checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
+            files.remove(old)
+
+
+def _checkpoint(url: str) -> Checkpoint:
+    """A checkpoint in its place, as Ray sees it."""
+    return Checkpoint(files.filesystem(url)[1], run_storage(url).get("storage_filesystem"))
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """The whole checkpoints of a stage, oldest first."""
+    names = [name for name in files.listing(folder) if name.startswith(_CHECKPOINT)]
+    urls = [files.join(folder, name) for name in sorted(names)]
+    return [url for url in urls if files.exists(f"{url}/meta.json")]
+
+
+def _last_checkpoint(folder: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a stage."""
+    there = _checkpoints(folder)
+    return _checkpoint(there[-1]) if there else None
 
 
 def _join(message: str, place: Place) -> str:

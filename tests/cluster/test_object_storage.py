@@ -44,7 +44,8 @@ def on_s3(
     experiment = small_experiment(Path("runs"), patterns)
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
     training = small_training(20, checkpoint_every=5)
-    return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training)
+    cluster = replace(experiment.cluster, workers=1)
+    return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training, cluster=cluster)
 
 
 def with_autoencoder(experiment: Experiment, name: str) -> Experiment:

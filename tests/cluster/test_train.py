@@ -108,9 +108,10 @@ class DyingTask(AutoencoderTask):
 def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the session's experiment, which was trained undisturbed."""
+    """Beside the session's experiment, which was trained undisturbed, in its own process."""
     training = replace(encoded.autoencoder_training, checkpoint_every=3)
-    killed = replace(encoded, root=str(tmp_path), autoencoder_training=training)
+    one = replace(encoded.cluster, workers=1)
+    killed = replace(encoded, root=str(tmp_path), autoencoder_training=training, cluster=one)
     flag = tmp_path / "died"
     monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
     config = read_model_config(train_autoencoder(killed))
@@ -157,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     assert f"sample '{spoiled}': loss = nan, l1 = nan" in str(stopped.value)
     monkeypatch.undo()
     one = replace(experiment, cluster=encoded.cluster)
-    final = train_autoencoder(one)  # goes on from the last good checkpoint, with both players, and one worker for two
+    final = train_autoencoder(one)  # goes on from the last good checkpoint, with both players, in this process
     assert read_model_config(final)["metrics"]["val_psnr"] > 0
     run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
     critic = run.client.get_metric_history(run.run_id, "train_critic")

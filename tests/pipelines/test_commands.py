@@ -127,7 +127,7 @@ def test_the_whole_order_of_work_on_fashion_images(
         *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--evaluation.samples", "40"),
         *("--evaluation.class_accuracy", "false", "--evaluation.classifier", "false"),
         *("--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
-        *("--cluster.workers", "1", "--cluster.cpus_per_worker", "0.25"),
+        *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"),
     ]
     assert run(monkeypatch, "run_all.py", *flags) == 0
     said = capsys.readouterr().out
