@@ -77,7 +77,7 @@ def test_an_interrupted_job_resumes_and_ends_with_the_same_bytes(encoded: Experi
 
 def long_experiment(root: str, digits: dict[str, str]) -> Experiment:
     """Encoding takes long enough to be killed in the middle: many draws, in small batches."""
-    latents = LatentConfig(draws=10, mirror=True, batch_size=8)
+    latents = LatentConfig(draws=6, mirror=True, batch_size=8)
     return replace(small_experiment(Path(root), digits), latents=latents)
 
 

@@ -90,7 +90,7 @@ def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_t
     on_s3: Experiment, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train_autoencoder(on_s3)
+    train_autoencoder(replace(on_s3, cluster=replace(on_s3.cluster, workers=0)))  # stage 2 has workers of Ray Train
     for stage, found in ((encode_latents, "latents/train/*.parquet"), (train_prior, "prior/checkpoint-*/meta.json")):
         with stopped_when(s3_server, f"bucket/runs/small/{found}", OUTAGE_S) as stopped:
             stage(on_s3)
