@@ -27,10 +27,10 @@ from bld_core.latent_shards import (
 )
 from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
+from cluster.lineage import lineage
 from cluster.progress import Progress
 from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, open_stage
-from cluster.tracking import lineage
 
 _BATCHES_AHEAD = 2
 _SECONDS_BETWEEN_METRICS = 10.0

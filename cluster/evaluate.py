@@ -25,6 +25,7 @@ from bld_core.pictures import grid, png, reconstruction_grid
 from cluster.cas import cas_experiment, measure_cas
 from cluster.evaluator import Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
+from cluster.lineage import lineage
 from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
@@ -32,7 +33,6 @@ from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Judge
 from cluster.sample_figures import SHOWN, Samples, over_seeds
 from cluster.stages import Stage, open_stage
-from cluster.tracking import lineage
 
 _PICTURE_IMAGES = 32
 _SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
@@ -20,7 +21,6 @@ from bld_core.schedule import ScheduleName
 from bld_core.training import TrainingConfig, worker_share
 from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
-from cluster.tracking import TrackingConfig
 
 # What does not change what a stage makes, beyond rounding: how often it reports, how it saves time and memory, what it
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
@@ -28,6 +28,54 @@ _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        uri: tracking server, for example http://mlflow:5000; empty keeps a SQLite file, mlflow.db, in `root`, which is
+            enough for one machine. Credentials belong in the MLFLOW_TRACKING_* variables, never here.
+        experiment: MLflow experiment that holds the runs; empty takes the name of this experiment.
+        model: name in the model registry; empty takes the name of this experiment.
+        alias: registry alias that `register.py` moves to the version that it makes.
+        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
+            priors of one autoencoder; across autoencoders take a figure of images.
+        champion_lower: the lower figure is the better one.
+        champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
+    """
+
+    uri: str = ""
+    experiment: str = ""
+    model: str = ""
+    alias: str = "latest-trained"
+    champion_figure: str = "bound"
+    champion_lower: bool = True
+    champion_margin: float = 0.001
+
+    def __post_init__(self) -> None:
+        if "@" in urlsplit(self.uri).netloc:
+            raise ValueError(
+                "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        if not self.champion_margin >= 0:
+            raise ValueError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
+
+    def resolve(self, root: str) -> str:
+        """The tracking URI for an experiment root.
+
+        Raises:
+            ValueError: no server for a root on object storage.
+        """
+        if self.uri:
+            return self.uri
+        if not files.is_local(root):
+            raise ValueError(
+                f"root {root!r} is not a local folder, and SQLite needs one: set tracking.uri to an MLflow server"
+            )
+        return f"sqlite:///{files.absolute(root)}/mlflow.db"
 
 
 @dataclass(frozen=True, kw_only=True)

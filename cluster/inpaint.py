@@ -15,10 +15,10 @@ from bld_core.images import ImageConfig, decode, first_images, stack
 from bld_core.models import trained_model
 from bld_core.pictures import grid, mask_of_box, mask_of_picture, png
 from cluster.experiment import Experiment
+from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
 from cluster.sample import Sampler
 from cluster.stages import open_stage
-from cluster.tracking import lineage
 
 _HIDDEN = 128
 

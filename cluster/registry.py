@@ -22,8 +22,9 @@ from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
 from bld_core.generator import AUTOENCODER, PRIOR
 from cluster.evaluate import read_report
-from cluster.experiment import Experiment
-from cluster.tracking import COMMIT, TrackingConfig, connect, git_commit, lineage, start_run
+from cluster.experiment import Experiment, TrackingConfig
+from cluster.lineage import COMMIT, git_commit, lineage
+from cluster.tracking import connect, start_run
 
 CHAMPION = "champion"
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")

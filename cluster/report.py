@@ -21,10 +21,11 @@ from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import png
 from cluster.evaluate import read_report
 from cluster.experiment import Experiment
+from cluster.lineage import git_commit, lineage
 from cluster.paper import Table, tables_for
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.stages import RECORD
-from cluster.tracking import STARTS, connect, find_run, git_commit, lineage, without_secrets
+from cluster.tracking import STARTS, connect, find_run, without_secrets
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")

@@ -20,9 +20,9 @@ from bld_core.models import BinaryModel, trained_model
 from bld_core.pictures import grid, png
 from bld_core.sampling import SamplingConfig
 from cluster.experiment import Experiment
+from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
-from cluster.tracking import lineage
 
 _IMAGES_AT_ONCE = 64
 

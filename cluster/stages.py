@@ -9,12 +9,14 @@ import os
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bld_core import files
 from cluster.experiment import Experiment
 from cluster.runtime import connect
-from cluster.tracking import Run, start_run
+
+if TYPE_CHECKING:
+    from cluster.tracking import Run
 
 RECORD = "stage.json"
 _COMMANDS = {
@@ -75,6 +77,9 @@ def open_stage(
         ValueError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
             is too small for the work. Nothing is deleted then.
     """
+    # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
+    from cluster.tracking import Run, start_run
+
     folder = files.join(experiment.folder, name)
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: lists for tuples
     files.check_writable(experiment.folder)

@@ -6,16 +6,13 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunStatus, RunTag
@@ -28,11 +25,11 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from PIL.Image import Image
 
 from bld_core import files
+from cluster.lineage import COMMIT, git_commit
 
 if TYPE_CHECKING:
     from cluster.experiment import Experiment
 
-COMMIT = "mlflow.source.git.commit"
 STARTS = "bld.starts"
 """Tag of a run: a line for each start of it, with the time, the commit and the command."""
 _LONGEST_TAG = 8000  # characters that MLflow keeps
@@ -44,54 +41,6 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "1.0",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """MLflow.
-
-    Args:
-        uri: tracking server, for example http://mlflow:5000; empty keeps a SQLite file, mlflow.db, in `root`, which is
-            enough for one machine. Credentials belong in the MLFLOW_TRACKING_* variables, never here.
-        experiment: MLflow experiment that holds the runs; empty takes the name of this experiment.
-        model: name in the model registry; empty takes the name of this experiment.
-        alias: registry alias that `register.py` moves to the version that it makes.
-        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
-            priors of one autoencoder; across autoencoders take a figure of images.
-        champion_lower: the lower figure is the better one.
-        champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
-    """
-
-    uri: str = ""
-    experiment: str = ""
-    model: str = ""
-    alias: str = "latest-trained"
-    champion_figure: str = "bound"
-    champion_lower: bool = True
-    champion_margin: float = 0.001
-
-    def __post_init__(self) -> None:
-        if "@" in urlsplit(self.uri).netloc:
-            raise ValueError(
-                "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
-                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            )
-        if not self.champion_margin >= 0:
-            raise ValueError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
-
-    def resolve(self, root: str) -> str:
-        """The tracking URI for an experiment root.
-
-        Raises:
-            ValueError: no server for a root on object storage.
-        """
-        if self.uri:
-            return self.uri
-        if not files.is_local(root):
-            raise ValueError(
-                f"root {root!r} is not a local folder, and SQLite needs one: set tracking.uri to an MLflow server"
-            )
-        return f"sqlite:///{files.absolute(root)}/mlflow.db"
 
 
 def connect(uri: str) -> MlflowClient:
@@ -178,33 +127,6 @@ class SystemLoad:
             named: dict[str, Any] = monitor.aggregate_metrics()
             found |= {f"system/{name}": value for name, value in named.items()}
         return found
-
-
-def git_commit() -> str:
-    """The commit of this code, "-dirty" added where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BLD_GIT_COMMIT", "unknown")
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
-
-
-def lineage(autoencoder: Mapping[str, Any], prior: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """What a result was made from, as tags: data -> autoencoder -> latents -> prior, each by its hash.
-
-    Args:
-        autoencoder: the config.json of the autoencoder; its data are the names and sizes of its training shards.
-        prior: that of the prior, where one is used.
-    """
-    made_from = {
-        "bld.data_hash": autoencoder.get("data_hash", "unknown"),  # not noted by early versions
-        "bld.autoencoder_hash": autoencoder["hash"],
-    }
-    if prior is not None:
-        made_from |= {"bld.latents_hash": prior["latents_hash"], "bld.prior_hash": prior["hash"]}
-    return made_from
 
 
 def without_secrets(text: str) -> str:

@@ -41,12 +41,13 @@ from bld_core.skipped import Skipped, above
 from bld_core.training import Report, TrainState, make_state, train
 from cluster.experiment import Experiment
 from cluster.ingest import check_feed
+from cluster.lineage import lineage
 from cluster.progress import Progress, on_terminal
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tasks import AutoencoderTask, Place, PriorTask, Task
-from cluster.tracking import Run, SystemLoad, lineage
+from cluster.tracking import Run, SystemLoad
 
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT = "checkpoint-"

@@ -27,11 +27,10 @@ from bld_core.prior import Prior, PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.training import TrainingConfig
 from cluster.encode import encode_latents
-from cluster.experiment import Experiment, SweepConfig
+from cluster.experiment import Experiment, SweepConfig, TrackingConfig
 from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
 from cluster.shards import ShardConfig, make_shards
-from cluster.tracking import TrackingConfig
 from cluster.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
 

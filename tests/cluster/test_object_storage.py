@@ -19,9 +19,8 @@ from bld_core.generator import AUTOENCODER
 from bld_core.patience import StorageError
 from cluster.encode import encode_latents, verify_latents
 from cluster.evaluate import evaluate
-from cluster.experiment import Experiment
+from cluster.experiment import Experiment, TrackingConfig
 from cluster.sample import GridConfig, draw_grid
-from cluster.tracking import TrackingConfig
 from cluster.train import train_autoencoder, train_prior
 from tests.conftest import STORAGE_SECONDS, small_experiment, small_training
 from tests.servers import S3Server

@@ -12,9 +12,9 @@ import torch
 
 from bld_core import files
 from bld_core.pictures import grid, png
-from cluster.experiment import Experiment
+from cluster.experiment import Experiment, TrackingConfig
 from cluster.report import thinned, write_report
-from cluster.tracking import TrackingConfig, start_run
+from cluster.tracking import start_run
 from tests.browser import chromium, problems
 from tests.conftest import random_pair, report_of
 from tests.servers import MlflowServer

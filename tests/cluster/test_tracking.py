@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from bld_core.images import ImageConfig
-from cluster.experiment import Experiment
-from cluster.tracking import COMMIT, STARTS, Run, SystemLoad, TrackingConfig, lineage, start_run, without_secrets
+from cluster.experiment import Experiment, TrackingConfig
+from cluster.lineage import COMMIT, lineage
+from cluster.tracking import STARTS, Run, SystemLoad, start_run, without_secrets
 from tests.conftest import small_experiment
 from tests.servers import MlflowServer
 
