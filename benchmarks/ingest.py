@@ -42,7 +42,7 @@ from cluster.ingest import Position, image_batches
 from cluster.runtime import ClusterConfig, connect
 
 SHARDS, SIZE, BATCH, PROCESSES = 8, 128, 64, 2
-WARM_IMAGES, IMAGES, ALONE_IMAGES, REPEATS = 2000, 6000, 1000, 5
+WARM_IMAGES, IMAGES, ALONE_IMAGES, REPEATS = 6000, 12000, 1000, 5
 GROWTH = 8
 
 

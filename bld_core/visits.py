@@ -23,7 +23,7 @@ REASONS = tuple(Reason)
 DELIVERED = -1
 """In the column reason, where other numbers stand for REASONS."""
 
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 16 << 20
 
 Columns = dict[str, NDArray[Any]]
 

@@ -29,7 +29,8 @@ from cluster.experiment import Experiment
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
-_READ_TASKS = 2  # a shard is read while the one before it is decoded
+_DECODE_TASKS_PER_READ = 4
+_DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _TURN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -167,14 +168,14 @@ class Stream:
 
     def _execute(self, visits: list[dict[str, Any]]) -> Iterator[Columns]:
         """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
-        data, seed = self.experiment.data, self.experiment.seed
+        data, cluster, seed = self.experiment.data, self.experiment.cluster, self.experiment.seed
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=self.experiment.cluster.read_ahead << 20
+            object_store_memory=cluster.read_ahead << 20
         )
         context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
@@ -183,7 +184,7 @@ class Stream:
                 read_visit,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_kwargs and batch_format
                 batch_size=1,
                 num_cpus=0,
-                compute=ray.data.TaskPoolStrategy(size=_READ_TASKS),
+                compute=ray.data.TaskPoolStrategy(size=1 + cluster.decode_tasks // _DECODE_TASKS_PER_READ),
                 fn_kwargs={"data": data, "seed": seed},
             )
             .map_batches(
@@ -191,7 +192,7 @@ class Stream:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=self.experiment.cluster.decode_tasks + 1),
+                compute=ray.data.TaskPoolStrategy(size=cluster.decode_tasks + _DECODE_TASKS_BESIDE),
                 fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
             )
         )

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.progress import Progress
 
-_LEAST_READ_AHEAD = 64
+_READ_AHEAD_PER_BLOCK = 32  # MiB: a block of images is at most 16 decoded, and as much again as files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,10 @@ class ClusterConfig:
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
-        decode_tasks: cores that decode images for each training worker of stage 1; one more block of images is under
+        decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
             way, so that none of them waits for the scheduler.
-        read_ahead: MiB of shared memory that each training worker of stage 1 may fill with images read ahead.
+        read_ahead: MiB of shared memory that each training worker of stage 1 may fill with images read ahead; at least
+            32 for each block under way.
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
@@ -56,9 +57,11 @@ class ClusterConfig:
             )
         if self.decode_tasks < 1:
             raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
-        if self.read_ahead < _LEAST_READ_AHEAD:
+        least = _READ_AHEAD_PER_BLOCK * (self.decode_tasks + 2)
+        if self.read_ahead < least:
             raise ValueError(
-                f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with less, "
+                f"cluster.read_ahead is {self.read_ahead}; with {self.decode_tasks} decode_tasks it must be at least "
+                f"{least} MiB, {_READ_AHEAD_PER_BLOCK} for each of them and 2 more: with less, "
                 "Ray Data starves a fast consumer"
             )
         if self.cpus_per_worker <= 0:
