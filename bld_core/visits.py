@@ -51,7 +51,7 @@ def read_visit(item: Columns, data: ImageConfig, seed: int) -> Iterator[pa.Table
         same = {"visit": visit, "epoch": epoch, "total": len(entries)}
         yield _pack(
             {
-                "data": pa.array([sample.data for sample in samples], pa.binary()),
+                "data": _binary([sample.data for sample in samples]),
                 "key": pa.array([sample.key for sample in samples], pa.string()),
                 "label": pa.array([sample.label for sample in samples], pa.int64()),
                 "reason": pa.array(reasons, pa.int8()),
@@ -100,6 +100,13 @@ def decode_block(block: pa.Table, data: ImageConfig, augmentation: AugmentationC
     columns["reason"] = pa.array(reasons)
     del columns["data"]
     return _pack(columns)
+
+
+def _binary(values: list[bytes | memoryview]) -> pa.LargeBinaryArray:
+    """Values side by side. `pa.array` of memoryviews (pyarrow 25) would never let go of what they are views of."""
+    ends = np.cumsum([0, *map(len, values)])
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), buffers)
 
 
 def _pack(columns: dict[str, pa.Array]) -> pa.Table:
