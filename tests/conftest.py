@@ -34,7 +34,7 @@ from cluster.shards import ShardConfig, make_shards
 from cluster.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
 
-STORAGE_SECONDS = 10  # Ray's workers have it from the session's environment
+STORAGE_SECONDS = 25  # Ray's workers have it from the session's environment
 
 torch.set_num_threads(1)
 

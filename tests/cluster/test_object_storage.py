@@ -25,7 +25,7 @@ from cluster.train import train_autoencoder, train_prior
 from tests.conftest import STORAGE_SECONDS, small_experiment, small_training
 from tests.servers import S3Server
 
-OUTAGE_S = 3.0
+OUTAGE_S = 10.0
 
 
 @pytest.fixture(scope="module")
