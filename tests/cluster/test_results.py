@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,15 +39,6 @@ from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
 from cluster.train import train_prior
 from tests.conftest import copy_of
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads as the actors have here: another number rounds matrix products in another way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +25,6 @@ from cluster.experiment import Experiment, StudyConfig
 from cluster.study import StudyName, run_study, table
 
 SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads as the actors have here: another number rounds matrix products in another way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
