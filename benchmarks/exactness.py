@@ -6,7 +6,8 @@
 extractor of the evaluation job and its sums, in parts that merge; the peer is `torch_fidelity.calculate_metrics`.
 Without --weights Inception has random ones of the usual scale (He et al. 2015), which changes the figures and not the
 arithmetic. Takes 4 passes of Inception an image, and prints one JSON line for each figure; "ratio" is the relative
-difference, which is to be below 1e-6.
+difference, which is to be below 1e-6. torch-fidelity takes the mean of features in float32; "fd, float64" is its own
+function on the same features as float64.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from bld_core.images import ImageConfig, first_images, stack
 from bld_core.metrics.frechet import FeatureMoments
@@ -70,8 +72,8 @@ def random_weights(folder: str) -> str:
     return path
 
 
-def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> dict[str, float]:
-    """The figures by the parts of the evaluation job."""
+def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> tuple[dict[str, float], list[Tensor]]:
+    """The figures by the parts of the evaluation job; features of the samples and of the real images."""
     sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     inception = Inception(weights, sha256, torch.device("cpu"))
     moments, kept = FeatureMoments(), list[Tensor]()
@@ -91,11 +93,13 @@ def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> dict[str, f
     )
     space = Space("inception", sha256)
     figures = SampleFigures(config, Reference(space, "", moments, torch.cat(kept), {}), 0)
+    seen = list[Tensor]()
     for number, some in enumerate(samples.split(batch)):
-        features = inception(some)
-        figures.update(features, inception.logits(features), number * batch)
+        seen.append(inception(some))
+        figures.update(seen[-1], inception.logits(seen[-1]), number * batch)
     found = figures.figures()
-    return {name: found[space.figure(name)] for name in NAMES if space.figure(name) in found}
+    named = {name: found[space.figure(name)] for name in NAMES if space.figure(name) in found}
+    return named, [torch.cat(seen), torch.cat(kept)]
 
 
 def main() -> None:
@@ -113,7 +117,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         weights = flags.weights or random_weights(folder)
-        found = ours(weights, samples, real, flags.batch_size)
+        found, features = ours(weights, samples, real, flags.batch_size)
         theirs = calculate_metrics(
             input1=Images(samples),
             input2=Images(real),
@@ -128,8 +132,12 @@ def main() -> None:
             save_cpu_ram=True,
             verbose=False,
         )
-    for name, value in found.items():
-        peer = theirs[NAMES[name]]
+    statistics = [fid_features_to_statistics(part.double()) for part in features]
+    exact = fid_statistics_to_metric(*statistics, verbose=False)[NAMES["fd"]]
+    pairs = {name: (value, theirs[NAMES[name]]) for name, value in found.items()} | {
+        "fd, float64": (found["fd"], exact)
+    }
+    for name, (value, peer) in pairs.items():
         line = {"name": f"exactness {name}, {flags.images} images", "value": value, "unit": "", "peer": peer}
         print(json.dumps(line | {"ratio": abs(value - peer) / abs(peer) if peer else abs(value)}), flush=True)
 
