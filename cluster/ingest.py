@@ -30,7 +30,6 @@ from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
 _DECODE_TASKS_PER_READ = 4
-_DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _TURN_S = 0.05
 _log = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ class Stream:
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=cluster.read_ahead << 20
+            object_store_memory=cluster.blocks * cluster.read_ahead << 20
         )
         context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
@@ -192,7 +191,7 @@ class Stream:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=cluster.decode_tasks + _DECODE_TASKS_BESIDE),
+                compute=ray.data.TaskPoolStrategy(size=cluster.blocks),
                 fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
             )
         )

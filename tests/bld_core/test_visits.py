@@ -1,3 +1,7 @@
+"""Visits to a shard: every image once, and no memory left behind."""
+
+from __future__ import annotations
+
 import gc
 import tracemalloc
 from pathlib import Path
