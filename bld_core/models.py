@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bld_core.baselines.absorbing import AbsorbingModel
 from bld_core.baselines.autoregressive import AutoregressiveModel
-from bld_core.diffusion import Bound, DiffusionConfig, check_grid, likelihood_bound, strided_bound
+from bld_core.bound import Bound, likelihood_bound, strided_bound
+from bld_core.diffusion import DiffusionConfig, check_grid
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig
 from bld_core.sampling import Known, SamplingConfig, reverse_process, sample_codes

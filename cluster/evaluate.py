@@ -13,8 +13,8 @@ import torch
 
 import bld_core
 from bld_core import files
+from bld_core.bound import Bound
 from bld_core.checkpoint import CONFIG, read_model_config
-from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, stack
 from bld_core.latents import open_latents

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bld_core import files
 from bld_core.autoencoder import to_float, to_uint8
-from bld_core.diffusion import Bound
+from bld_core.bound import Bound
 from bld_core.images import read_images, stack
 from bld_core.losses import load_perceptual
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance

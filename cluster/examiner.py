@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bld_core.diffusion import Bound
+from bld_core.bound import Bound
 from bld_core.generator import Generator, load_prior
 from cluster.evaluator import Drawn, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment

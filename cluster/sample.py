@@ -12,8 +12,8 @@ from torch import Tensor
 
 import bld_core
 from bld_core import files
+from bld_core.bound import Bound
 from bld_core.checkpoint import read_model_config
-from bld_core.diffusion import Bound
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.latents import open_latents
 from bld_core.models import BinaryModel, trained_model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float, to_uint8
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.diffusion import Bound
+from bld_core.bound import Bound
 from bld_core.epochs import latent_batches
 from bld_core.generator import load_autoencoder
 from bld_core.images import first_images, stack

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
-from bld_core.diffusion import Bound, stratified_bound
+from bld_core.bound import Bound, stratified_bound
 from bld_core.noise import uniform
 from bld_core.prior import PriorConfig
 from bld_core.sampling import Known, SamplingConfig
@@ -92,7 +92,7 @@ def absorbing_bound(
     seed: int = 0,
     repeats: int = 8,
 ) -> Bound:
-    """The bound of a chain that takes the steps t -> s of a grid, as `bld_core.diffusion.strided_bound` takes it.
+    """The bound of a chain that takes the steps t -> s of a grid, as `bld_core.bound.strided_bound` takes it.
 
     Args:
         network: (z_BNC, masked_BN, labels) -> logits.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
-from bld_core.diffusion import Bound, stratified_bound
+from bld_core.bound import Bound, stratified_bound
 from bld_core.noise import uniform
 from bld_core.prior import Cache, PriorConfig
 from bld_core.sampling import Known, SamplingConfig

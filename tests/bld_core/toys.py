@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig
 from bld_core.bits import pack_bits
-from bld_core.diffusion import Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
+from bld_core.diffusion import Denoiser, Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
 from bld_core.epochs import latent_batches
 from bld_core.images import LabelledImage
 from bld_core.latent_shards import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
@@ -182,6 +182,11 @@ class Oracle:
     def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         t = (time * self.steps).round().long()
         return self.table[t[:, None] - 1, state_number(z)]
+
+
+def iid_oracle(p: float) -> Denoiser:
+    """The evidence network that is right about bits that are 1 with probability p, each by itself."""
+    return lambda z, time, labels: (1 - 2 * z) * math.log(p / (1 - p))
 
 
 def toy_codes(p: Tensor, count: int) -> Tensor:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import bld_core
 from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.baselines.vector import VectorBottleneck
+from bld_core.bound import strided_bound
 from bld_core.checkpoint import average_name, load_weights, read_model_config, save_model
-from bld_core.diffusion import strided_bound
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
 from bld_core.latents import open_latents

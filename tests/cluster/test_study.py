@@ -14,8 +14,9 @@ from PIL import Image
 
 import bld_core
 from bld_core import files
+from bld_core.bound import strided_bound
 from bld_core.checkpoint import load_weights, read_model_config
-from bld_core.diffusion import DiffusionConfig, strided_bound
+from bld_core.diffusion import DiffusionConfig
 from bld_core.images import first_images, stack
 from bld_core.latents import open_latents
 from bld_core.metrics.classifier import Classifier
