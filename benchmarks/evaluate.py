@@ -5,8 +5,8 @@
 The experiment is finished: its pair is there, and `evaluation` says in whose features its samples are measured (the
 classifier is trained, and the training images looked at, where that was not done yet). The parts, sampling, decoding
 and features, are measured in this process, one after the other, in the threads of one worker; the job from its first
-result to its last, without the start of processes, figures included. Its whole time is compared with its slowest part
-alone. Prints one JSON line for each figure.
+result on, without the start of processes, until its figures are there. Its whole time is compared with its slowest
+part alone. Prints one JSON line for each figure.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # 
 from bld_core import files
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import PRIOR
-from cluster.evaluate import sample_labels
-from cluster.evaluator import Evaluator, Look
+from cluster.evaluator import CALLS, Evaluator, Look
 from cluster.experiment import Experiment
 from cluster.reference import make_references
 from cluster.runtime import connect, map_on_actors
-from cluster.sample import Draw
 from cluster.sample_figures import Samples
+from cluster.sampler import balanced_labels, draws
 from pipelines.command import command
 
 REPEATS = 3
@@ -53,7 +52,7 @@ def parts(experiment: Experiment) -> dict[str, float]:
     prior, autoencoder = generator._networks(  # pyright: ignore[reportPrivateUsage]  # the very networks that draw
         generator.prior, experiment.sampling
     )
-    chosen = sample_labels(0, batch, generator.classes)
+    chosen = balanced_labels(batch, generator.classes)
     labels = None if chosen is None else torch.tensor(chosen, device=device)
     index = torch.arange(batch, device=device)
 
@@ -73,25 +72,22 @@ def parts(experiment: Experiment) -> dict[str, float]:
 
 
 def job_rate(experiment: Experiment, workers: int) -> float:
-    """Samples a second of the job, from its first result to its last."""
+    """Samples a second of the job, from its first result to its figures."""
     experiment = replace(experiment, cluster=replace(experiment.cluster, workers=workers))
     config, references = experiment.evaluation, make_references(experiment)
     connect(experiment.cluster)
-    labels = sample_labels(0, config.samples, classes_of(experiment))
-    looks: list[Look] = []
-    for start in range(0, config.samples, config.batch_size):
-        count = min(config.batch_size, config.samples - start)
-        some = None if labels is None else labels[start : start + count]
-        looks.append(Look(Draw(experiment.sampling, some, count, start, experiment.seed)))
+    labels = balanced_labels(config.samples, classes_of(experiment))
+    pieces = draws(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed)
     samples = Samples(replace(config, class_accuracy=False), experiment, references, labels)
     arguments = (experiment, [reference.space for reference in references])
-    work = map_on_actors(Evaluator, arguments, "work", looks, experiment.cluster, "evaluate")
+    work = map_on_actors(Evaluator, arguments, "work", map(Look, pieces), experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work):
         for _ in range(workers):  # the first of each
             samples.add(next(work))
         began = time.perf_counter()
         for drawn in work:
             samples.add(drawn)
+        samples.figures()
     return (config.samples - workers * config.batch_size) / (time.perf_counter() - began)
 
 

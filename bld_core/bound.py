@@ -21,6 +21,7 @@ class Bound:
     """A likelihood bound in bits per latent bit: 1.0 is what the uniform prior pays; lower is better.
 
     Attributes:
+        codes: that it is the mean of.
         bits_per_bit: the bound.
         standard_error: of the bound; it covers the choice of data and of noise.
         profile: what each step of the grid adds to the bound, from the one that ends in the code to the one that starts
@@ -29,9 +30,22 @@ class Bound:
             neighbours.
     """
 
+    codes: int
     bits_per_bit: float
     standard_error: float
     profile: tuple[float, ...]
+
+
+def merge_bounds(parts: Sequence[Bound]) -> Bound:
+    """The bound of all codes from those of their parts, each of which was told the number of its first code."""
+    codes = sum(part.codes for part in parts)
+    mean = sum(part.codes * part.bits_per_bit for part in parts) / codes
+    squares = sum(
+        part.codes * ((part.codes - 1) * part.standard_error**2 + (part.bits_per_bit - mean) ** 2) for part in parts
+    )
+    profiles = torch.tensor([part.profile for part in parts], dtype=torch.float64)
+    weights = torch.tensor([part.codes / codes for part in parts], dtype=torch.float64)
+    return Bound(codes, mean, math.sqrt(squares / (codes - 1) / codes), tuple((weights @ profiles).tolist()))
 
 
 def likelihood_bound(
@@ -44,6 +58,7 @@ def likelihood_bound(
     seed: int = 0,
     repeats: int = 8,
     batch_size: int = 256,
+    first: int = 0,
 ) -> Bound:
     """Section 5 of the mathematics: nll = sum_{t=1..T} E[L_vlb(t)] / ln 2, on held-out codes.
 
@@ -51,7 +66,16 @@ def likelihood_bound(
     """
     every = range(schedule.steps, -1, -1)
     return strided_bound(
-        denoiser, z_0, labels, schedule, every, target=target, seed=seed, repeats=repeats, batch_size=batch_size
+        denoiser,
+        z_0,
+        labels,
+        schedule,
+        every,
+        target=target,
+        seed=seed,
+        repeats=repeats,
+        batch_size=batch_size,
+        first=first,
     )
 
 
@@ -66,6 +90,7 @@ def strided_bound(
     seed: int = 0,
     repeats: int = 8,
     batch_size: int = 256,
+    first: int = 0,
 ) -> Bound:
     """The bound of a chain that takes the steps t -> s of a grid: nll = sum E[L_vlb(s, t)] / ln 2, on held-out codes.
 
@@ -82,6 +107,7 @@ def strided_bound(
         seed: of the flips.
         repeats: steps that a sample meets.
         batch_size: codes in one forward pass; changes nothing but memory.
+        first: number of the first code, on which the steps and the noise of each are keyed: see `merge_bounds`.
 
     Raises:
         ValueError: fewer than two codes, a grid that is none, or one that skips steps for target z_prev.
@@ -97,7 +123,7 @@ def strided_bound(
         u = uniform(seed, f"bound flips {repeat}", index, math.prod(z.shape[1:])).view(z.shape)
         return diffusion_terms(network, z, y, levels[n + 1], u, schedule, s=levels[n])[1]
 
-    return stratified_bound(term, z_0, labels, count, repeats, batch_size)
+    return stratified_bound(term, z_0, labels, count, repeats, batch_size, first)
 
 
 def stratified_bound(
@@ -107,6 +133,7 @@ def stratified_bound(
     count: int,
     repeats: int,
     batch_size: int = 256,
+    first: int = 0,
 ) -> Bound:
     """The sum of what the steps of any chain cost, on held-out codes, as `strided_bound` has it.
 
@@ -118,6 +145,7 @@ def stratified_bound(
         count: steps of the chain.
         repeats: steps that a sample meets; one is enough where there is only one.
         batch_size: codes in one forward pass; changes nothing but memory.
+        first: number of the first code, on which the steps and the noise of each are keyed: see `merge_bounds`.
 
     Raises:
         ValueError: fewer than two codes.
@@ -130,7 +158,7 @@ def stratified_bound(
         for start in range(0, len(z_0), batch_size):
             chunk = slice(start, start + batch_size)
             z = z_0[chunk].float()
-            index = torch.arange(start, start + len(z), device=z.device)
+            index = torch.arange(start, start + len(z), device=z.device) + first
             position = (index.double() * _GOLDEN_RATIO + repeat / repeats) % 1.0
             n = (position * count).long()
             with torch.no_grad():
@@ -140,4 +168,4 @@ def stratified_bound(
     profile = torch.bincount(step.flatten(), bits.flatten(), count) / bits.numel()
     # Samples carry different levels, so this spread covers the data and the choice of level.
     error = float(per_sample.std() / math.sqrt(len(z_0)))
-    return Bound(float(per_sample.mean()), error, tuple(profile.tolist()))
+    return Bound(len(z_0), float(per_sample.mean()), error, tuple(profile.tolist()))

@@ -50,9 +50,9 @@ class PackedCodes:
         h, w, c = self.shape
         return torch.from_numpy(np.unpackbits(self.packed.take(rows, axis=0)).reshape(-1, h * w, c))
 
-    def first(self, count: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first rows, or all, on a device: codes, uint8 0/1 (B, N, C), and labels, int64 (B,)."""
-        rows = np.arange(len(self))[:count]
+    def part(self, some: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Some rows on a device: codes, uint8 0/1 (B, N, C), and labels, int64 (B,)."""
+        rows = np.arange(len(self))[some]
         return self.codes(rows).to(device), torch.from_numpy(self.labels[rows]).to(device)
 
 

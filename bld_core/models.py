@@ -29,11 +29,18 @@ class PriorModel(Protocol):
         ...
 
     def bound(
-        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
     ) -> Bound:
         """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models.
 
         It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has.
+        `first` is the number of the first code, where they are a part of those that the bound is of.
         """
         ...
 
@@ -77,13 +84,20 @@ class BinaryModel:
         return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
 
     def bound(
-        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
     ) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
         schedule, target = self.schedule, self.diffusion.target
         if sampling is None:
-            return likelihood_bound(network, z_0, labels, schedule, target=target, seed=seed)
-        return strided_bound(network, z_0, labels, schedule, sampling.times(schedule), target=target, seed=seed)
+            return likelihood_bound(network, z_0, labels, schedule, target=target, seed=seed, first=first)
+        grid = sampling.times(schedule)
+        return strided_bound(network, z_0, labels, schedule, grid, target=target, seed=seed, first=first)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.

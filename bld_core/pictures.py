@@ -12,6 +12,7 @@ from torch import Tensor
 
 _GAP = 2
 _MIN_SIDE = 64
+_MOST_PIXELS = 1 << 23
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -30,6 +31,11 @@ def grid(images: Tensor, columns: int) -> Image.Image:
         top, left = _GAP + i // columns * (height + _GAP), _GAP + i % columns * (width + _GAP)
         canvas[top : top + height, left : left + width] = images[i]
     return picture(canvas)
+
+
+def fitting(image_size: int, most: int, times: int = 1) -> int:
+    """How many images of a size make one picture, each shown so many times: at most `most`, but 2 however large."""
+    return max(2, min(most, _MOST_PIXELS // (times * image_size**2)))
 
 
 def picture(image_HWC: Tensor) -> Image.Image:

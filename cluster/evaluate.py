@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
 import bld_core
 from bld_core import files
-from bld_core.bound import Bound
+from bld_core.bound import Bound, merge_bounds
 from bld_core.checkpoint import CONFIG, read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.images import check_shards, first_images, stack
 from bld_core.latents import open_latents
 from bld_core.losses import VGG16
 from bld_core.models import trained_model
-from bld_core.noise import uniform
-from bld_core.pictures import grid, png, reconstruction_grid
+from bld_core.pictures import fitting, grid, png, reconstruction_grid
 from cluster.cas import cas_experiment, measure_cas
-from cluster.evaluator import Evaluator, Look, Reconstruct, Reconstructions
+from cluster.evaluator import CALLS, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
 from cluster.runtime import map_on_actors
-from cluster.sample import Draw, Judge
 from cluster.sample_figures import SHOWN, Samples, over_seeds
+from cluster.sampler import Judge, balanced_labels, drawn_labels, draws, judges
 from cluster.stages import Stage, open_stage
 
+_REPORT, _MEASURED = "report.json", "measured.json"
 _PICTURE_IMAGES = 32
 _SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 # What figures of sets of images are about, by the start of their names.
@@ -53,29 +53,19 @@ _NOT_MEASURED = ("batch_size", "neighbours", "export")
 
 @dataclass
 class Measured:
-    """What the actors have found; where there is a prior, samples and bounds: of all steps, and of those sampled.
+    """What the actors have found.
 
     Attributes:
         samples: drawn images, a set for each seed; none without a prior.
         remade: held-out images and their reconstructions.
-        bounds: of all steps, and of those sampled.
+        bounds: of all steps, of parts of the held-out codes.
+        bounds_sampling: the same of the steps sampled.
     """
 
-    samples: list[Samples]
+    samples: list[Samples] = field(default_factory=list)
     remade: Reconstructions = field(default_factory=Reconstructions)
     bounds: list[Bound] = field(default_factory=list)
-
-
-def sample_labels(start: int, count: int, classes: int) -> list[int] | None:
-    """Balanced classes: sample i is of class i mod classes; None without classes."""
-    return [i % classes for i in range(start, start + count)] if classes else None
-
-
-def drawn_labels(counts: Sequence[int], total: int, seed: int) -> list[int]:
-    """Classes by their frequencies: that of sample i is a function of (seed, i) and the counts of the classes."""
-    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
-    u = uniform(seed, "sample labels", torch.arange(total), 1)[:, 0].double()
-    return torch.searchsorted(ends, u * ends[-1], right=True).tolist()
+    bounds_sampling: list[Bound] = field(default_factory=list)
 
 
 def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
@@ -99,58 +89,77 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
     prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
     experiment.check_autoencoder(autoencoder, binary=has_prior)
-    _check(experiment)
+    _check(experiment, prior)
     identity = {"autoencoder_hash": autoencoder["hash"]}
-    steps = 0
     if prior is not None:
-        steps = trained_model(prior, experiment.code_shape).steps(experiment.sampling)
         identity |= {"prior_hash": prior["hash"], "prior_run": prior["run"]}
+    config = experiment.evaluation
     fingerprint = {
         **identity,
         **experiment.fingerprint("data", "sampling", "evaluation"),
         "vgg_sha256": experiment.loss.vgg_sha256,
         "shards": files.fingerprint(files.expand(experiment.data.validation)),
     }
-    if spaces_of(experiment):
+    if spaces_of(experiment) or (prior is not None and (config.neighbours or config.class_accuracy)):
         fingerprint["train_shards"] = files.fingerprint(files.expand(experiment.data.train))
-    if experiment.evaluation.classifier:
+    if config.classifier:
         fingerprint["classifier_steps"] = experiment.study.classifier_steps
-    with open_stage(experiment, "evaluation", fingerprint, "report.json", fresh=fresh, on_change="redo") as stage:
-        report_url = files.join(stage.folder, "report.json")
+    with open_stage(experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo") as stage:
+        report_url, measured_url = (files.join(stage.folder, name) for name in (_REPORT, _MEASURED))
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(autoencoder, prior))
-        spaces = spaces_of(experiment)
-        references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
-        measured = _measure(experiment, prior, references, stage)
-        figures = measured.remade.figures()
-        pictures = _reconstructions(experiment)
-        report: dict[str, Any] = {"figures": figures, "protocol": _protocol(fingerprint)}
-        if measured.remade.health.count:
-            report["bit_usage"] = measured.remade.health.usage.tolist()
-            pictures["bit-usage.png"] = bit_usage_plot(measured.remade.health.usage)
-        if prior is not None:
-            (bound, sampled), shown = measured.bounds, measured.samples[0].shown
-            figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
-            figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-            figures |= over_seeds([samples.figures() for samples in measured.samples])
-            pictures["bound-profile.png"] = profile_plot(bound.profile)
-            pictures["samples.png"] = grid(shown, prior["prior"]["classes"] or 10)
-            report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
-            report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
-            report["references"] = {made.space.name: made.hash for made in references}
-            if experiment.evaluation.cas_steps:
-                figures |= measure_cas(cas_experiment(experiment), fingerprint)
-            if experiment.evaluation.neighbours:
-                found = find_neighbours(experiment, shown, spaces)
-                figures |= found.figures
-                pictures["neighbours.png"], report["neighbours_by"] = found.picture, found.space
-        for name, picture in pictures.items():
-            files.write_bytes(files.join(stage.folder, name), png(picture))
+        if not files.exists(
+            measured_url
+        ):  # what follows may wait for a server, or be interrupted: not all is lost then
+            report, pictures = _measured(experiment, prior, stage)
+            for name, picture in pictures.items():
+                files.write_bytes(files.join(stage.folder, name), png(picture))
+            about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **identity}
+            files.write_json(measured_url, report | about)
+        report = files.read_json(measured_url)
+        if prior is not None and config.cas_steps:
+            report["figures"] |= measure_cas(cas_experiment(experiment), fingerprint)
+        for name in report.pop("pictures"):
+            picture = Image.open(io.BytesIO(files.read_bytes(files.join(stage.folder, name))))
             stage.run.picture(picture, name)
-        stage.run.metrics(figures, 0)
-        files.write_json(report_url, report | identity)
-        return report | identity
+        stage.run.metrics(report["figures"], 0)
+        files.write_json(report_url, report)
+        return report
+
+
+def _measured(
+    experiment: Experiment, prior: dict[str, Any] | None, stage: Stage
+) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """What the report says of reconstructions and, where there is a prior, of bound and samples; and its pictures."""
+    spaces = spaces_of(experiment)
+    references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
+    found = _measure(experiment, prior, references, stage)
+    figures, pictures = found.remade.figures(), _reconstructions(experiment)
+    report: dict[str, Any] = {"figures": figures}
+    if found.remade.health.count:
+        report["bit_usage"] = found.remade.health.usage.tolist()
+        pictures["bit-usage.png"] = bit_usage_plot(found.remade.health.usage)
+    if prior is None:
+        return report, pictures
+    shown = found.samples[0].shown
+    for name, bounds in (("bound", found.bounds), ("bound_sampling", found.bounds_sampling)):
+        bound = merge_bounds(bounds)
+        figures |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
+    profile = merge_bounds(found.bounds).profile
+    figures |= over_seeds([samples.figures() for samples in found.samples])
+    pictures["bound-profile.png"] = profile_plot(profile)
+    columns = prior["prior"]["classes"] or 10
+    pictures["samples.png"] = grid(shown[: fitting(experiment.data.image_size, len(shown))], columns)
+    steps = trained_model(prior, experiment.code_shape).steps(experiment.sampling)
+    report |= {"bound_profile": profile, "samples": experiment.evaluation.samples}
+    report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
+    report["references"] = {made.space.name: made.hash for made in references}
+    if experiment.evaluation.neighbours:
+        near = find_neighbours(experiment, shown, spaces)
+        figures |= near.figures
+        pictures["neighbours.png"], report["neighbours_by"] = near.picture, near.space
+    return report, pictures
 
 
 def read_report(experiment: Experiment) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def read_report(experiment: Experiment) -> dict[str, Any]:
         FileNotFoundError: not evaluated yet.
         ValueError: the report is about other weights.
     """
-    url = files.join(experiment.folder, "evaluation/report.json")
+    url = files.join(experiment.folder, "evaluation", _REPORT)
     if not files.exists(url):
         raise FileNotFoundError(f"{url!r} is missing: run evaluate.py first")
     report = files.read_json(url)
@@ -192,9 +201,18 @@ def _protocol(fingerprint: dict[str, Any]) -> str:
     return files.sha256(json.dumps(decides, sort_keys=True).encode())
 
 
-def _check(experiment: Experiment) -> None:
-    """Find the images, and the weights of the extractors that were asked for, before anything is started."""
+def _check(experiment: Experiment, prior: dict[str, Any] | None) -> None:
+    """Find the images, latents, and weights of extractors that are asked for, before anything is started."""
     config, loss = experiment.evaluation, experiment.loss
+    if prior is not None:
+        trained_model(prior, experiment.code_shape).steps(experiment.sampling)
+        latents = open_latents(files.join(experiment.folder, "latents"))
+        if latents.hash != prior["latents_hash"]:
+            raise ValueError(
+                f"the prior in {experiment.folder!r} was trained on latents {prior['latents_hash'][:12]}, but those "
+                f"there are {latents.hash[:12]}: bring the former back, or train the prior on these by "
+                "stage2_prior.py --fresh"
+            )
     check_shards(experiment.data, "validation")
     if config.lpips:
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
@@ -208,7 +226,7 @@ def _labels(experiment: Experiment, classes: int) -> list[int] | None:
     """The classes of all samples; None without classes."""
     total = experiment.evaluation.samples
     if experiment.evaluation.labels == "balanced" or not classes:
-        return sample_labels(0, total, classes)
+        return balanced_labels(total, classes)
     latents, counts = open_latents(files.join(experiment.folder, "latents")), np.zeros(classes, np.int64)
     for shard in range(len(latents.shards)):
         labels = latents.read([shard]).labels
@@ -223,13 +241,10 @@ def _looks(experiment: Experiment, labels: list[int] | None, folder: str) -> lis
     config = experiment.evaluation
     all_pixels = config.export == "npz" or (config.class_accuracy and labels is not None)
     looks: list[Look] = []
-    for start in range(0, config.samples, config.batch_size):
-        count = min(config.batch_size, config.samples - start)
-        some = None if labels is None else labels[start : start + count]
-        draw = Draw(experiment.sampling, some, count, start, experiment.seed)
+    for draw in draws(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed):
         png_folder = files.join(folder, "samples") if config.export == "png" else ""
-        shard = files.join(folder, f"cas/samples/{start:06d}.tar") if config.cas_steps else ""
-        looks.append(Look(draw, all_pixels or start < SHOWN, png_folder, shard))
+        shard = files.join(folder, f"cas/samples/{draw.first_index:06d}.tar") if config.cas_steps else ""
+        looks.append(Look(draw, all_pixels or draw.first_index < SHOWN, png_folder, shard))
     again = range(experiment.seed + 1, experiment.seed + config.seeds)
     return looks + [Look(replace(look.draw, seed=seed)) for seed in again for look in looks]
 
@@ -242,31 +257,34 @@ def _measure(
     pieces: list[Look | Judge | Reconstruct] = [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
     # Of stage 1 alone only published networks look at reconstructions: no classifier is trained for them.
     spaces = [space for space in spaces_of(experiment) if prior is not None or space.name != "classifier"]
-    found, npz = Measured([]), contextlib.nullcontext()
+    found, npz = Measured(), contextlib.nullcontext()
     if prior is not None:
         labels = _labels(experiment, prior["prior"]["classes"])
-        pieces = [Judge(None), Judge(experiment.sampling), *_looks(experiment, labels, stage.folder), *pieces]
+        held_out = len(open_latents(files.join(experiment.folder, "latents"), "validation"))
+        pieces = [*_looks(experiment, labels, stage.folder), *pieces]
+        pieces += judges(None, held_out) + judges(experiment.sampling, held_out)
         plain = replace(config, class_accuracy=False)
         for number in range(config.seeds):
             found.samples.append(Samples(plain if number else config, experiment, references, labels))
         if config.export == "npz":
             npz = found.samples[0].exported(stage.folder)
-    work = map_on_actors(Evaluator, (experiment, spaces), "work", pieces, experiment.cluster, "evaluate")
+    work = map_on_actors(Evaluator, (experiment, spaces), "work", pieces, experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work), npz:
-        for result in work:
-            match result:
-                case Reconstructions():
-                    found.remade.merge(result)
-                case Bound():
-                    found.bounds.append(result)
-                case _:
+        for piece, result in zip(pieces, work, strict=True):
+            match piece:
+                case Look():
                     found.samples[result.seed - seed].add(result)
+                case Reconstruct():
+                    found.remade.merge(result)
+                case Judge():
+                    (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
     found.remade.skipped.check(experiment.data.max_skipped)
     return found
 
 
-def _reconstructions(experiment: Experiment) -> dict[str, Any]:
-    pixels = stack(first_images(experiment.data.validation, experiment.data, _PICTURE_IMAGES))
+def _reconstructions(experiment: Experiment) -> dict[str, Image.Image]:
+    count = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
+    pixels = stack(first_images(experiment.data.validation, experiment.data, count))
     return {"reconstructions.png": reconstruction_grid(pixels, bld_core.load(experiment.folder).reconstruct(pixels))}
 
 

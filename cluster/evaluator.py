@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.features import Inception, SpaceName
 from cluster.reference import Space, load_extractor
-from cluster.sample import Draw, Judge, Sampler
+from cluster.sampler import Draw, Judge, Sampler
+
+CALLS = 2
+"""Pieces that an actor is to work on at the same time."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +129,29 @@ class Evaluator(Sampler):
             load_perceptual(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         )
         self.extractors = {space: load_extractor(experiment, space) for space in spaces}
+        self._prior, self._eyes = (ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in "12")
 
     def work(self, piece: Reconstruct | Look | Judge) -> Reconstructions | Drawn | Bound:
-        """Do one piece: sums over reconstructions, drawn images, or the bound."""
+        """Do one piece: sums over reconstructions, drawn images, or the bound.
+
+        What draws or judges has a thread of its own, and so has what looks at images: of two pieces in work at the same
+        time, one is drawn while the other is looked at.
+        """
         match piece:
             case Reconstruct(url):
-                return self._reconstruct(url)
+                return self._eyes.submit(self._reconstruct, url).result()
             case Look():
-                return self._look(piece)
+                images, seconds = self._prior.submit(self._draw_timed, piece.draw).result()
+                return self._eyes.submit(self._look, piece, images, seconds).result()
             case Judge():
-                return self.judge(piece)
+                return self._prior.submit(self.judge, piece).result()
 
-    def _look(self, piece: Look) -> Drawn:
+    def _draw_timed(self, draw: Draw) -> tuple[Tensor, float]:
         began = time.perf_counter()
-        images = self.draw(piece.draw)
-        seconds = time.perf_counter() - began
+        images = self.draw(draw)
+        return images, time.perf_counter() - began
+
+    def _look(self, piece: Look, images: Tensor, seconds: float) -> Drawn:
         features: dict[SpaceName, Tensor] = {}
         logits: Tensor | None = None
         for space, extractor in self.extractors.items():

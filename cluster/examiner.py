@@ -9,7 +9,7 @@ from bld_core.generator import Generator, load_prior
 from cluster.evaluator import Drawn, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.reference import Space
-from cluster.sample import Judge
+from cluster.sampler import Judge
 
 
 @dataclass(frozen=True)

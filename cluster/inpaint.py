@@ -17,7 +17,7 @@ from bld_core.pictures import grid, mask_of_box, mask_of_picture, png
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
-from cluster.sample import Sampler
+from cluster.sampler import Sampler
 from cluster.stages import open_stage
 
 _HIDDEN = 128

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from bld_core.images import check_shards, first_images, read_images, stack
-from bld_core.pictures import grid
+from bld_core.pictures import fitting, grid
 from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.reference import Space, load_extractor
@@ -109,7 +109,8 @@ def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]
     nearest = found.distances[:, 0]
     drawn, real = float(nearest[: len(samples)].mean()), float(nearest[len(samples) :].mean())
     name = space.figure("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
-    rows = torch.cat([samples[:_SHOWN, None], found.images[: len(samples)][:_SHOWN]], 1)
+    shown = fitting(data.image_size, _SHOWN, 1 + found.images.shape[1])
+    rows = torch.cat([samples[:, None], found.images[: len(samples)]], 1)[:shown]
     figures = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing
     by = f"features of {space.name}" if space is not None else "pixels"
     return Neighbours(by, figures, grid(rows.flatten(0, 1), rows.shape[1]))

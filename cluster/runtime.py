@@ -134,7 +134,13 @@ def _start_local() -> None:
 
 
 def map_on_actors(
-    actor_class: type, arguments: tuple[Any, ...], method: str, items: Iterable[Any], config: ClusterConfig, label: str
+    actor_class: type,
+    arguments: tuple[Any, ...],
+    method: str,
+    items: Iterable[Any],
+    config: ClusterConfig,
+    label: str,
+    calls: int = 1,
 ) -> Generator[Any]:
     """Call `method(item)` for every item on a pool of actors; yields the results in the order of the items.
 
@@ -145,13 +151,14 @@ def map_on_actors(
         items: arguments of the calls; they wait in a queue for the next free actor.
         config: how many actors, and what each may use.
         label: for the progress line.
+        calls: as in `finished_on_actors`.
     """
     work = list(items)
     finished: dict[int, Any] = {}
     progress = Progress(label, len(work))
     following = 0
     try:
-        for position, result in finished_on_actors(actor_class, arguments, method, work, config):
+        for position, result in finished_on_actors(actor_class, arguments, method, work, config, calls):
             finished[position] = result
             while following in finished:
                 yield finished.pop(following)

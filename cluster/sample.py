@@ -8,83 +8,19 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
-import bld_core
 from bld_core import files
-from bld_core.bound import Bound
 from bld_core.checkpoint import read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.latents import open_latents
 from bld_core.models import BinaryModel, trained_model
 from bld_core.pictures import grid, png
-from bld_core.sampling import SamplingConfig
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
+from cluster.sampler import Draw, Sampler, Show, draws
 from cluster.stages import open_stage
 
 _IMAGES_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Piece of work: draw the samples `first_index`, `first_index` + 1, ...; `labels` has one for each, or is None."""
-
-    sampling: SamplingConfig
-    labels: list[int] | None
-    count: int
-    first_index: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Show:
-    """Piece of work: show `states` states of the process of each of the first samples, one for each label."""
-
-    sampling: SamplingConfig
-    labels: list[int]
-    states: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Piece of work: the likelihood bound of held-out codes.
-
-    Attributes:
-        sampling: the steps that it is the bound of; None takes all that the prior has.
-        codes: how many of the held-out codes; None takes all.
-    """
-
-    sampling: SamplingConfig | None
-    codes: int | None = None
-
-
-class Sampler:
-    """An actor that holds the trained pair; the latents are those of the experiment's folder."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        experiment.cluster.limit_threads()
-        self.experiment = experiment
-        self.generator = bld_core.load(experiment.folder, experiment.cluster.device)
-
-    def draw(self, piece: Draw | Show) -> Tensor:
-        """The images, uint8 (count, H, W, channels); or their states, uint8 (count, states, H, W, channels)."""
-        settings = asdict(piece.sampling)
-        if isinstance(piece, Show):
-            return self.generator.process(piece.labels, piece.states, seed=piece.seed, **settings)
-        return self.generator.sample(
-            piece.count, labels=piece.labels, seed=piece.seed, first_index=piece.first_index, **settings
-        )
-
-    def judge(self, piece: Judge) -> Bound:
-        """The bound."""
-        prior, device = self.generator.prior, self.generator.device
-        assert prior is not None, "the bound is that of a finished prior"
-        held_out = open_latents(files.join(self.experiment.folder, "latents"), "validation").read()
-        codes, labels = held_out.first(piece.codes, device)
-        return prior.model.bound(prior.network, codes, labels, self.experiment.seed, piece.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +98,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         if not stage.done:
             stage.run.tags(lineage(autoencoder, prior))
             labels = columns * settings.rows
-            pieces: list[Draw | Show] = []
-            for start in range(0, len(labels), _IMAGES_AT_ONCE):
-                some = labels[start : start + _IMAGES_AT_ONCE]
-                pieces.append(Draw(sampling, some, len(some), start, settings.seed))
+            pieces: list[Draw | Show] = [*draws(sampling, labels, len(labels), _IMAGES_AT_ONCE, settings.seed)]
             if settings.process:
                 pieces.append(Show(sampling, columns, settings.process, settings.seed))
             made = list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw"))

@@ -15,14 +15,13 @@ from bld_core.images import check_shards
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.pictures import png
 from bld_core.sampling import SamplingConfig
-from cluster.evaluate import sample_labels
 from cluster.evaluator import Look, Reconstruct, Reconstructions
 from cluster.examiner import Examine, Examiner
 from cluster.experiment import Experiment
 from cluster.plots import Line, Panel, panels_plot
 from cluster.reference import Reference, Space, make_reference
 from cluster.runtime import map_on_actors
-from cluster.sample import Draw, Judge
+from cluster.sampler import Judge, balanced_labels, draws
 from cluster.stages import open_stage
 from cluster.train import train_prior
 
@@ -125,7 +124,7 @@ def _schedule(experiment: Experiment) -> list[Row]:
             bounds = _whole_bound(experiment)
             for steps in _STRIDES:
                 if steps <= diffusion.steps:
-                    bounds[f"bound_{steps}"] = Judge(replace(sampling, steps=steps), experiment.study.codes)
+                    bounds[f"bound_{steps}"] = Judge(replace(sampling, steps=steps), 0, experiment.study.codes)
             rows.append(Row(f"{schedule}, equal {spacing}", variant, sampling, bounds))
     return rows
 
@@ -136,7 +135,7 @@ def _steps(experiment: Experiment) -> list[Row]:
     for steps in experiment.study.steps:
         if steps <= experiment.diffusion.steps:
             sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
-            bounds = {"bound": Judge(sampling, experiment.study.codes)}
+            bounds = {"bound": Judge(sampling, 0, experiment.study.codes)}
             rows.append(Row(str(steps), experiment, sampling, bounds, steps))
     return rows
 
@@ -150,7 +149,7 @@ def _temperature(experiment: Experiment) -> list[Row]:
 
 
 def _whole_bound(experiment: Experiment) -> dict[str, Judge]:
-    return {"bound": Judge(None, experiment.study.codes)}
+    return {"bound": Judge(None, 0, experiment.study.codes)}
 
 
 _STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[Row]]]] = {
@@ -264,12 +263,9 @@ def _measure(
 def _pieces(experiment: Experiment, row: Row) -> list[Examine]:
     """What has to be done for a row: its bounds, then its samples."""
     total, batch = experiment.study.samples, experiment.evaluation.batch_size
-    work: list[Look | Judge] = [*row.bounds.values()]
-    for start in range(0, total, batch):
-        count = min(batch, total - start)
-        labels = sample_labels(start, count, experiment.prior.classes)
-        work.append(Look(Draw(row.sampling, labels, count, start, experiment.seed)))
-    return [Examine(row.experiment.folder, piece) for piece in work]
+    labels = balanced_labels(total, experiment.prior.classes)
+    looks = [Look(draw) for draw in draws(row.sampling, labels, total, batch, experiment.seed)]
+    return [Examine(row.experiment.folder, piece) for piece in (*row.bounds.values(), *looks)]
 
 
 def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:

@@ -23,7 +23,7 @@ from bld_core.losses import PatchCritic, Perceptual, load_perceptual
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.models import make_model
 from bld_core.objectives import AutoencoderObjective
-from bld_core.pictures import grid, reconstruction_grid
+from bld_core.pictures import fitting, grid, reconstruction_grid
 from bld_core.quantizer import CodeHealth
 from bld_core.sampling import SamplingConfig
 from bld_core.skipped import Skipped
@@ -35,7 +35,6 @@ from cluster.plots import bit_usage_plot, profile_plot
 _VALIDATION_IMAGES = 256
 _VALIDATION_CODES = 512
 _PICTURE_IMAGES = 16
-_PICTURE_PIXELS = 1 << 21
 _PICTURE_SAMPLES = 40
 
 
@@ -166,7 +165,7 @@ class AutoencoderTask(Task):
             figures["lpips"] = distance.mean
         if isinstance(network.bottleneck, VectorBottleneck):
             figures["perplexity"] = float(network.bottleneck.perplexity)
-        count = max(2, min(_PICTURE_IMAGES, _PICTURE_PIXELS // self.experiment.data.image_size**2))
+        count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
         pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
         if binary:
             figures |= health.figures()
@@ -200,7 +199,7 @@ class PriorTask(Task):
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:
-            self._held_out = open_latents(self._latents, "validation").read().first(_VALIDATION_CODES, device)
+            self._held_out = open_latents(self._latents, "validation").read().part(slice(_VALIDATION_CODES), device)
         return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:

@@ -91,6 +91,7 @@ def absorbing_bound(
     *,
     seed: int = 0,
     repeats: int = 8,
+    first: int = 0,
 ) -> Bound:
     """The bound of a chain that takes the steps t -> s of a grid, as `bld_core.bound.strided_bound` takes it.
 
@@ -101,6 +102,7 @@ def absorbing_bound(
         grid: the numbers of masked tokens that the chain visits, decreasing, from N to 0.
         seed: of what is masked.
         repeats: steps that a sample meets.
+        first: number of the first code.
 
     Raises:
         ValueError: fewer than two codes.
@@ -112,7 +114,7 @@ def absorbing_bound(
         share = (levels[n + 1] - levels[n]) / tokens
         return share * masked_loss(network, z, y, levels[n + 1], order)
 
-    return stratified_bound(term, z_0, labels, len(levels) - 1, repeats)
+    return stratified_bound(term, z_0, labels, len(levels) - 1, repeats, first=first)
 
 
 @torch.no_grad()
@@ -182,11 +184,17 @@ class AbsorbingModel:
         return token_objective(absorbing_loss, self.config.label_dropout, seed)
 
     def bound(
-        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
     ) -> Bound:
         """The bound of the chain that unmasks one token a step, or takes the grid of `sampling`."""
         grid = range(self.shape[0], -1, -1) if sampling is None else self._grid(sampling)
-        return absorbing_bound(network, z_0, labels, grid, seed=seed)
+        return absorbing_bound(network, z_0, labels, grid, seed=seed, first=first)
 
     def _grid(self, sampling: SamplingConfig) -> list[int]:
         tokens = self.shape[0]

@@ -113,7 +113,13 @@ class AutoregressiveModel:
         return token_objective(autoregressive_loss, self.config.label_dropout, seed)
 
     def bound(
-        self, network: nn.Module, z_0: Tensor, labels: Tensor | None, seed: int, sampling: SamplingConfig | None = None
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
     ) -> Bound:
         """The exact likelihood of held-out codes: one step, no noise; the error is that of the choice of codes."""
         del seed, sampling
@@ -121,7 +127,7 @@ class AutoregressiveModel:
         def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
             return token_nll(network(z, y), z).mean(1)
 
-        return stratified_bound(term, z_0, labels, count=1, repeats=1)
+        return stratified_bound(term, z_0, labels, count=1, repeats=1, first=first)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """As many as there are tokens, whatever `sampling.steps` is.

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bld_core.bound import likelihood_bound, strided_bound
+from bld_core.bound import likelihood_bound, merge_bounds, strided_bound
 from bld_core.diffusion import Target
 from bld_core.noise import uniform
 from bld_core.schedule import make_schedule
@@ -41,6 +41,23 @@ def test_likelihood_bound_does_not_depend_on_the_batch_size() -> None:
     schedule = make_schedule("cosine", 64)
     bounds = {likelihood_bound(iid_oracle(0.7), z_0, None, schedule, batch_size=size) for size in (1, 7, 1000)}
     assert len(bounds) == 1
+
+
+@pytest.mark.parametrize("target", ["flip", "z0"])
+def test_the_bounds_of_parts_merge_to_that_of_all_codes(target: Target) -> None:
+    schedule, p = make_schedule("linear", 16), toy_distribution(2)
+    oracle, z_0 = Oracle(p, schedule, target), toy_codes(p, 300)
+    for grid in (schedule.grid(16), schedule.grid(5)):
+        whole = strided_bound(oracle, z_0, None, schedule, grid, target=target, seed=3)
+        parts = [
+            strided_bound(oracle, z_0[start:stop], None, schedule, grid, target=target, seed=3, first=start)
+            for start, stop in ((0, 2), (2, 131), (131, 300))
+        ]
+        found = merge_bounds(parts)
+        assert found.codes == whole.codes == 300
+        assert found.bits_per_bit == pytest.approx(whole.bits_per_bit, rel=1e-6)  # float32 in other batches
+        assert found.standard_error == pytest.approx(whole.standard_error, rel=1e-6)
+        assert found.profile == pytest.approx(whole.profile, rel=1e-6)
 
 
 # --- The profile, and strided grids -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bld_core.baselines.absorbing import AbsorbingPrior, absorbing_bound, random_order, sample_unmasking
 from bld_core.baselines.autoregressive import AutoregressivePrior
 from bld_core.baselines.chained import ChainedHead, token_nll
+from bld_core.bound import merge_bounds
 from bld_core.diffusion import DiffusionConfig
 from bld_core.models import PriorModel, make_model
 from bld_core.noise import uniform
@@ -339,6 +340,16 @@ def test_a_fresh_network_finds_every_code_as_likely(name: Comparator) -> None:
     model = make_model(PriorConfig(model=name, layers=1, width=16, heads=2, classes=3), DiffusionConfig(), 4, 8)
     z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
     assert model.bound(model.network(), z, torch.arange(20) % 3, seed=0).bits_per_bit == pytest.approx(1, abs=1e-6)
+
+
+@each
+def test_the_bounds_of_parts_merge_to_that_of_all_codes(name: Comparator) -> None:
+    model, network = small(name, 4, 8)
+    z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
+    parts = [model.bound(network, z[start:stop], None, 3, first=start) for start, stop in ((0, 13), (13, 20))]
+    whole, found = model.bound(network, z, None, 3), merge_bounds(parts)
+    assert found.bits_per_bit == pytest.approx(whole.bits_per_bit, rel=1e-6)
+    assert found.standard_error == pytest.approx(whole.standard_error, rel=1e-6)
 
 
 @each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bld_core
+from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.baselines.vector import VectorBottleneck
 from bld_core.bound import strided_bound
@@ -26,14 +28,15 @@ from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
 from cluster.cas import CasTask, cas_experiment
-from cluster.evaluate import drawn_labels, evaluate, table
+from cluster.evaluate import evaluate, table
 from cluster.evaluator import Drawn, Evaluator, Look
 from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.measures import EvaluationConfig
 from cluster.reference import Space, load_extractor, make_reference
-from cluster.sample import Draw, GridConfig, draw_grid
+from cluster.sample import GridConfig, draw_grid
 from cluster.sample_figures import Samples, over_seeds, precision_recall
+from cluster.sampler import Draw, drawn_labels
 from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
@@ -142,7 +145,9 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert figures["classifier_accuracy"] > 0.95
     prior, schedule = bld_core.load(finished.folder).prior, finished.diffusion.make_schedule()
     assert prior is not None
-    codes, labels = open_latents(f"{finished.folder}/latents", "validation").read().first(None, torch.device("cpu"))
+    codes, labels = (
+        open_latents(f"{finished.folder}/latents", "validation").read().part(slice(None), torch.device("cpu"))
+    )
     grid = finished.sampling.times(schedule)
     assert len(grid) == 5
     strided = strided_bound(prior.network, codes, labels, schedule, grid)
@@ -249,11 +254,36 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
     right = (likeliest == torch.tensor([image.label for image in held_out])).double().mean()
     assert figures["cas_top1"] == pytest.approx(100 * float(right), abs=0.3)
     assert "cas_top5" in table(report)
+    _check_interrupted(experiment, report)
     two = replace(finished.cluster, workers=2)
     with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
         evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9), cluster=two))
     with pytest.raises(ValueError, match=r"cas_steps is 2, but prior.classes is 0"):
         evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
+
+
+def _check_interrupted(experiment: Experiment, report: dict[str, Any]) -> None:
+    """An evaluation that was interrupted after all was measured goes on from there."""
+    folder = Path(experiment.folder, "evaluation")
+    (folder / "report.json").unlink()
+    measured = files.read_json(f"{folder}/measured.json")
+    measured["figures"]["psnr"] = 1234.0
+    files.write_json(f"{folder}/measured.json", measured)
+    assert evaluate(experiment)["figures"] == report["figures"] | {"psnr": 1234.0}
+    assert files.read_json(f"{folder}/report.json")["figures"]["cas_top1"] == report["figures"]["cas_top1"]
+
+
+def test_samples_are_judged_on_the_latents_that_their_prior_was_trained_on(
+    finished: Experiment, tmp_path: Path
+) -> None:
+    experiment = replace(finished, root=str(copy_of(finished, tmp_path, "autoencoder", "latents", "prior")))
+    manifest = Path(experiment.folder, "latents/manifest.json")
+    manifest.write_text(manifest.read_text() + "\n")
+    trained = read_model_config(f"{experiment.folder}/prior/final")["latents_hash"]
+    with pytest.raises(
+        ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .*--fresh"
+    ):
+        evaluate(experiment)
 
 
 def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bld_core.images import ImageConfig, first_images, stack
 from cluster.cas import hits_of
-from cluster.evaluate import drawn_labels, sample_labels
 from cluster.experiment import Experiment
 from cluster.export import samples_npz
 from cluster.measures import EvaluationConfig
 from cluster.neighbours import Finder, Nearest
 from cluster.reference import Space, check_space, make_references
 from cluster.sample_figures import over_seeds
+from cluster.sampler import balanced_labels, drawn_labels, judges
 
 
 def small_digits(digits: dict[str, str]) -> ImageConfig:
@@ -37,7 +37,15 @@ def test_drawn_classes_have_the_frequencies_of_the_training_set() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.25, 0, 0.75]), rtol=0, atol=0.01)
     assert drawn_labels([1, 0, 3], 50, 1) == labels[:50], "a function of the index alone"
     assert drawn_labels([1, 0, 3], 50, 2) != labels[:50]
-    assert sample_labels(3, 4, 3) == [0, 1, 2, 0]
+    assert balanced_labels(4, 3) == [0, 1, 2, 0]
+    assert balanced_labels(4, 0) is None
+
+
+@pytest.mark.parametrize("total", [2, 256, 257, 1025])
+def test_held_out_codes_are_judged_in_pieces_each_of_which_has_an_error(total: int) -> None:
+    pieces = judges(None, total)
+    assert [code for piece in pieces for code in range(piece.start, piece.stop)] == list(range(total))
+    assert all(2 <= piece.stop - piece.start <= 256 for piece in pieces)
 
 
 def write_half(url: str, x: Tensor) -> None:

@@ -78,7 +78,9 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
     assert [row["x"] for row in made["rows"]] == [4, 8]
     prior, schedule = bld_core.load(experiment.folder).prior, experiment.diffusion.make_schedule()
     assert prior is not None
-    codes, labels = open_latents(f"{experiment.folder}/latents", "validation").read().first(32, torch.device("cpu"))
+    codes, labels = (
+        open_latents(f"{experiment.folder}/latents", "validation").read().part(slice(32), torch.device("cpu"))
+    )
     for row in made["rows"]:
         strided = strided_bound(prior.network, codes, labels, schedule, schedule.grid(int(row["x"])))
         assert row["bound"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
