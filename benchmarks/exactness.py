@@ -1,13 +1,16 @@
 """Our figures of samples beside torch-fidelity's own, from the images on: the same files, weights and batches.
 
     BLD_REAL_DATA=path/to/real/shards python benchmarks/exactness.py [--images 2000] [--weights file.pth]
+        [--samples 'fashion-mnist/test-*.tar']
 
-2,000 Fashion-MNIST test images stand for the samples, 2,000 training images for the reference. Ours go through the
-extractor of the evaluation job and its sums, in parts that merge; the peer is `torch_fidelity.calculate_metrics`.
+2,000 images, Fashion-MNIST's test images or others, stand for the samples, 2,000 of its training images for the
+reference. Ours go through the extractor of the evaluation job and its sums, in parts that merge; the peer is
+`torch_fidelity.calculate_metrics`.
 Without --weights Inception has random ones of the usual scale (He et al. 2015), which changes the figures and not the
 arithmetic. Takes 4 passes of Inception an image, and prints one JSON line for each figure; "ratio" is the relative
-difference, which is to be below 1e-6. torch-fidelity takes the mean of features in float32; "fd, float64" is its own
-function on the same features as float64.
+difference, which is to be below 1e-6. torch-fidelity takes the mean of features in float32, which shows where the two
+sets are so much alike that their distance is a small difference of large numbers; "fd, float64" is its own function on
+the same features as float64.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from bld_core.images import ImageConfig, first_images, stack
+from bld_core.images import EXTENSIONS, ImageConfig, first_images, stack
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.features import Inception
 from cluster.measures import EvaluationConfig
@@ -92,7 +95,7 @@ def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> tuple[dict[
         precision_recall=True,
     )
     space = Space("inception", sha256)
-    figures = SampleFigures(config, Reference(space, "", moments, torch.cat(kept), {}), 0)
+    figures = SampleFigures(config, Reference(space, "", "", moments, torch.cat(kept), {}), 0)
     seen = list[Tensor]()
     for number, some in enumerate(samples.split(batch)):
         seen.append(inception(some))
@@ -107,13 +110,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--weights", default="")
+    parser.add_argument("--samples", default="fashion-mnist/test-*.tar")
     flags = parser.parse_args()
     data = os.environ.get("BLD_REAL_DATA")
     if not data:
         raise SystemExit("BLD_REAL_DATA does not name a folder of real image shards")
-    config = ImageConfig(image_size=32, channels=1, fit="pad", extensions=["png"])
+    config = ImageConfig(image_size=32, channels=1, fit="pad", extensions=[*EXTENSIONS])
     samples, real = (
-        stack(first_images(f"{data}/fashion-mnist/{split}-*.tar", config, flags.images)) for split in ("test", "train")
+        stack(first_images(f"{data}/{shards}", config, flags.images))
+        for shards in (flags.samples, "fashion-mnist/train-*.tar")
     )
     with tempfile.TemporaryDirectory() as folder:
         weights = flags.weights or random_weights(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ from cluster.features import (
 from cluster.runtime import map_on_actors
 from cluster.stages import Stage, open_stage
 
-_STAGE = "reference"
+_STAGE, _SHARED = "reference", "references"
 _RESULT = "reference.json"
 _MOMENTS = "moments.safetensors"
 _FEATURES = "features.safetensors"
@@ -188,6 +189,7 @@ class Reference:
 
     Attributes:
         space: whose features.
+        folder: where they lie.
         hash: of the moments or features, which identifies extractor and images.
         moments: of all training images, where the space has them.
         features: float32 (n, F), of as many training images as there will be samples, or of all, evenly chosen; (0,)
@@ -197,6 +199,7 @@ class Reference:
     """
 
     space: Space
+    folder: str
     hash: str
     moments: FeatureMoments
     features: Tensor
@@ -204,11 +207,13 @@ class Reference:
 
 
 def make_reference(experiment: Experiment, space: Space) -> Reference:
-    """Image shards -> <folder>/reference/<space>, made once for these images and this extractor.
+    """Image shards -> what is said of them in a space, made once for these images and this extractor.
 
-    Beside what is read back lies statistics.npz, the mean `mu` and covariance `sigma` as ADM's evaluator takes them.
-    No model is needed but the extractor, and where it is the classifier, that is trained here. Memory grows with the
-    features that are kept, 8 KiB an image in Inception's space, 16 in VGG16's, and none for Frechet distances alone.
+    In the space of a published extractor it lies in <root>/references/<space>-<hash>, for all experiments on the same
+    images; that of the classifier, which the experiment trains, in <folder>/reference/classifier. Beside what is read
+    back lies statistics.npz, the mean `mu` and covariance `sigma` as ADM's evaluator takes them. No model is needed but
+    the extractor, and where it is the classifier, that is trained here. Memory grows with the features that are kept,
+    8 KiB an image in Inception's space, 16 in VGG16's, and none for Frechet distances alone.
 
     Raises:
         FileNotFoundError, ValueError: as `check_space`, or too many images that cannot be read.
@@ -222,7 +227,12 @@ def make_reference(experiment: Experiment, space: Space) -> Reference:
         "extractor": space.sha256 or f"classifier {experiment.study.classifier_steps}",
         "features": config.features_kept,
     }
-    with open_stage(experiment, f"{_STAGE}/{space.name}", fingerprint, _RESULT, on_change="redo") as stage:
+    owner, name = experiment, f"{_STAGE}/{space.name}"
+    if space.sha256:
+        del fingerprint["seed"]  # nothing is drawn or trained
+        digest = files.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+        owner, name = replace(experiment, name=_SHARED), f"{space.name}-{digest[:12]}"
+    with open_stage(owner, name, fingerprint, _RESULT, on_change="redo") as stage:
         if not stage.done:
             _make(experiment, space, shards, stage)
         made = files.read_json(files.join(stage.folder, _RESULT))
@@ -232,7 +242,7 @@ def make_reference(experiment: Experiment, space: Space) -> Reference:
             moments = FeatureMoments(made["images"], tensors["mean"], tensors["scatter"])
         if config.features_kept:
             features = load_tensors(files.read_bytes(files.join(stage.folder, _FEATURES)))["features"]
-        return Reference(space, made["hash"], moments, features, made["figures"])
+        return Reference(space, stage.folder, made["hash"], moments, features, made["figures"])
 
 
 def _make(experiment: Experiment, space: Space, shards: dict[str, list[str]], stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""Look once at the images that samples are compared with; <root>/<name>/reference, statistics.npz in it."""
+"""Look once at the images that samples are compared with; statistics.npz is for ADM's evaluator."""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ from pipelines.command import command, next_command
 
 def main(experiment: Experiment, _: Namespace) -> None:
     for reference in make_references(experiment):
-        print(f"{reference.space.name}: {experiment.folder}/reference/{reference.space.name}, {reference.hash[:12]}")
+        print(f"{reference.space.name}: {reference.folder}, {reference.hash[:12]}")
     next_command("evaluate.py")
 
 

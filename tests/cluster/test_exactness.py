@@ -60,7 +60,7 @@ def measured(samples: Tensor, logits: Tensor, real: Tensor, batch: int, **asked:
             other.update(some)
         moments.merge(other)
     config = EvaluationConfig(samples=len(samples), frechet=True, **asked)  # pyright: ignore[reportArgumentType]
-    figures = SampleFigures(config, Reference(SPACE, "", moments, real, {}), 0)
+    figures = SampleFigures(config, Reference(SPACE, "", "", moments, real, {}), 0)
     for start in range(0, len(samples), batch):
         some = slice(start, start + batch)
         figures.update(samples[some], logits[some], start)

@@ -27,6 +27,7 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior import ModelName
+from bld_core.samples import write_shard
 from cluster.cas import CasTask, cas_experiment
 from cluster.evaluate import evaluate, table
 from cluster.evaluator import Drawn, Evaluator, Look
@@ -41,6 +42,7 @@ from cluster.sweep import sweep_prior
 from cluster.sweep import table as table_of_trials
 from cluster.tasks import PriorTask
 from cluster.train import train_prior
+from tests.bld_core.toys import toy_samples
 from tests.conftest import copy_of
 
 
@@ -260,6 +262,36 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
         evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9), cluster=two))
     with pytest.raises(ValueError, match=r"cas_steps is 2, but prior.classes is 0"):
         evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
+
+
+def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
+    finished: Experiment, inception_weights: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("train", 6), ("validation", 3)):
+        write_shard(f"{tmp_path}/{name}.tar", toy_samples(count, 32))
+    path, sha256 = inception_weights
+    experiment = replace(
+        finished,
+        root=str(copy_of(finished, tmp_path, "autoencoder", "latents", "prior")),
+        data=replace(finished.data, train=f"{tmp_path}/train.tar", validation=f"{tmp_path}/validation.tar"),
+        evaluation=EvaluationConfig(
+            samples=4, batch_size=2, frechet=True, inception_weights=path, inception_sha256=sha256
+        ),
+    )
+    figures = evaluate(experiment)["figures"]
+    fd, rfd = (f"{name}_inception_{sha256[:8]}" for name in ("fd", "rfd"))
+    assert figures[f"{fd}_held_out"] > 0
+    assert min(figures[fd], figures[rfd]) > 0
+    assert "fid" not in figures
+    capsys.readouterr()
+    space = Space("inception", sha256)
+    again = make_reference(replace(experiment, name="another", seed=1), space)
+    assert "already done" in capsys.readouterr().out
+    assert Path(again.folder).parent == tmp_path / "references"
+    assert again.figures == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
+    with np.load(f"{again.folder}/statistics.npz") as arrays:
+        np.testing.assert_array_equal(arrays["mu"], again.moments.mean.numpy())
+        assert arrays["sigma"].shape == (2048, 2048)
 
 
 def _check_interrupted(experiment: Experiment, report: dict[str, Any]) -> None:
