@@ -31,7 +31,7 @@ from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
 from cluster.runtime import map_on_actors
 from cluster.sample import Draw, Judge
-from cluster.sample_figures import SHOWN, Samples, over_seeds
+from cluster.sample_figures import SHOWN, Samples, check_references, over_seeds
 from cluster.stages import Stage, open_stage
 
 _PICTURE_IMAGES = 32
@@ -122,6 +122,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         stage.run.tags(lineage(autoencoder, prior))
         spaces = spaces_of(experiment)
         references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
+        check_references(experiment.evaluation, references)
         measured = _measure(experiment, prior, references, stage)
         figures = measured.remade.figures()
         pictures = _reconstructions(experiment)

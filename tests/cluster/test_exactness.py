@@ -22,10 +22,11 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
+from bld_core.metrics.bootstrap import poisson_counts
 from bld_core.metrics.dinov2 import DINOv2
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.features import DINOv2Features, Inception, VGG16Features, figure_name
-from cluster.measures import EvaluationConfig
+from cluster.measures import RESAMPLED, EvaluationConfig
 from cluster.reference import Reference, Space
 from cluster.sample_figures import SampleFigures, kernel_distance, precision_recall
 
@@ -121,7 +122,8 @@ def test_constant_images_and_single_classes_have_figures_and_too_few_images_have
         kernel_distance(point, point[:999])
     with pytest.raises(ValueError, match=r"3 samples for precision and recall"):
         precision_recall(point[:3], point)
-    for asked, least in (("kid", 1000), ("inception_score", 10), ("precision_recall", 4), ("frechet", 2)):
+    few = {"kid": 1000, "bootstrap": RESAMPLED, "inception_score": 10, "precision_recall": 4, "frechet": 2}
+    for asked, least in few.items():
         settings = {"frechet": True, asked: True, "samples": least - 1}
         with pytest.raises(ValueError, match=rf"evaluation.samples is {least - 1}; evaluation.{asked} needs at least"):
             EvaluationConfig(**settings)  # pyright: ignore[reportArgumentType]
@@ -138,6 +140,12 @@ def features_by_torch_fidelity(extractor: str, layers: list[str], weights: str, 
     return extract_featuresdict_from_input_id(
         1, theirs, input1=Images(images), batch_size=len(images), cuda=False, verbose=False, save_cpu_ram=True
     )
+
+
+def test_replicates_of_as_many_samples_as_a_bootstrap_asks_for_have_a_covariance() -> None:
+    drawn = poisson_counts(0, torch.arange(RESAMPLED), 10_000)
+    assert drawn.sum(0).min() >= 2
+    assert drawn[:4].sum(0).min() < 2, "of 4 samples some have none"
 
 
 def test_features_and_logits_are_those_of_torch_fidelitys_pipeline(inception_weights: tuple[str, str]) -> None:
