@@ -87,12 +87,13 @@ def test_moments_merged_from_any_split_are_those_of_the_whole(cuts: list[int]) -
     assert whole.deviation == pytest.approx(float(values.std()), rel=1e-12)
 
 
-def test_moments_of_too_little_are_nan() -> None:
+def test_moments_of_one_image_have_no_spread_and_those_of_none_are_nan() -> None:
     one = Moments()
     assert math.isnan(one.mean)
-    one.update(torch.tensor([3.0]))
-    assert one.mean == 3
     assert math.isnan(one.deviation)
+    one.update(torch.tensor([0.1]))
+    assert one.mean == pytest.approx(0.1)
+    assert one.deviation == 0
 
 
 def test_quality_is_the_same_however_the_images_are_split() -> None:
