@@ -26,6 +26,7 @@ from cluster.cas import cas_experiment, measure_cas
 from cluster.evaluator import Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
+from cluster.measures import SPREADS
 from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
@@ -35,7 +36,6 @@ from cluster.sample_figures import SHOWN, Samples, check_references, over_seeds
 from cluster.stages import Stage, open_stage
 
 _PICTURE_IMAGES = 32
-_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 # What figures of sets of images are about, by the start of their names.
 _LINES = {
     **dict.fromkeys(("rfid", "rfd_"), "of reconstructions to held-out images"),
@@ -298,10 +298,8 @@ def table(report: dict[str, Any]) -> str:
         of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
         if name.endswith("_held_out"):
             of = "of held-out images to training images: no sample is expected to be nearer"
-        if of and not name.endswith(tuple(_SPREADS)):
-            spread = [
-                f", {short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures
-            ]
+        if of and not name.endswith(tuple(SPREADS)):
+            spread = [f", {short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
             lines.append(f"{name:<23} {value:7.4g}     {of}{''.join(spread)}")
     if "class_accuracy" in figures:
         lines += [

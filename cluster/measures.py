@@ -11,6 +11,7 @@ SPLITS = 10  # of the Inception score
 KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
 NEIGHBOURHOOD = 3  # of precision and recall: their k
 RESAMPLED = 20  # a Poisson(20) number of samples, as a replicate of the bootstrap has, is below 2 once in 2 * 10^7
+SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}  # by the end of a figure's name, what it is of another
 
 
 @dataclass(frozen=True, kw_only=True)
