@@ -301,10 +301,10 @@ def table(report: dict[str, Any]) -> str:
         if of and not name.endswith(tuple(SPREADS)):
             spread = [f", {short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
             lines.append(f"{name:<23} {value:7.4g}     {of}{''.join(spread)}")
-    if "class_accuracy" in figures:
+    if "class_accuracy_real" in figures:
         lines += [
             f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "
             f"{report['sampling']['steps']} steps, by logistic regression on pixels",
-            f"... which on held-out   {figures['classifier_accuracy']:7.1%}     real images is right",
+            f"... which on held-out   {figures['class_accuracy_real']:7.1%}     real images is right",
         ]
     return "\n".join(lines)

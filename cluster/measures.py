@@ -49,7 +49,8 @@ class EvaluationConfig:
             none, and fewer than 20 samples have none. Each holds moments, 32 MiB in Inception's space, and takes as
             long to sum as the samples themselves.
         class_accuracy: also train a logistic regression on the pixels of the training images, and report the share
-            of samples that it recognises as the class asked for; for small images with classes.
+            of samples that it recognises as the class asked for, and, as class_accuracy_real, that of held-out images;
+            for small images with classes.
         cas_steps: also train a ResNet-50 for so many steps on the samples, of whose classes it then names those of the
             held-out images (top-1 and top-5 in percent); 0 trains none. The samples are kept as shards.
         cas_batch_size: images of a step of it, over all workers together.

@@ -84,7 +84,7 @@ _FIGURES = {
     "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
     "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
     "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
-    "classifier_accuracy": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
+    "class_accuracy_real": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }
 _NEIGHBOURS = "neighbour_ratio"  # its space stands behind it
 _BY_HEART = "how far samples are from it, by how far held-out images are; near 0 where images are learnt by heart"

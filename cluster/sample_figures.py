@@ -127,7 +127,7 @@ class ClassAccuracy:
         """The two shares."""
         return {
             "class_accuracy": self._right / self._seen,
-            "classifier_accuracy": float(self._classifier.score(*self._table(self.data.validation))),
+            "class_accuracy_real": float(self._classifier.score(*self._table(self.data.validation))),
         }
 
 
