@@ -28,13 +28,21 @@ def cas_experiment(experiment: Experiment) -> Experiment:
     """The experiment <folder>/evaluation/cas: its training images are samples, its stage a classifier.
 
     Raises:
-        ValueError: images without classes, or a batch that does not divide over the workers.
+        ValueError: images without classes, fewer shards of samples than workers, or a batch that does not divide over
+            them.
     """
     config, data = experiment.evaluation, experiment.data
     if not experiment.prior.classes or first_images(data.validation, data, 1)[0].label < 0:
         raise ValueError(
             f"evaluation.cas_steps is {config.cas_steps}, but prior.classes is {experiment.prior.classes} or the "
             "validation shards hold no classes, which a classifier learns and is asked for: set it to 0"
+        )
+    shards, workers = -(-config.samples // config.batch_size), experiment.cluster.replicas
+    if shards < workers:
+        raise ValueError(
+            f"evaluation.samples is {config.samples}, evaluation.batch_size {config.batch_size}, which makes {shards} "
+            f"shards of samples for {workers} workers that train a classifier on them; each needs one: lower "
+            "evaluation.batch_size or cluster.workers, or draw more"
         )
     training = replace(
         experiment.autoencoder_training,

@@ -25,17 +25,17 @@ from cluster.cas import cas_experiment, measure_cas
 from cluster.evaluator import CALLS, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
+from cluster.measures import SPREADS
 from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
 from cluster.runtime import map_on_actors
-from cluster.sample_figures import SHOWN, Samples, over_seeds
+from cluster.sample_figures import SHOWN, Samples, check_references, over_seeds
 from cluster.sampler import Judge, balanced_labels, drawn_labels, draws, judges
 from cluster.stages import Stage, open_stage
 
 _REPORT, _MEASURED = "report.json", "measured.json"
 _PICTURE_IMAGES = 32
-_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 # What figures of sets of images are about, by the start of their names.
 _LINES = {
     **dict.fromkeys(("rfid", "rfd_"), "of reconstructions to held-out images"),
@@ -109,9 +109,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(autoencoder, prior))
-        if not files.exists(
-            measured_url
-        ):  # what follows may wait for a server, or be interrupted: not all is lost then
+        if not files.exists(measured_url):  # not all is lost where a server is away, or a classifier's training ends
             report, pictures = _measured(experiment, prior, stage)
             for name, picture in pictures.items():
                 files.write_bytes(files.join(stage.folder, name), png(picture))
@@ -134,6 +132,7 @@ def _measured(
     """What the report says of reconstructions and, where there is a prior, of bound and samples; and its pictures."""
     spaces = spaces_of(experiment)
     references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
+    check_references(experiment.evaluation, references)
     found = _measure(experiment, prior, references, stage)
     figures, pictures = found.remade.figures(), _reconstructions(experiment)
     report: dict[str, Any] = {"figures": figures}
@@ -315,15 +314,13 @@ def table(report: dict[str, Any]) -> str:
         of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
         if name.endswith("_held_out"):
             of = "of held-out images to training images: no sample is expected to be nearer"
-        if of and not name.endswith(tuple(_SPREADS)):
-            spread = [
-                f", {short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures
-            ]
+        if of and not name.endswith(tuple(SPREADS)):
+            spread = [f", {short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
             lines.append(f"{name:<23} {value:7.4g}     {of}{''.join(spread)}")
-    if "class_accuracy" in figures:
+    if "class_accuracy_real" in figures:
         lines += [
             f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "
             f"{report['sampling']['steps']} steps, by logistic regression on pixels",
-            f"... which on held-out   {figures['classifier_accuracy']:7.1%}     real images is right",
+            f"... which on held-out   {figures['class_accuracy_real']:7.1%}     real images is right",
         ]
     return "\n".join(lines)

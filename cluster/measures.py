@@ -10,6 +10,8 @@ from cluster.features import DINOV2, INCEPTION
 SPLITS = 10  # of the Inception score
 KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
 NEIGHBOURHOOD = 3  # of precision and recall: their k
+RESAMPLED = 20  # a Poisson(20) number of samples, as a replicate of the bootstrap has, is below 2 once in 2 * 10^7
+SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}  # by the end of a figure's name, what it is of another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,11 @@ class EvaluationConfig:
         precision_recall: also measure precision and recall, k = 3, in every space; keeps features as kid does.
         vgg16: for precision_recall, also take the features of VGG16, with its weights in `loss`.
         bootstrap: replicates of the samples that the standard error of each Frechet distance is taken from; 0 takes
-            none. Each holds moments, 32 MiB in Inception's space, and takes as long to sum as the samples themselves.
+            none, and fewer than 20 samples have none. Each holds moments, 32 MiB in Inception's space, and takes as
+            long to sum as the samples themselves.
         class_accuracy: also train a logistic regression on the pixels of the training images, and report the share
-            of samples that it recognises as the class asked for; for small images with classes.
+            of samples that it recognises as the class asked for, and, as class_accuracy_real, that of held-out images;
+            for small images with classes.
         cas_steps: also train a ResNet-50 for so many steps on the samples, of whose classes it then names those of the
             held-out images (top-1 and top-5 in percent); 0 trains none. The samples are kept as shards.
         cas_batch_size: images of a step of it, over all workers together.
@@ -97,18 +101,19 @@ class EvaluationConfig:
             if getattr(self, name) and not there:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}, which needs evaluation.{other}: set it")
         least = {
-            "frechet": 2,
-            "classifier": 2,
-            "dinov2_sha256": 2,
-            "precision_recall": NEIGHBOURHOOD + 1,
-            "inception_score": SPLITS,
-            "kid": KERNEL_SUBSET,
+            "frechet": (2, "for a covariance"),
+            "classifier": (2, "for a covariance"),
+            "dinov2_sha256": (2, "for a covariance"),
+            "precision_recall": (NEIGHBOURHOOD + 1, f"which looks at the {NEIGHBOURHOOD} nearest others"),
+            "inception_score": (SPLITS, "one for each of its splits"),
+            "kid": (KERNEL_SUBSET, "for its subsets of as many"),
+            "bootstrap": (RESAMPLED, "as a replicate of fewer may hold too few for a covariance"),
         }
-        for name, samples in least.items():
+        for name, (samples, reason) in least.items():
             if getattr(self, name) and self.samples < samples:
                 raise ValueError(
-                    f"evaluation.samples is {self.samples}; evaluation.{name} needs at least {samples}: draw more, or "
-                    "leave it out"
+                    f"evaluation.samples is {self.samples}; evaluation.{name} needs at least {samples}, {reason}: draw "
+                    "more, or leave it out"
                 )
         if self.bootstrap < 0 or self.bootstrap == 1:
             raise ValueError(

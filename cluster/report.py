@@ -22,6 +22,7 @@ from bld_core.pictures import png
 from cluster.evaluate import read_report
 from cluster.experiment import Experiment
 from cluster.lineage import git_commit, lineage
+from cluster.measures import SPREADS
 from cluster.paper import Table, tables_for
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.stages import RECORD
@@ -60,11 +61,13 @@ _FIGURES = {
     "ssim": Figure(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
     "lpips": Figure(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
     "rfid": Figure(_IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"),
+    "skipped_images": Figure(_IMAGES, "Images left out", "{:.0f}", "held-out images that could not be read"),
     "dead_bits": Figure(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
     "bit_entropy": Figure(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
     "bit_usage_mean": Figure(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
     "bit_correlation": Figure(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
     "bound": Figure(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
+    "bound_sampling": Figure(_SAMPLES, "Likelihood bound, steps sampled", "{:.4f}", "of the steps that samples take"),
     "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
     "fid_held_out": Figure(_SAMPLES, "... held-out images", "{:.2f}", "as far as real images are from one another"),
     "inception_score": Figure(_SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"),
@@ -81,16 +84,18 @@ _FIGURES = {
     "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
     "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
     "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
-    "classifier_accuracy": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
+    "class_accuracy_real": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }
+_NEIGHBOURS = "neighbour_ratio"  # its space stands behind it
+_BY_HEART = "how far samples are from it, by how far held-out images are; near 0 where images are learnt by heart"
 _TILES = ("psnr", "ssim", "dead_bits", "bound", "fid", "class_accuracy")
 _GROUPS = (_IMAGES, _CODES, _SAMPLES)
 _TRAINED = ("autoencoder", "prior")
 _NOT_LOSSES = tuple(
-    f"train_{name}" for name in ("gradient_norm", "learning_rate", "skipped", "adaptive", "adversarial", "critic")
+    f"train_{name}"
+    for name in ("gradient_norm", "learning_rate", "skipped", "skipped_images", "adaptive", "adversarial", "critic")
 )
 _TIME = "%Y-%m-%d %H:%M UTC"
-_SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}
 _CAPTIONS = {
     "samples.png": "Samples of the prior; a column for each class, where there are classes.",
     "reconstructions.png": "Held-out images; below each row its reconstructions, and the differences: grey is none.",
@@ -169,13 +174,21 @@ def _rows(figures: Mapping[str, float]) -> dict[str, Row]:
     """The figures as they are shown; a deviation or an error stands behind the figure that it belongs to."""
     rows: dict[str, Row] = {}
     for name, value in figures.items():
-        if any(name.endswith(end) and name.removesuffix(end) in figures for end in _SPREADS):
+        if any(name.endswith(end) and name.removesuffix(end) in figures for end in SPREADS):
             continue
-        group = _IMAGES if name.startswith("rfd") else _SAMPLES
-        shown = _FIGURES.get(name, Figure(group, name.replace("_", " "), "{:.4g}", ""))
-        spreads = [f"{short} {figures[name + end]:.2g}" for end, short in _SPREADS.items() if name + end in figures]
+        shown = _shown(name)
+        spreads = [f"{short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
         rows[name] = Row(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
     return rows
+
+
+def _shown(name: str) -> Figure:
+    """How a figure is shown; one that is not listed, as of other weights than the published ones, by its name alone."""
+    words = name.replace("_", " ")
+    if name.startswith(_NEIGHBOURS):
+        space = words[len(_NEIGHBOURS) :] or " Inception"
+        return Figure(_SAMPLES, f"Nearest training image,{space}", "{:.3f}", _BY_HEART)
+    return _FIGURES.get(name, Figure(_IMAGES if name.startswith("rfd") else _SAMPLES, words, "{:.4g}", ""))
 
 
 def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:

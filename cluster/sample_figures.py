@@ -127,7 +127,7 @@ class ClassAccuracy:
         """The two shares."""
         return {
             "class_accuracy": self._right / self._seen,
-            "classifier_accuracy": float(self._classifier.score(*self._table(self.data.validation))),
+            "class_accuracy_real": float(self._classifier.score(*self._table(self.data.validation))),
         }
 
 
@@ -191,6 +191,36 @@ class SampleFigures:
         return found
 
 
+def check_references(config: EvaluationConfig, references: Sequence[Reference]) -> None:
+    """Count the training images that figures are taken of, before a sample is drawn.
+
+    Raises:
+        ValueError: fewer than 1,000 for a kernel distance, or than 4 for precision and recall.
+    """
+    for reference in references:
+        count = len(reference.features)
+        if config.kid and reference.space.name == "inception":
+            _check_kernel_distance(count, "real images")
+        if config.precision_recall:
+            _check_precision_recall(count, "real images")
+
+
+def _check_kernel_distance(count: int, what: str) -> None:
+    if count < KERNEL_SUBSET:
+        raise ValueError(
+            f"{count} {what} for a kernel distance of subsets of {KERNEL_SUBSET}; it needs as many: add some, or set "
+            "evaluation.kid to false"
+        )
+
+
+def _check_precision_recall(count: int, what: str) -> None:
+    if count <= NEIGHBOURHOOD:
+        raise ValueError(
+            f"{count} {what} for precision and recall, which look at the {NEIGHBOURHOOD} nearest others; it needs "
+            "more: add some, or set evaluation.precision_recall to false"
+        )
+
+
 def kernel_distance(samples: Tensor, real: Tensor) -> tuple[float, float]:
     """torch-fidelity's kernel distance (KID: Binkowski et al. 2018), its mean and deviation over the subsets.
 
@@ -204,11 +234,7 @@ def kernel_distance(samples: Tensor, real: Tensor) -> tuple[float, float]:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     for what, features in (("samples", samples), ("real images", real)):
-        if len(features) < KERNEL_SUBSET:
-            raise ValueError(
-                f"{len(features)} {what} for a kernel distance of subsets of {KERNEL_SUBSET}; it needs as many: add "
-                "some, or set evaluation.kid to false"
-            )
+        _check_kernel_distance(len(features), what)
     settings = {"kid_subsets": KERNEL_SUBSETS, "kid_subset_size": KERNEL_SUBSET, "verbose": False}
     found = kid_features_to_metric(samples, real, **settings)
     return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
@@ -230,11 +256,7 @@ def precision_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     for what, features in (("samples", samples), ("real images", real)):
-        if len(features) <= NEIGHBOURHOOD:
-            raise ValueError(
-                f"{len(features)} {what} for precision and recall, which look at the {NEIGHBOURHOOD} nearest others; "
-                "it needs more: add some, or set evaluation.precision_recall to false"
-            )
+        _check_precision_recall(len(features), what)
     settings = {"prc_neighborhood": NEIGHBOURHOOD, "prc_batch_size": _ROWS_AT_ONCE}
     found = prc_features_to_metric(samples, real, save_cpu_ram=True, verbose=False, **settings)
     return found["precision"], found["recall"]

@@ -45,11 +45,6 @@ class FrechetBootstrap:
             for moments, count in zip(self._moments, counts.T, strict=True):
                 moments.update(features.cpu().repeat_interleave(count, 0))
 
-    def merge(self, other: FrechetBootstrap) -> None:
-        """Add another worker's part, of other samples of the same set."""
-        for moments, more in zip(self._moments, other._moments, strict=True):
-            moments.merge(more)
-
     def standard_error(self, reference: FeatureMoments) -> float:
         """The deviation (n - 1) of the replicates' distances to `reference`; needs at least 2 replicates."""
         distances = [frechet_distance(reference, moments) for moments in self._moments]

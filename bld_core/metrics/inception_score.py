@@ -1,4 +1,4 @@
-"""The Inception score of Salimans et al. (2016), from sums that merge."""
+"""The Inception score of Salimans et al. (2016), from sums."""
 
 from __future__ import annotations
 
@@ -50,15 +50,6 @@ class InceptionScore:
         self._probabilities.index_add_(0, split, p)
         self._negative_entropy.index_add_(0, split, (p * log_p).sum(1))
         self._seen += torch.bincount(split, minlength=self._splits)
-
-    def merge(self, other: InceptionScore) -> None:
-        """Add another worker's part, of other samples of the same set."""
-        if not self._probabilities.shape[1]:
-            self._probabilities = torch.zeros_like(other._probabilities)
-        if other._probabilities.shape[1]:
-            self._probabilities += other._probabilities
-        self._negative_entropy += other._negative_entropy
-        self._seen += other._seen
 
     def scores(self) -> Tensor:
         """The score of each split, float64 (splits,), from 1 to the number of classes; report their mean.

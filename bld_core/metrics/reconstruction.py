@@ -84,9 +84,9 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation over the images (n - 1); NaN below two images."""
+        """The standard deviation over the images (n - 1); 0 of one image, which differs from no other; NaN of none."""
         if self.count < 2:
-            return math.nan
+            return 0.0 if self.count else math.nan
         return math.sqrt(max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1))
 
 

@@ -44,6 +44,14 @@ def fail_half_way(url: str) -> None:
         raise InterruptionError
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_holds_no_number_that_json_does_not_know(tmp_path: Path, value: float) -> None:
+    url = str(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=rf"'{url}' cannot hold .*{value}.* NaN or infinite"):
+        files.write_json(url, {"figures": {"psnr": value}})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_committed_file_is_whole(root: str) -> None:
     url = files.join(root, "file.bin")
     with files.commit(url) as file:

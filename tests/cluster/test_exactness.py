@@ -14,16 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
+from bld_core.metrics.bootstrap import poisson_counts
 from bld_core.metrics.dinov2 import DINOv2
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.features import DINOv2Features, Inception, VGG16Features, figure_name
-from cluster.measures import EvaluationConfig
+from cluster.measures import RESAMPLED, EvaluationConfig
 from cluster.reference import Reference, Space
 from cluster.sample_figures import SampleFigures, kernel_distance, precision_recall
 
@@ -119,7 +122,8 @@ def test_constant_images_and_single_classes_have_figures_and_too_few_images_have
         kernel_distance(point, point[:999])
     with pytest.raises(ValueError, match=r"3 samples for precision and recall"):
         precision_recall(point[:3], point)
-    for asked, least in (("kid", 1000), ("inception_score", 10), ("precision_recall", 4), ("frechet", 2)):
+    few = {"kid": 1000, "bootstrap": RESAMPLED, "inception_score": 10, "precision_recall": 4, "frechet": 2}
+    for asked, least in few.items():
         settings = {"frechet": True, asked: True, "samples": least - 1}
         with pytest.raises(ValueError, match=rf"evaluation.samples is {least - 1}; evaluation.{asked} needs at least"):
             EvaluationConfig(**settings)  # pyright: ignore[reportArgumentType]
@@ -128,15 +132,26 @@ def test_constant_images_and_single_classes_have_figures_and_too_few_images_have
             EvaluationConfig(**{name: True})  # pyright: ignore[reportArgumentType]
 
 
+def features_by_torch_fidelity(extractor: str, layers: list[str], weights: str, images: Tensor) -> dict[str, Tensor]:
+    """What torch-fidelity itself makes of images, uint8 (B, H, W, channels), by layer."""
+    theirs = create_feature_extractor(
+        extractor, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
+    )
+    return extract_featuresdict_from_input_id(
+        1, theirs, input1=Images(images), batch_size=len(images), cuda=False, verbose=False, save_cpu_ram=True
+    )
+
+
+def test_replicates_of_as_many_samples_as_a_bootstrap_asks_for_have_a_covariance() -> None:
+    drawn = poisson_counts(0, torch.arange(RESAMPLED), 10_000)
+    assert drawn.sum(0).min() >= 2
+    assert drawn[:4].sum(0).min() < 2, "of 4 samples some have none"
+
+
 def test_features_and_logits_are_those_of_torch_fidelitys_pipeline(inception_weights: tuple[str, str]) -> None:
     images = torch.randint(0, 256, (5, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
     layers = ["2048", "logits_unbiased"]
-    theirs = create_feature_extractor(
-        "inception-v3-compat", layers, cuda=False, feature_extractor_weights_path=inception_weights[0], verbose=False
-    )
-    expected = extract_featuresdict_from_input_id(
-        1, theirs, input1=Images(images), batch_size=5, cuda=False, verbose=False, save_cpu_ram=True
-    )
+    expected = features_by_torch_fidelity("inception-v3-compat", layers, inception_weights[0], images)
     inception = Inception(*inception_weights, torch.device("cpu"))
     features = inception(images)
     assert torch.equal(features, expected["2048"])
@@ -144,42 +159,56 @@ def test_features_and_logits_are_those_of_torch_fidelitys_pipeline(inception_wei
 
 
 def small_file(network: nn.Module, file: Path) -> tuple[str, str]:
-    """Random weights of a large network, a number for each output, which takes little room in the file."""
+    """Random weights of a large network, of the usual scale and of both signs, which take little room in the file.
+
+    Each output's weights are those of the output before, moved by one: windows of one row of numbers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def made(shape: torch.Size) -> Tensor:
-        return (torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator) / shape[-1]).expand(shape)
+        each = shape[1:].numel()
+        numbers = torch.randn(shape[0] + each, generator=generator) * (2 / each) ** 0.5
+        return numbers.as_strided(shape, (1, *torch.empty(shape[1:], device="meta").stride()))
 
     torch.save({name: made(weights.shape) for name, weights in network.state_dict().items()}, file)
     return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_features_of_dinov2_come_from_a_file_of_the_authors_names(tmp_path: Path) -> None:
+def test_features_of_dinov2_are_those_of_images_that_are_resized_and_scaled_as_torch_fidelity_does(
+    tmp_path: Path,
+) -> None:
     with torch.device("meta"):
         network = DINOv2()
     assert sum(weights.numel() for weights in network.parameters()) == 304_368_640  # of the authors' ViT-L/14
     path, sha256 = small_file(network, tmp_path / "dinov2.pth")
     image = torch.randint(0, 256, (1, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
     features = DINOv2Features(path, sha256, torch.device("cpu"))(image)
-    assert features.shape == (1, 1024)
-    assert features.isfinite().all()
+    network.load_state_dict(torch.load(path, weights_only=True), assign=True)
+    x = image.float().permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+    x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(224, 224), align_corners=False) / 255
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = network((x - mean) / deviation)
+    assert expected.shape == (1, 1024)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
     assert figure_name("fd", "dinov2", sha256) == f"fd_dinov2_{sha256[:8]}"
     assert EvaluationConfig(samples=4, dinov2_weights=path, dinov2_sha256=sha256).samples == 4
     with pytest.raises(ValueError, match=r"evaluation.dinov2_sha256 is ''"):
         EvaluationConfig(dinov2_weights=path)
 
 
-def test_features_of_vgg16_are_its_last_layer_but_one(tmp_path: Path) -> None:
+def test_features_of_vgg16_are_those_of_torch_fidelitys_pipeline_for_precision_and_recall(tmp_path: Path) -> None:
     from torchvision.models import vgg16
 
     with torch.device("meta"):
         network = vgg16()
     file, sha256 = small_file(network, tmp_path / "vgg16.pth")
-    images = torch.randint(0, 256, (2, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
+    images = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+    layer = FeatureExtractorVGG16.get_default_feature_layer_for_metric("prc")
+    expected = features_by_torch_fidelity("vgg16", [layer], file, images)[layer]
     features = VGG16Features(file, sha256, torch.device("cpu"))(images)
     assert features.shape == (2, 4096)
-    assert features.dtype == torch.float32
-    assert features.isfinite().all()
+    assert torch.equal(features, expected)
     assert not torch.equal(features[0], features[1])
     with pytest.raises(ValueError, match=r"sha256 .*, expected 00000000"):
         VGG16Features(file, "0" * 8, torch.device("cpu"))

@@ -27,6 +27,10 @@ FIGURES = {
     "bit_entropy": 0.4,
     "bound": 0.4578,
     "bound_se": 0.01,
+    "bound_sampling": 0.4711,
+    "bound_sampling_se": 0.03,
+    "skipped_images": 7,
+    "neighbour_ratio_pixels": 0.9752,
     "kid": 0.0123,
 }
 
@@ -72,8 +76,15 @@ def test_a_browser_shows_every_picture_and_has_nothing_to_say(evaluated: Experim
 def test_the_page_holds_figures_curves_the_papers_rows_and_where_they_come_from(evaluated: Experiment) -> None:
     page = Path(write_report(evaluated)).read_text()
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)).replace("\N{MULTIPLICATION SIGN}", "x")
-    for shown in ("24.13 dB", "sd 1.9", "12.5%", "0.4578", "se 0.01", "kid", "0.0123"):
+    for shown in (
+        *("24.13 dB", "sd 1.9", "12.5%", "0.4578", "se 0.01", "kid", "0.0123"),
+        "Likelihood bound, steps sampled of the steps that samples take 0.4711 se 0.03",
+        "Nearest training image, pixels how far samples are from it",
+        "from the first start to the last end",
+    ):
         assert shown in text, shown
+    reconstruction, samples = (text.index(f" {group} ") for group in ("Reconstruction PSNR", "Prior and samples"))
+    assert reconstruction < text.index("Images left out held-out images that could not be read 7 ") < samples
     assert "this experiment, pair 24.13 0.92" in text
     assert "binary, 16 x 16 x 32 24.02 0.75" in text
     assert "none of its figures was measured: Samples: Table 2, ImageNet" in text

@@ -26,14 +26,15 @@ from bld_core.latents import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
+from bld_core.pictures import picture, png
 from bld_core.prior import ModelName
-from bld_core.samples import write_shard
+from bld_core.samples import Sample, write_shard
 from cluster.cas import CasTask, cas_experiment
 from cluster.evaluate import evaluate, table
 from cluster.evaluator import Drawn, Evaluator, Look
 from cluster.experiment import Experiment, StudyConfig
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
-from cluster.measures import EvaluationConfig
+from cluster.measures import NEIGHBOURHOOD, EvaluationConfig
 from cluster.reference import Space, load_extractor, make_reference
 from cluster.sample import GridConfig, draw_grid
 from cluster.sample_figures import Samples, over_seeds, precision_recall
@@ -144,7 +145,8 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     figures = report["figures"]
     assert 0 < figures["bound"] < 1.5
     assert 0 <= figures["class_accuracy"] <= 1
-    assert figures["classifier_accuracy"] > 0.95
+    assert figures["class_accuracy_real"] > 0.95
+    assert "classifier_accuracy" not in figures, "that of the classifier in whose features images are compared"
     prior, schedule = bld_core.load(finished.folder).prior, finished.diffusion.make_schedule()
     assert prior is not None
     codes, labels = (
@@ -166,6 +168,7 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
     assert "fd_classifier " in table(report)
+    assert "real images is right" in table(report)
     last = np.asarray(Image.open(evaluation / "samples/000039.png"))
     assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
         labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
@@ -260,6 +263,8 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
     two = replace(finished.cluster, workers=2)
     with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
         evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9), cluster=two))
+    with pytest.raises(ValueError, match=r"batch_size 16, which makes 1 shards of samples for 2 workers"):
+        evaluate(replace(finished, evaluation=replace(asked, batch_size=16), cluster=two))
     with pytest.raises(ValueError, match=r"cas_steps is 2, but prior.classes is 0"):
         evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
 
@@ -314,6 +319,23 @@ def test_samples_are_judged_on_the_latents_that_their_prior_was_trained_on(
     trained = read_model_config(f"{experiment.folder}/prior/final")["latents_hash"]
     with pytest.raises(ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .*--fresh"):
         evaluate(experiment)
+
+
+def test_too_few_training_images_are_refused_before_a_sample_is_drawn(finished: Experiment, tmp_path: Path) -> None:
+    images = first_images(finished.data.train, finished.data, NEIGHBOURHOOD)
+    shard = str(tmp_path / "three.tar")
+    pictures = [png(picture(pixels)) for pixels in stack(images)]
+    write_shard(shard, [Sample(i.key, "png", data, i.label) for i, data in zip(images, pictures, strict=True)])
+    experiment = replace(
+        finished,
+        root=str(copy_of(finished, tmp_path, "autoencoder", "latents", "prior")),
+        data=replace(finished.data, train=shard),
+        evaluation=EvaluationConfig(samples=4, classifier=True, precision_recall=True, export="png"),
+        study=StudyConfig(classifier_steps=1),
+    )
+    with pytest.raises(ValueError, match=r"3 real images for precision and recall, which look at the 3 nearest others"):
+        evaluate(experiment)
+    assert not Path(experiment.folder, "evaluation/samples").exists()
 
 
 def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment, tmp_path: Path) -> None:
