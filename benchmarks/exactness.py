@@ -1,7 +1,7 @@
 """Our figures of samples beside torch-fidelity's own, from the images on: the same files, weights and batches.
 
     BLD_REAL_DATA=path/to/real/shards python benchmarks/exactness.py [--images 2000] [--weights file.pth]
-        [--samples 'fashion-mnist/test-*.tar']
+        [--samples 'fashion-mnist/test-*.tar'] [--image-size 32]
 
 2,000 images, Fashion-MNIST's test images or others, stand for the samples, 2,000 of its training images for the
 reference. Ours go through the extractor of the evaluation job and its sums, in parts that merge; the peer is
@@ -110,12 +110,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--weights", default="")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels that smaller images are padded to")
     parser.add_argument("--samples", default="fashion-mnist/test-*.tar")
     flags = parser.parse_args()
     data = os.environ.get("BLD_REAL_DATA")
     if not data:
         raise SystemExit("BLD_REAL_DATA does not name a folder of real image shards")
-    config = ImageConfig(image_size=32, channels=1, fit="pad", extensions=[*EXTENSIONS])
+    config = ImageConfig(image_size=flags.image_size, channels=1, fit="pad", extensions=[*EXTENSIONS])
     samples, real = (
         stack(first_images(f"{data}/{shards}", config, flags.images))
         for shards in (flags.samples, "fashion-mnist/train-*.tar")
