@@ -25,7 +25,6 @@ from cluster.cas import cas_experiment, measure_cas
 from cluster.evaluator import CALLS, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
-from cluster.measures import SPREADS
 from cluster.neighbours import find_neighbours
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.reference import Reference, check_space, make_reference, spaces_of
@@ -36,17 +35,6 @@ from cluster.stages import Stage, open_stage
 
 _REPORT, _MEASURED = "report.json", "measured.json"
 _PICTURE_IMAGES = 32
-# What figures of sets of images are about, by the start of their names.
-_LINES = {
-    **dict.fromkeys(("rfid", "rfd_"), "of reconstructions to held-out images"),
-    **dict.fromkeys(("fid", "fd_"), "of samples to training images"),
-    **dict.fromkeys(("kid", "kd_"), "of samples to training images"),
-    **dict.fromkeys(("inception_score", "is_"), "of samples"),
-    "precision": "share of samples among real images",
-    "recall": "share of real images among samples",
-    "cas_top": "% of held-out images that a ResNet-50 trained on samples is right about",
-    "neighbour_ratio": "distance to the nearest training image, samples by held-out images",
-}
 # Of the work, not of what is measured: figures are the same whatever these are.
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
 
@@ -109,7 +97,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(autoencoder, prior))
-        if not files.exists(measured_url):  # not all is lost where a server is away, or a classifier's training ends
+        if not files.exists(measured_url):  # kept before what may wait for a server, or be interrupted in training
             report, pictures = _measured(experiment, prior, stage)
             for name, picture in pictures.items():
                 files.write_bytes(files.join(stage.folder, name), png(picture))
@@ -285,42 +273,3 @@ def _reconstructions(experiment: Experiment) -> dict[str, Image.Image]:
     count = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
     pixels = stack(first_images(experiment.data.validation, experiment.data, count))
     return {"reconstructions.png": reconstruction_grid(pixels, bld_core.load(experiment.folder).reconstruct(pixels))}
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report's figures as lines of text."""
-    figures = report["figures"]
-    lines = [
-        f"reconstruction PSNR     {figures['psnr']:7.2f} dB  (held-out images, sd {figures['psnr_std']:.2f})",
-        f"reconstruction SSIM     {figures['ssim']:7.3f}     (sd {figures['ssim_std']:.3f})",
-    ]
-    if "dead_bits" in figures:
-        lines.append(
-            f"dead bits               {figures['dead_bits']:7.1%}     entropy {figures['bit_entropy']:.3f} bits a bit, "
-            f"correlation {figures['bit_correlation']:.3f}"
-        )
-    if "bound" in figures:
-        lines.append(
-            f"likelihood bound        {figures['bound']:7.4f}     bits a bit "
-            f"(held-out codes, se {figures['bound_se']:.4f})"
-        )
-        lines.append(
-            f"... of steps sampled    {figures['bound_sampling']:7.4f}     bits a bit "
-            f"({report['sampling']['steps']} steps, se {figures['bound_sampling_se']:.4f})"
-        )
-    if "lpips" in figures:
-        lines.append(f"reconstruction LPIPS    {figures['lpips']:7.4f}     (VGG16, sd {figures['lpips_std']:.4f})")
-    for name, value in figures.items():
-        of = next((of for start, of in _LINES.items() if name.startswith(start)), "")
-        if name.endswith("_held_out"):
-            of = "of held-out images to training images: no sample is expected to be nearer"
-        if of and not name.endswith(tuple(SPREADS)):
-            spread = [f", {short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
-            lines.append(f"{name:<23} {value:7.4g}     {of}{''.join(spread)}")
-    if "class_accuracy_real" in figures:
-        lines += [
-            f"samples of their class  {figures['class_accuracy']:7.1%}     of {report['samples']}, "
-            f"{report['sampling']['steps']} steps, by logistic regression on pixels",
-            f"... which on held-out   {figures['class_accuracy_real']:7.1%}     real images is right",
-        ]
-    return "\n".join(lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -21,8 +21,8 @@ from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import png
 from cluster.evaluate import read_report
 from cluster.experiment import Experiment
+from cluster.figures import GROUPS, about, place, rows
 from cluster.lineage import git_commit, lineage
-from cluster.measures import SPREADS
 from cluster.paper import Table, tables_for
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.stages import RECORD
@@ -33,63 +33,7 @@ _STAGES = ("autoencoder", "latents", "prior", "evaluation")
 _PANEL = 3.6, 2.4  # inches of a drawing that has a third of the page
 _HALF = 5.4, 2.7  # inches of a drawing that has half of the page
 _WIDEST = 1600  # pixels of a picture in the page
-_IMAGES, _CODES, _SAMPLES = "Reconstruction", "Health of the code", "Prior and samples"
-
-
-class Figure(NamedTuple):
-    """How a figure is shown: where, its name, its digits and unit, and what it says."""
-
-    group: str
-    title: str
-    form: str
-    says: str
-
-
-class Row(NamedTuple):
-    """A figure as it is shown."""
-
-    group: str
-    title: str
-    value: str
-    spread: str
-    says: str
-
-
-_BY_CLASSIFIER = "not FID: in the features of a small classifier that was trained on these images"
-_FIGURES = {
-    "psnr": Figure(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
-    "ssim": Figure(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
-    "lpips": Figure(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
-    "rfid": Figure(_IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"),
-    "skipped_images": Figure(_IMAGES, "Images left out", "{:.0f}", "held-out images that could not be read"),
-    "dead_bits": Figure(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
-    "bit_entropy": Figure(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
-    "bit_usage_mean": Figure(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
-    "bit_correlation": Figure(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
-    "bound": Figure(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
-    "bound_sampling": Figure(_SAMPLES, "Likelihood bound, steps sampled", "{:.4f}", "of the steps that samples take"),
-    "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
-    "fid_held_out": Figure(_SAMPLES, "... held-out images", "{:.2f}", "as far as real images are from one another"),
-    "inception_score": Figure(_SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"),
-    "kid": Figure(_SAMPLES, "KID", "{:.4f}", "as FID, by kernels: of no bias with few samples; lower is better"),
-    "precision": Figure(_SAMPLES, "Precision", "{:.3f}", "share of samples among real images, in Inception's features"),
-    "recall": Figure(_SAMPLES, "Recall", "{:.3f}", "share of real images among samples, in Inception's features"),
-    "precision_vgg16": Figure(_SAMPLES, "Precision, VGG16", "{:.3f}", "the same in features of VGG16"),
-    "recall_vgg16": Figure(_SAMPLES, "Recall, VGG16", "{:.3f}", "the same in features of VGG16"),
-    "fd_classifier": Figure(_SAMPLES, "Frechet distance, classifier", "{:.3f}", _BY_CLASSIFIER),
-    "fd_classifier_held_out": Figure(_SAMPLES, "... held-out images", "{:.3f}", "as far as real images are"),
-    "precision_classifier": Figure(_SAMPLES, "Precision, classifier", "{:.3f}", "share of samples among real images"),
-    "recall_classifier": Figure(_SAMPLES, "Recall, classifier", "{:.3f}", "share of real images among samples"),
-    "rfd_classifier": Figure(_IMAGES, "Frechet distance, classifier", "{:.3f}", _BY_CLASSIFIER),
-    "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
-    "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
-    "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
-    "class_accuracy_real": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
-}
-_NEIGHBOURS = "neighbour_ratio"  # its space stands behind it
-_BY_HEART = "how far samples are from it, by how far held-out images are; near 0 where images are learnt by heart"
 _TILES = ("psnr", "ssim", "dead_bits", "bound", "fid", "class_accuracy")
-_GROUPS = (_IMAGES, _CODES, _SAMPLES)
 _TRAINED = ("autoencoder", "prior")
 _NOT_LOSSES = tuple(
     f"train_{name}"
@@ -124,14 +68,14 @@ def write_report(experiment: Experiment) -> str:
     has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
     prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
     figures, runs = report["figures"], _runs(experiment)
-    rows = _rows(figures)
+    shown = rows(figures)
     made_from = lineage(autoencoder, prior).items()
     tables = tables_for(experiment.data.image_size, experiment.prior.classes)
     page = {
         "name": experiment.name,
         "summary": _summary(experiment, autoencoder, report),
-        "tiles": [rows[name] for name in _TILES if name in rows],
-        "groups": {group: [row for row in rows.values() if row.group == group] for group in _GROUPS},
+        "tiles": [shown[name] for name in _TILES if name in shown],
+        "groups": {group: [row for row in shown.values() if row.group == group] for group in GROUPS},
         "pictures": _pictures(folder, report),
         "usage": svg(bit_usage_figure(torch.tensor(usage), _HALF)) if (usage := report.get("bit_usage")) else "",
         "curves": {run.info.run_name: _curves(experiment, run) for run in runs if run.info.run_name in _TRAINED},
@@ -170,27 +114,6 @@ def _summary(experiment: Experiment, autoencoder: Mapping[str, Any], report: Map
     return lines
 
 
-def _rows(figures: Mapping[str, float]) -> dict[str, Row]:
-    """The figures as they are shown; a deviation or an error stands behind the figure that it belongs to."""
-    rows: dict[str, Row] = {}
-    for name, value in figures.items():
-        if any(name.endswith(end) and name.removesuffix(end) in figures for end in SPREADS):
-            continue
-        shown = _shown(name)
-        spreads = [f"{short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
-        rows[name] = Row(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
-    return rows
-
-
-def _shown(name: str) -> Figure:
-    """How a figure is shown; one that is not listed, as of other weights than the published ones, by its name alone."""
-    words = name.replace("_", " ")
-    if name.startswith(_NEIGHBOURS):
-        space = words[len(_NEIGHBOURS) :] or " Inception"
-        return Figure(_SAMPLES, f"Nearest training image,{space}", "{:.3f}", _BY_HEART)
-    return _FIGURES.get(name, Figure(_IMAGES if name.startswith("rfd") else _SAMPLES, words, "{:.4g}", ""))
-
-
 def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Data URI and caption of each picture of the evaluation."""
     found: list[tuple[str, str]] = []
@@ -225,17 +148,12 @@ def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
     terms = sorted(key for key in keys if key.startswith("train_") and key not in _NOT_LOSSES)
     losses = list({tuple(curve.y): curve for curve in map(line, terms)}.values())  # a loss of one term is that term
     panels = [Panel("loss", "step", "", losses)] if losses else []
-    for key in sorted(set(keys) - set(terms), key=lambda key: (key.startswith("train_"), _place(key), key)):
-        name = key.partition("_")[2]
-        title = _FIGURES[name].title if name in _FIGURES else name.replace("_", " ")
+    for key in sorted(
+        set(keys) - set(terms), key=lambda key: (key.startswith("train_"), place(key.partition("_")[2]), key)
+    ):
+        title = about(key.partition("_")[2]).title
         panels.append(Panel(f"{title}, held-out" if key.startswith("val_") else title, "step", "", [line(key)]))
     return [svg(panels_figure([panel], _PANEL)) for panel in panels]
-
-
-def _place(key: str) -> int:
-    """Where a figure stands among those that are known."""
-    name = key.partition("_")[2]
-    return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
 
 
 def thinned(values: Sequence[float], most: int = 400) -> list[float]:

@@ -2,8 +2,9 @@
 
 from argparse import Namespace
 
-from cluster.evaluate import evaluate, table
+from cluster.evaluate import evaluate
 from cluster.experiment import Experiment
+from cluster.figures import table
 from cluster.report import write_report
 from pipelines.command import command, fresh_flag, next_command
 

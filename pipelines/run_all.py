@@ -3,8 +3,9 @@
 from argparse import Namespace
 
 from cluster.encode import encode_latents
-from cluster.evaluate import evaluate, table
+from cluster.evaluate import evaluate
 from cluster.experiment import Experiment
+from cluster.figures import table
 from cluster.report import write_report
 from cluster.sample import GridConfig, draw_grid
 from cluster.train import train_autoencoder, train_prior

@@ -30,9 +30,10 @@ from bld_core.pictures import picture, png
 from bld_core.prior import ModelName
 from bld_core.samples import Sample, write_shard
 from cluster.cas import CasTask, cas_experiment
-from cluster.evaluate import evaluate, table
+from cluster.evaluate import evaluate
 from cluster.evaluator import Drawn, Evaluator, Look
 from cluster.experiment import Experiment, StudyConfig
+from cluster.figures import table
 from cluster.inpaint import InpaintConfig, inpaint, read_images, read_mask
 from cluster.measures import NEIGHBOURHOOD, EvaluationConfig
 from cluster.reference import Space, load_extractor, make_reference
@@ -168,7 +169,8 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
     assert "dB" in table(report)
     assert "fd_classifier " in table(report)
-    assert "real images is right" in table(report)
+    assert "Prior and samples (40 of 4 steps)" in table(report)
+    assert "same classifier on held-out" in table(report)
     last = np.asarray(Image.open(evaluation / "samples/000039.png"))
     assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
         labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
@@ -365,7 +367,7 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
         },
         rel=1e-4,  # another batch size
     )
-    assert "dead bits" not in table(report)
+    assert "dead_bits" not in table(report)
     with pytest.raises(ValueError, match=r"vector latent, which has no bits.*can only reconstruct"):
         generator.encode(images)
 
