@@ -100,6 +100,22 @@ def test_a_password_in_the_address_is_refused_without_showing_it() -> None:
         TrackingConfig(champion_margin=-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alias": "champion"}, "alias is 'champion', which moves only by the rule"),
+        ({"alias": "Champion"}, "alias is 'Champion', which moves only by the rule"),
+        ({"alias": "latest"}, "alias is 'latest'; MLflow wants .* and keeps latest"),
+        ({"alias": "v12"}, "alias is 'v12'; MLflow wants .* and keeps latest"),
+        ({"alias": "a/b"}, "alias is 'a/b'; MLflow wants letters"),
+        ({"alias": ""}, "alias is ''; MLflow wants letters"),
+    ],
+)
+def test_what_mlflow_would_not_take_is_refused_before_anything_starts(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrackingConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
 def test_lineage_names_what_each_result_was_made_from() -> None:
     autoencoder, prior = {"hash": "a", "data_hash": "d"}, {"hash": "p", "latents_hash": "l"}
     assert lineage(autoencoder) == {"bld.data_hash": "d", "bld.autoencoder_hash": "a"}
