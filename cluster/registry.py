@@ -22,14 +22,15 @@ from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
 from bld_core.generator import AUTOENCODER, PRIOR
 from cluster.evaluate import read_report
-from cluster.experiment import Experiment, TrackingConfig
+from cluster.experiment import CHAMPION, Experiment, TrackingConfig
 from cluster.lineage import COMMIT, git_commit, lineage
 from cluster.tracking import connect, start_run
 
-CHAMPION = "champion"
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
 _PROTOCOL, _FIGURE = "bld.protocol", "figure."
-_OF_CODES = ("bound",)  # bits a bit: another autoencoder's bits are other bits
+# Bits a bit of held-out codes: another autoencoder's bits are other bits, and other draws or views are other codes.
+_OF_CODES = ("bound", "bound_sampling")
+_LATENTS = ("bld.autoencoder_hash", "bld.latents_hash")
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,17 @@ def judge(
         Whether the alias moves; and the rule and its outcome in words.
     """
     figure, margin = tracking.champion_figure, tracking.champion_margin
+    of_codes = figure in _OF_CODES
     rule = (
-        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}, by {margin:g} or more"
+        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}"
+        f"{' on the same latents' if of_codes else ''}, by {margin:g} or more"
     )
     if champion is None:
         return True, f"{rule}: there was none, so version {version} is, with {float(tags[_FIGURE + figure]):.6g}"
     holder = f"version {champion.version}"
     if str(champion.version) == version:
         return False, f"{rule}: version {version} is already"
-    alike = [_PROTOCOL, *(["bld.autoencoder_hash"] if figure in _OF_CODES else [])]
+    alike = [_PROTOCOL, *(_LATENTS if of_codes else ())]
     differ = [tag.removeprefix("bld.") for tag in alike if champion.tags.get(tag) != tags[tag]]
     if differ or _FIGURE + figure not in champion.tags:
         return False, (

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from PIL import Image
 from torch import Tensor
 
 import bld_core
-from cluster.experiment import Experiment
-from cluster.registry import CHAMPION, fetch_model, register
+from cluster.experiment import CHAMPION, Experiment, TrackingConfig
+from cluster.registry import fetch_model, judge, register
 from cluster.tracking import connect
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
@@ -43,8 +44,10 @@ def champion(experiment: Experiment, name: str) -> str:
 def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     tmp_path: Path, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> None:
-    def try_pair(prior: int, protocol: str = "p", autoencoder: int = 0, **figures: float) -> tuple[str, str]:
-        pair = random_pair(tmp_path, digits, mlflow_server.uri, autoencoder=autoencoder, prior=prior)
+    def try_pair(
+        prior: int, protocol: str = "p", autoencoder: int = 0, latents: str = "1", **figures: float
+    ) -> tuple[str, str]:
+        pair = random_pair(tmp_path, digits, mlflow_server.uri, autoencoder=autoencoder, prior=prior, latents=latents)
         settings = replace(pair.tracking, model="rivals", champion_margin=0.01)
         made = register(evaluated(replace(pair, tracking=settings), protocol, **figures))
         return made.rule, champion(pair, "rivals")
@@ -57,8 +60,8 @@ def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     rule, who = try_pair(2, bound=0.48, psnr=19.0)
     assert who == "3"
     assert rule == (
-        "champion is who has the lower bound, by 0.01 or more: version 3 follows version 1, 0.48 against its 0.5, "
-        "better by 0.02"
+        "champion is who has the lower bound on the same latents, by 0.01 or more: version 3 follows version 1, 0.48 "
+        "against its 0.5, better by 0.02"
     )
     rule, who = try_pair(3, bound=0.49, psnr=30.0)
     assert (who, "better by -0.01" in rule) == ("3", True)
@@ -68,6 +71,22 @@ def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     assert (who, "another protocol" in rule) == ("3", True)
     rule, who = try_pair(5, autoencoder=1, bound=0.1)
     assert (who, "another autoencoder_hash" in rule) == ("3", True)
+    rule, who = try_pair(6, latents="2", bound=0.1)
+    assert (who, "another latents_hash, so" in rule) == ("3", True)
+
+
+@pytest.mark.parametrize(("figure", "of_codes"), [("bound", True), ("bound_sampling", True), ("fid", False)])
+def test_figures_of_codes_are_compared_on_the_same_latents_alone(figure: str, of_codes: bool) -> None:
+    tracking = TrackingConfig(champion_figure=figure)
+    theirs, ours = (
+        {"bld.protocol": "p", "bld.autoencoder_hash": "a", "bld.latents_hash": latents, f"figure.{figure}": value}
+        for latents, value in (("1", "0.5"), ("2", "0.4"))
+    )
+    holder = ModelVersion("rivals", "1", 0, tags=[ModelVersionTag(*tag) for tag in theirs.items()])
+    moves, rule = judge(tracking, "2", ours, holder)
+    assert moves is not of_codes
+    assert ("on the same latents" in rule, "another latents_hash, so" in rule) == (of_codes, of_codes)
+    assert judge(tracking, "2", ours | {"bld.latents_hash": "1"}, holder)[0]
 
 
 def test_the_higher_figure_may_be_the_better_one(
