@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from bld_core import files
 from bld_core.autoencoder import AutoencoderConfig
@@ -28,6 +27,13 @@ from cluster.runtime import ClusterConfig
 _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
+)
+
+# What MLflow can keep runs in: a server by HTTP, Databricks, or a database.
+_TRACKING_URI = re.compile(
+    r"https?://(?:\[[\da-f:.]+\]|[^\s/:?#\[\]]+)(?::\d+)?(?:/.*)?|databricks(?:://.+)?"
+    r"|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.*[^/].*",
+    re.DOTALL,
 )
 
 CHAMPION = "champion"
@@ -60,11 +66,19 @@ class TrackingConfig:
     champion_margin: float = 0.001
 
     def __post_init__(self) -> None:
-        if "@" in urlsplit(self.uri).netloc:
+        if files.has_user(self.uri):
             raise ValueError(
                 "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
                 "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
+        if self.uri and not _TRACKING_URI.fullmatch(self.uri):
+            raise ValueError(
+                f"tracking.uri is {self.uri!r}; it must be an MLflow server, for example http://mlflow:5000, or a "
+                "database by sqlite:///, postgresql://, mysql:// or mssql://: MLflow keeps no runs elsewhere, folders "
+                "included; leave it out for a SQLite file in root"
+            )
+        if not re.fullmatch(r"[^/:]*", self.model):
+            raise ValueError(f"tracking.model is {self.model!r}; MLflow allows neither / nor : in it: choose another")
         if self.alias.lower() == CHAMPION:
             raise ValueError(
                 f"tracking.alias is {self.alias!r}, which moves only by the rule of tracking.champion_figure and "

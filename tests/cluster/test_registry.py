@@ -152,6 +152,13 @@ def test_a_model_that_is_not_there_is_refused(model: str, message: str, register
         fetch_model(model, str(tmp_path), registered.tracking.uri)
 
 
+def test_a_models_name_may_hold_a_quote_and_one_that_mlflow_refuses_is_refused(registered: Experiment) -> None:
+    quote, dot = (replace(registered, tracking=replace(registered.tracking, model=name)) for name in ("it's", "."))
+    assert [register(quote).version for _ in range(2)] == ["1", "1"]
+    with pytest.raises(ValueError, match=rf"MLflow at {registered.tracking.uri} refused .*'\.'.*; check the settings"):
+        register(dot)
+
+
 def test_a_pair_without_its_own_evaluation_is_refused(
     tmp_path: Path, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> None:
