@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -279,6 +280,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"count": 200}, {"count": 200}), "row 1: 400 images asked for; one request gives at most 256"),
         (rows({"steps": 1000}), "steps"),
         (rows({"temperature": 0}), "temperature is 0.0; it must be above 0"),
+        (rows({"temperature": math.inf}), "temperature is inf; it must be above 0 and finite"),
+        (rows({"guidance": math.inf}), "guidance is inf; it must be 0 (none) or more, and finite"),
         (rows({"image": image}), "an image to complete comes with a mask or a box"),
         (rows({"box": [0, 0, 8, 8]}), "an image to complete comes with a mask or a box"),
         (rows({"image": image, "mask": image, "box": [0, 0, 8, 8]}), "leave one of them out"),
@@ -291,6 +294,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"image": image, "mask": small}), "mask is 8 x 8 pixels; it must be 32 x 32"),
         (b"{", "valid JSON"),
         ({"rows": []}, "dataframe_records"),
+        ({"instances": [{"label": 3}]}, "the request is not a table: send dataframe_records"),
+        ({"inputs": [[3]]}, "the request is not a table: send dataframe_records"),
     ]
     for body, reason in bad:
         status, text = ask(served, body)
