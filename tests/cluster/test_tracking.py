@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -11,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import cluster.lineage as lineage_module
 from bld_core.files import without_secrets
 from bld_core.images import ImageConfig
 from cluster.experiment import Experiment, TrackingConfig
@@ -156,6 +161,38 @@ def test_lineage_names_what_each_result_was_made_from() -> None:
     assert lineage(autoencoder) == {"bld.data_hash": "d", "bld.autoencoder_hash": "a"}
     assert list(lineage(autoencoder, prior).values()) == ["d", "a", "l", "p"]
     assert lineage({"hash": "a"})["bld.data_hash"] == "unknown"  # of an early version
+
+
+def test_the_commit_is_of_the_repository_that_tracks_this_code(tmp_path: Path) -> None:
+    """Their repository ignores the environment that our code is installed in."""
+    installed = tmp_path / "venv/cluster"
+    installed.mkdir(parents=True)
+    shutil.copy(lineage_module.__file__, installed)
+    (tmp_path / ".gitignore").write_text("venv\n__pycache__\n")
+    environment = {name: value for name, value in os.environ.items() if name != "BLD_GIT_COMMIT"}
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, text=True, check=True, capture_output=True).stdout
+
+    def commit(**more: str) -> str:
+        code = "from cluster.lineage import git_commit; print(git_commit())"
+        settings = environment | {"PYTHONPATH": str(installed.parent)} | more
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=settings, text=True, check=True, capture_output=True
+        )
+        return run.stdout.strip()
+
+    git("init", "-q")
+    git("add", ".gitignore")
+    git("commit", "-qm", "theirs")
+    assert commit() == "unknown"
+    assert commit(BLD_GIT_COMMIT="0123") == "0123"
+    git("add", "--force", "venv/cluster/lineage.py")
+    git("commit", "-qm", "ours")
+    assert commit() == git("rev-parse", "HEAD").strip()
+    (installed / "lineage.py").write_text((installed / "lineage.py").read_text() + "\n")
+    assert commit().endswith("-dirty")
 
 
 def test_the_load_of_the_machine_has_mlflows_names_and_is_of_now() -> None:
