@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Generator
@@ -33,6 +34,9 @@ _CONNECT_S = 5.0
 _SILENCE_S = 20.0
 _CONNECTIONS = 32
 _SLOWEST_UPLOAD = 1e6  # bytes a second
+# user:password@, where either may hold an unescaped @ or /; host:port is none, but s3:// has no ports.
+_PASSWORD = r"(?<=://)[^/\s:]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@|(?<=s3://)[^/\s:]*:\S*@"
+_USER = re.compile(rf"{_PASSWORD}|(?<=://)[^/\s]*@")
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -71,6 +75,16 @@ def _s3_settings() -> dict[str, Any]:
             "max_pool_connections": _CONNECTIONS,
         },
     }
+
+
+def has_user(url: str) -> bool:
+    """Whether a URL names a user, with or without a password."""
+    return _USER.search(url) is not None
+
+
+def without_secrets(text: str) -> str:
+    """The text, its URLs without users, passwords and what follows "?name=", "&name=" or ";name=": keys, signatures."""
+    return re.sub(r"([?&;][\w-]+=)[^&\s'\"]+", r"\1***", _USER.sub("***@", text))
 
 
 def absolute(url: str) -> str:

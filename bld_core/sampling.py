@@ -71,10 +71,12 @@ class SamplingConfig:
             raise ValueError(f"sampling.grid is {self.grid}; it must decrease from T (diffusion.steps) to 0")
         if self.resample < 0:
             raise ValueError(f"sampling.resample is {self.resample}; it must be 0 (no jumps back) or more")
-        if self.temperature <= 0:
-            raise ValueError(f"sampling.temperature is {self.temperature}; it must be above 0 (the paper uses 0.9)")
-        if self.guidance < 0:
-            raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or more")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"sampling.temperature is {self.temperature}; it must be above 0 and finite (the paper uses 0.9)"
+            )
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or more, and finite")
 
     def times(self, schedule: NoiseSchedule) -> list[int]:
         """The steps t that sampling visits, decreasing from T to 0.

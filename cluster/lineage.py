@@ -13,14 +13,22 @@ COMMIT = "mlflow.source.git.commit"
 
 
 def git_commit() -> str:
-    """The commit of this code, "-dirty" added where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of this code, "-dirty" added where files differ from it.
+
+    Outside a checkout it is the variable BLD_GIT_COMMIT, or "unknown": also where the code is installed within another
+    repository, which does not track it.
+    """
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BLD_GIT_COMMIT", "unknown")
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def _git(*words: str) -> str:
+    """What git says of the folder of this file."""
+    here = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def lineage(autoencoder: Mapping[str, Any], prior: Mapping[str, Any] | None = None) -> dict[str, str]:

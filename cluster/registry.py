@@ -20,16 +20,18 @@ from mlflow.models import Model
 import bld_core
 from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
+from bld_core.files import without_secrets
 from bld_core.generator import AUTOENCODER, PRIOR
 from cluster.evaluate import read_report
-from cluster.experiment import Experiment, TrackingConfig
+from cluster.experiment import CHAMPION, Experiment, TrackingConfig
 from cluster.lineage import COMMIT, git_commit, lineage
-from cluster.tracking import connect, start_run
+from cluster.tracking import connect, plain_errors, quoted, start_run
 
-CHAMPION = "champion"
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
 _PROTOCOL, _FIGURE = "bld.protocol", "figure."
-_OF_CODES = ("bound",)  # bits a bit: another autoencoder's bits are other bits
+# Bits a bit of held-out codes: another autoencoder's bits are other bits, and other draws or views are other codes.
+_OF_CODES = ("bound", "bound_sampling")
+_LATENTS = ("bld.autoencoder_hash", "bld.latents_hash")
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,28 @@ def register(experiment: Experiment) -> Registered:
 
     Raises:
         FileNotFoundError: a stage is not finished.
-        ValueError: prior, autoencoder and evaluation do not belong together, or the champion's figure is not there.
+        ValueError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
+            MLflow refuses the name or is away.
     """
     pair = bld_core.load(experiment.folder)
     if pair.prior is None:
         raise FileNotFoundError(f"{experiment.folder!r} has no finished prior: run stage2_prior.py first")
     made_from = lineage(pair.autoencoder.config, pair.prior.config)
-    report, tracking = read_report(experiment), experiment.tracking
-    _check(report, tracking.champion_figure)
+    report = read_report(experiment)
+    _check(report, experiment.tracking.champion_figure)
+    with plain_errors(experiment.tracking.resolve(experiment.root)):
+        return _register(experiment, report, made_from)
+
+
+def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping[str, str]) -> Registered:
+    tracking = experiment.tracking
     name, client = tracking.model or experiment.name, connect(tracking.resolve(experiment.root))
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = made_from | {COMMIT: git_commit(), _PROTOCOL: report["protocol"]}
+    tags = {**made_from, COMMIT: git_commit(), _PROTOCOL: report["protocol"]}
     tags |= {f"{_FIGURE}{figure}": repr(value) for figure, value in report["figures"].items()}
     version = _version_of(client, name, made_from)
     if version is None:
@@ -104,7 +113,7 @@ def _check(report: Mapping[str, Any], figure: str) -> None:
 
 def _version_of(client: MlflowClient, name: str, made_from: Mapping[str, str]) -> ModelVersion | None:
     """The version that holds the same pair, if there is one."""
-    for version in client.search_model_versions(f"name = '{name}'"):
+    for version in client.search_model_versions(f"name = {quoted(name)}"):
         if made_from.items() <= version.tags.items():
             return version
     return None
@@ -158,15 +167,17 @@ def judge(
         Whether the alias moves; and the rule and its outcome in words.
     """
     figure, margin = tracking.champion_figure, tracking.champion_margin
+    of_codes = figure in _OF_CODES
     rule = (
-        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}, by {margin:g} or more"
+        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}"
+        f"{' on the same latents' if of_codes else ''}, by {margin:g} or more"
     )
     if champion is None:
         return True, f"{rule}: there was none, so version {version} is, with {float(tags[_FIGURE + figure]):.6g}"
     holder = f"version {champion.version}"
     if str(champion.version) == version:
         return False, f"{rule}: version {version} is already"
-    alike = [_PROTOCOL, *(["bld.autoencoder_hash"] if figure in _OF_CODES else [])]
+    alike = [_PROTOCOL, *(_LATENTS if of_codes else ())]
     differ = [tag.removeprefix("bld.") for tag in alike if champion.tags.get(tag) != tags[tag]]
     if differ or _FIGURE + figure not in champion.tags:
         return False, (
@@ -192,17 +203,20 @@ def fetch_model(model: str, folder: str, uri: str) -> str:
         A folder for `bld_core.load`.
 
     Raises:
-        ValueError: another form, or no such model, alias or version there.
+        ValueError: another form; no such model, alias or version there; or MLflow is away.
     """
     form = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
     if form is None:
         raise ValueError(f"model is {model!r}; it must be models:/<name>@<alias> or models:/<name>/<version>")
     client, (name, alias, number) = connect(uri), form.groups()
-    try:
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise ValueError(f"{uri} has no {model}: {error.message}; register.py makes one") from error
-    assert version.source is not None, "every version was made with a source"
-    return mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=folder, tracking_uri=uri)
+    with plain_errors(uri):
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ValueError(
+                f"{without_secrets(uri)} has no {model}: {error.message}; register.py makes one"
+            ) from error
+        assert found.source is not None, "every version was made with a source"
+        return mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=folder, tracking_uri=uri)

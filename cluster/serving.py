@@ -103,12 +103,17 @@ class Served:
     def __init__(self, pair: generator.Generator) -> None:
         self.pair = pair
 
-    def predict(self, frame: pd.DataFrame) -> list[dict[str, list[str]]]:
+    def predict(self, frame: object) -> list[dict[str, list[str]]]:
         """The pictures of every row, PNG in base64.
 
         Raises:
             MlflowException: a bad request, which its sender is told as status 400 with the row and the reason.
         """
+        if not isinstance(frame, pd.DataFrame):  # what MLflow makes of its other forms
+            raise MlflowException.invalid_parameter_value(
+                "the request is not a table: send dataframe_records, a list with an object for each row, or "
+                'dataframe_split, for example {"dataframe_records": [{"label": 3}]}'
+            )
         wanted: list[Wanted] = []
         for number, row in enumerate(frame.to_dict("records")):
             with _blame(number):

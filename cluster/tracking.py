@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -23,8 +22,10 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from PIL.Image import Image
+from sqlalchemy.exc import SQLAlchemyError
 
 from bld_core import files
+from bld_core.files import without_secrets
 from cluster.lineage import COMMIT, git_commit
 
 if TYPE_CHECKING:
@@ -44,10 +45,43 @@ _PATIENCE = {
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of a tracking server that outlasts a server which is away for some minutes; also of its registry."""
+    """A client of a tracking server that outlasts a server which is away for some minutes; also of its registry.
+
+    Raises:
+        ValueError: a database that cannot be opened. A server is asked for nothing yet.
+    """
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-    return MlflowClient(uri)
+    try:
+        return MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError, OSError, ModuleNotFoundError) as error:
+        raise _refusal(uri, error) from error
+
+
+@contextlib.contextmanager
+def plain_errors(uri: str) -> Generator[None]:
+    """What MLflow refuses, or cannot do because its server stays away, is a ValueError that says where, why, what now.
+
+    Args:
+        uri: tracking URI.
+    """
+    try:
+        yield
+    except MlflowException as error:
+        raise _refusal(uri, error) from error
+
+
+def _refusal(uri: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"MLflow at {without_secrets(uri)} refused or was away: {without_secrets(str(error))}; check the settings of "
+        "`tracking`, that the server or database is there, and the variables MLFLOW_TRACKING_*, which hold credentials"
+    )
+
+
+def quoted(text: str) -> str:
+    """A text in one of MLflow's filters, which have no escapes: none can hold both kinds of quotes."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
 
 
 @dataclass(frozen=True)
@@ -129,11 +163,6 @@ class SystemLoad:
         return found
 
 
-def without_secrets(text: str) -> str:
-    """The text, its URLs without user names, passwords and what follows a "?name=" or "&name=": keys, signatures."""
-    return re.sub(r"([?&][\w-]+=)[^&\s'\"]+", r"\1***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
-
-
 def _starts(before: str, commit: str) -> str:
     """The tag `STARTS` with a line more: when, from which code, by which command this process works."""
     command = " ".join(shlex.join(["python", *sys.argv]).split())
@@ -151,8 +180,16 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         experiment: names the MLflow experiment, and is logged as its parameters.
         stage: name of the child run.
         run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
+
+    Raises:
+        ValueError: MLflow refuses it, or is away for longer than `connect` waits; or its experiment was deleted.
     """
     uri = experiment.tracking.resolve(experiment.root)
+    with plain_errors(uri):
+        return _start_run(experiment, stage, uri, run_id)
+
+
+def _start_run(experiment: Experiment, stage: str, uri: str, run_id: str | None) -> Run:
     client, commit = connect(uri), git_commit()
     before = find_run(uri, run_id) if run_id is not None else None
     if before is not None:
@@ -174,18 +211,24 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
 
 def find_run(uri: str, run_id: str) -> RecordedRun | None:
     """A run as MLflow knows it, or None: it was deleted, or belongs to another tracking server."""
-    try:
-        found = connect(uri).get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    with plain_errors(uri):
+        try:
+            found = connect(uri).get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
     return found if found.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
 def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
     name = experiment.tracking.experiment or experiment.name
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise ValueError(
+            f"the MLflow experiment {name!r} was deleted: restore it by `mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}`, or set tracking.experiment to another name"
+        )
     if found is not None:
         return found.experiment_id
     # A server keeps artifacts where it was told to; beside a SQLite file we say where.
@@ -204,9 +247,7 @@ def _parent_run(client: MlflowClient, experiment: Experiment) -> str:
     """The run that the stages of one experiment folder hang from."""
     mlflow_experiment = _mlflow_experiment(client, experiment)
     folder = without_secrets(experiment.folder)
-    quote = '"' if "'" in folder else "'"  # MLflow's filters have no escapes
-    query = f"tags.`bld.folder` = {quote}{folder}{quote}"
-    found = client.search_runs([mlflow_experiment], query, max_results=1)
+    found = client.search_runs([mlflow_experiment], f"tags.`bld.folder` = {quoted(folder)}", max_results=1)
     if found:
         return found[0].info.run_id
     tags = {

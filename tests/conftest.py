@@ -181,7 +181,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.kill()
 
 
-def random_pair(root: Path, digits: dict[str, str], uri: str, *, autoencoder: int = 0, prior: int = 0) -> Experiment:
+def random_pair(
+    root: Path, digits: dict[str, str], uri: str, *, autoencoder: int = 0, prior: int = 0, latents: str = "1"
+) -> Experiment:
     """An experiment whose networks have random weights, by their seeds: finished without training."""
     experiment = small_experiment(root, digits, "pair")
     experiment = replace(experiment, tracking=TrackingConfig(uri=uri))
@@ -207,7 +209,7 @@ def random_pair(root: Path, digits: dict[str, str], uri: str, *, autoencoder: in
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
-                "latents_hash": "1" * 64,
+                "latents_hash": latents * 64,
                 "run": "none",
             },
         ),

@@ -26,6 +26,7 @@ CLUSTER = CORE | {
     "matplotlib",
     "jinja2",
     "pandas",
+    "sqlalchemy",
 }
 PIPELINES = {"pipelines", "cluster", "jsonargparse"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}

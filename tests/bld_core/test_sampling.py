@@ -267,7 +267,15 @@ def test_time_enters_as_t_over_the_steps_of_training_on_every_grid() -> None:
         assert seen == [t / 64 for t in schedule.grid(steps)[:-1]]
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("temperature", 0.0), ("guidance", -1.0), ("resample", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        *(("temperature", value) for value in (0.0, math.inf, math.nan)),
+        *(("guidance", value) for value in (-1.0, math.inf, math.nan)),
+        ("resample", -1),
+    ],
+)
 def test_a_bad_setting_is_named_with_its_value(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"sampling\.{field} is {value}"):
         SamplingConfig(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from PIL import Image
 from torch import Tensor
 
 import bld_core
-from cluster.experiment import Experiment
-from cluster.registry import CHAMPION, fetch_model, register
+from cluster.experiment import CHAMPION, Experiment, TrackingConfig
+from cluster.registry import fetch_model, judge, register
 from cluster.tracking import connect
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
@@ -43,8 +45,10 @@ def champion(experiment: Experiment, name: str) -> str:
 def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     tmp_path: Path, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> None:
-    def try_pair(prior: int, protocol: str = "p", autoencoder: int = 0, **figures: float) -> tuple[str, str]:
-        pair = random_pair(tmp_path, digits, mlflow_server.uri, autoencoder=autoencoder, prior=prior)
+    def try_pair(
+        prior: int, protocol: str = "p", autoencoder: int = 0, latents: str = "1", **figures: float
+    ) -> tuple[str, str]:
+        pair = random_pair(tmp_path, digits, mlflow_server.uri, autoencoder=autoencoder, prior=prior, latents=latents)
         settings = replace(pair.tracking, model="rivals", champion_margin=0.01)
         made = register(evaluated(replace(pair, tracking=settings), protocol, **figures))
         return made.rule, champion(pair, "rivals")
@@ -57,8 +61,8 @@ def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     rule, who = try_pair(2, bound=0.48, psnr=19.0)
     assert who == "3"
     assert rule == (
-        "champion is who has the lower bound, by 0.01 or more: version 3 follows version 1, 0.48 against its 0.5, "
-        "better by 0.02"
+        "champion is who has the lower bound on the same latents, by 0.01 or more: version 3 follows version 1, 0.48 "
+        "against its 0.5, better by 0.02"
     )
     rule, who = try_pair(3, bound=0.49, psnr=30.0)
     assert (who, "better by -0.01" in rule) == ("3", True)
@@ -68,6 +72,22 @@ def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
     assert (who, "another protocol" in rule) == ("3", True)
     rule, who = try_pair(5, autoencoder=1, bound=0.1)
     assert (who, "another autoencoder_hash" in rule) == ("3", True)
+    rule, who = try_pair(6, latents="2", bound=0.1)
+    assert (who, "another latents_hash, so" in rule) == ("3", True)
+
+
+@pytest.mark.parametrize(("figure", "of_codes"), [("bound", True), ("bound_sampling", True), ("fid", False)])
+def test_figures_of_codes_are_compared_on_the_same_latents_alone(figure: str, of_codes: bool) -> None:
+    tracking = TrackingConfig(champion_figure=figure)
+    theirs, ours = (
+        {"bld.protocol": "p", "bld.autoencoder_hash": "a", "bld.latents_hash": latents, f"figure.{figure}": value}
+        for latents, value in (("1", "0.5"), ("2", "0.4"))
+    )
+    holder = ModelVersion("rivals", "1", 0, tags=[ModelVersionTag(*tag) for tag in theirs.items()])
+    moves, rule = judge(tracking, "2", ours, holder)
+    assert moves is not of_codes
+    assert ("on the same latents" in rule, "another latents_hash, so" in rule) == (of_codes, of_codes)
+    assert judge(tracking, "2", ours | {"bld.latents_hash": "1"}, holder)[0]
 
 
 def test_the_higher_figure_may_be_the_better_one(
@@ -131,6 +151,13 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
 def test_a_model_that_is_not_there_is_refused(model: str, message: str, registered: Experiment, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fetch_model(model, str(tmp_path), registered.tracking.uri)
+
+
+def test_a_models_name_may_hold_a_quote_and_one_that_mlflow_refuses_is_refused(registered: Experiment) -> None:
+    quote, dot = (replace(registered, tracking=replace(registered.tracking, model=name)) for name in ("it's", "."))
+    assert [register(quote).version for _ in range(2)] == ["1", "1"]
+    with pytest.raises(ValueError, match=rf"MLflow at {registered.tracking.uri} refused .*'\.'.*; check the settings"):
+        register(dot)
 
 
 def test_a_pair_without_its_own_evaluation_is_refused(
@@ -253,6 +280,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"count": 200}, {"count": 200}), "row 1: 400 images asked for; one request gives at most 256"),
         (rows({"steps": 1000}), "steps"),
         (rows({"temperature": 0}), "temperature is 0.0; it must be above 0"),
+        (rows({"temperature": math.inf}), "temperature is inf; it must be above 0 and finite"),
+        (rows({"guidance": math.inf}), "guidance is inf; it must be 0 (none) or more, and finite"),
         (rows({"image": image}), "an image to complete comes with a mask or a box"),
         (rows({"box": [0, 0, 8, 8]}), "an image to complete comes with a mask or a box"),
         (rows({"image": image, "mask": image, "box": [0, 0, 8, 8]}), "leave one of them out"),
@@ -265,6 +294,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"image": image, "mask": small}), "mask is 8 x 8 pixels; it must be 32 x 32"),
         (b"{", "valid JSON"),
         ({"rows": []}, "dataframe_records"),
+        ({"instances": [{"label": 3}]}, "the request is not a table: send dataframe_records"),
+        ({"inputs": [[3]]}, "the request is not a table: send dataframe_records"),
     ]
     for body, reason in bad:
         status, text = ask(served, body)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -10,12 +15,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import cluster.lineage as lineage_module
+from bld_core.files import without_secrets
 from bld_core.images import ImageConfig
 from cluster.experiment import Experiment, TrackingConfig
 from cluster.lineage import COMMIT, lineage
-from cluster.tracking import STARTS, Run, SystemLoad, start_run, without_secrets
+from cluster.tracking import STARTS, Run, SystemLoad, connect, start_run
 from tests.conftest import small_experiment
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, free_port
 
 AWAY_S = 30
 
@@ -100,11 +107,92 @@ def test_a_password_in_the_address_is_refused_without_showing_it() -> None:
         TrackingConfig(champion_margin=-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alias": "champion"}, "alias is 'champion', which moves only by the rule"),
+        ({"alias": "Champion"}, "alias is 'Champion', which moves only by the rule"),
+        ({"alias": "latest"}, "alias is 'latest'; MLflow wants .* and keeps latest"),
+        ({"alias": "v12"}, "alias is 'v12'; MLflow wants .* and keeps latest"),
+        ({"alias": "a/b"}, "alias is 'a/b'; MLflow wants letters"),
+        ({"alias": ""}, "alias is ''; MLflow wants letters"),
+        ({"model": "a/b"}, "model is 'a/b'; MLflow allows neither / nor :"),
+        *(
+            ({"uri": uri}, f"tracking.uri is {re.escape(repr(uri))}; it must be an MLflow server")
+            for uri in ("mlflow:5000", "./mlruns", "file:///mlruns", "oracle://host/runs", "http://", "sqlite:///")
+        ),
+    ],
+)
+def test_what_mlflow_would_not_take_is_refused_before_anything_starts(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrackingConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://mlflow:5000", "https://host/mlflow?a=b:c", "http://[::1]:5000/", "sqlite:////it's a/run@2.db"]
+)
+def test_where_mlflow_can_keep_runs_is_accepted(uri: str) -> None:
+    assert TrackingConfig(uri=uri).uri == uri
+
+
+def test_what_mlflow_cannot_do_is_one_clear_message(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # `connect` leaves what is set as it is
+    (tmp_path / "no.db").write_text("no database" * 100)
+    for uri in (f"http://127.0.0.1:{free_port()}", f"sqlite:///{tmp_path}/no.db", "sqlite+none:////no.db"):
+        with pytest.raises(ValueError, match=re.escape(f"MLflow at {uri} refused or was away: ")):
+            start_run(replace(experiment, tracking=TrackingConfig(uri=uri)), "prior", None)
+
+
+def test_a_deleted_mlflow_experiment_is_named_with_its_cure(experiment: Experiment) -> None:
+    tracking = replace(experiment.tracking, experiment="gone")
+    client = connect(tracking.uri)
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    with pytest.raises(ValueError, match=f"'gone' was deleted: restore it by .* --experiment-id {number}`"):
+        start_run(replace(experiment, tracking=tracking), "prior", None)
+    client.restore_experiment(number)
+    assert start_run(replace(experiment, tracking=tracking), "prior", None).run_id
+
+
 def test_lineage_names_what_each_result_was_made_from() -> None:
     autoencoder, prior = {"hash": "a", "data_hash": "d"}, {"hash": "p", "latents_hash": "l"}
     assert lineage(autoencoder) == {"bld.data_hash": "d", "bld.autoencoder_hash": "a"}
     assert list(lineage(autoencoder, prior).values()) == ["d", "a", "l", "p"]
     assert lineage({"hash": "a"})["bld.data_hash"] == "unknown"  # of an early version
+
+
+def test_the_commit_is_of_the_repository_that_tracks_this_code(tmp_path: Path) -> None:
+    """Their repository ignores the environment that our code is installed in."""
+    installed = tmp_path / "venv/cluster"
+    installed.mkdir(parents=True)
+    shutil.copy(lineage_module.__file__, installed)
+    (tmp_path / ".gitignore").write_text("venv\n__pycache__\n")
+    environment = {name: value for name, value in os.environ.items() if name != "BLD_GIT_COMMIT"}
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, text=True, check=True, capture_output=True).stdout
+
+    def commit(**more: str) -> str:
+        code = "from cluster.lineage import git_commit; print(git_commit())"
+        settings = environment | {"PYTHONPATH": str(installed.parent)} | more
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=settings, text=True, check=True, capture_output=True
+        )
+        return run.stdout.strip()
+
+    git("init", "-q")
+    git("add", ".gitignore")
+    git("commit", "-qm", "theirs")
+    assert commit() == "unknown"
+    assert commit(BLD_GIT_COMMIT="0123") == "0123"
+    git("add", "--force", "venv/cluster/lineage.py")
+    git("commit", "-qm", "ours")
+    assert commit() == git("rev-parse", "HEAD").strip()
+    (installed / "lineage.py").write_text((installed / "lineage.py").read_text() + "\n")
+    assert commit().endswith("-dirty")
 
 
 def test_the_load_of_the_machine_has_mlflows_names_and_is_of_now() -> None:
