@@ -82,6 +82,23 @@ def has_user(url: str) -> bool:
     return _USER.search(url) is not None
 
 
+def check_no_password(setting: str, url: str) -> None:
+    """Passwords are no part of an address: it is stored, logged and shown.
+
+    Args:
+        setting: what is named so, for the message.
+        url: a path, URL or pattern.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    if re.search(_PASSWORD, url):
+        raise ValueError(
+            f"{setting} holds a user name and a password, which would be written into logs and runs: leave them out, "
+            "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://; of a web server, give signed links"
+        )
+
+
 def without_secrets(text: str) -> str:
     """The text, its URLs without users, passwords and what follows "?name=", "&name=" or ";name=": keys, signatures."""
     return re.sub(r"([?&;][\w-]+=)[^&\s'\"]+", r"\1***", _USER.sub("***@", text))

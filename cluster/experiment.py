@@ -226,6 +226,12 @@ class Experiment:
                 f"augmentation.resize is {self.augmentation.resize}, but data.fit is pad, which never scales an image; "
                 "resize must then be 1: leave it out, or set data.fit to crop"
             )
+        for setting, url in {
+            "root": self.root,
+            "data.train": self.data.train,
+            "data.validation": self.data.validation,
+        }.items():
+            files.check_no_password(setting, url)
         # Workers have other working directories: paths are made absolute once, here.
         shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
         object.__setattr__(self, "root", files.absolute(self.root))

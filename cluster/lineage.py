@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bld_core.files import without_secrets
 
 COMMIT = "mlflow.source.git.commit"
 """Tag of a run or a version: the commit of this code."""
@@ -23,6 +26,11 @@ def git_commit() -> str:
         return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BLD_GIT_COMMIT", "unknown")
+
+
+def command_line(*words: str) -> str:
+    """A command as it may be shown and stored: quoted for a shell, without secrets."""
+    return without_secrets(shlex.join(["python", *words]))
 
 
 def _git(*words: str) -> str:

@@ -53,6 +53,7 @@ class ShardConfig:
     threads: int = 4
 
     def __post_init__(self) -> None:
+        files.check_no_password("output", self.output)
         if self.images_per_shard < 1:
             raise ValueError(f"images_per_shard is {self.images_per_shard}; it must be at least 1")
         if self.mib_per_shard < 0:

@@ -81,15 +81,15 @@ def open_stage(
     from cluster.tracking import Run, start_run
 
     folder = files.join(experiment.folder, name)
-    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: lists for tuples
+    fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
     files.check_writable(experiment.folder)
     with _lock(folder):
         record_url = files.join(folder, RECORD)
         record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
         outdated = fresh
-        if record is not None and record["fingerprint"] != fingerprint:
+        if record is not None and (before := _public(record["fingerprint"])) != fingerprint:
             if on_change == "refuse":
-                raise ValueError(_changes(folder, name, record["fingerprint"], fingerprint))
+                raise ValueError(_changes(folder, name, before, fingerprint))
             record, outdated = None, True
         elif record is None and not fresh and files.exists(folder) and files.listing(folder):
             raise ValueError(
@@ -112,6 +112,13 @@ def open_stage(
             succeeded = True
         finally:
             run.end(succeeded)
+
+
+def _public(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the signatures of links, which are new each time."""
+    return {
+        name: files.without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()
+    }
 
 
 def _anew(name: str) -> str:

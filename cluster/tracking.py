@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -26,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from bld_core import files
 from bld_core.files import without_secrets
-from cluster.lineage import COMMIT, git_commit
+from cluster.lineage import COMMIT, command_line, git_commit
 
 if TYPE_CHECKING:
     from cluster.experiment import Experiment
@@ -165,8 +164,8 @@ class SystemLoad:
 
 def _starts(before: str, commit: str) -> str:
     """The tag `STARTS` with a line more: when, from which code, by which command this process works."""
-    command = " ".join(shlex.join(["python", *sys.argv]).split())
-    now = f"{datetime.now(UTC).isoformat(timespec='seconds')} {commit} {without_secrets(command)}"
+    command = " ".join(command_line(*sys.argv).split())
+    now = f"{datetime.now(UTC).isoformat(timespec='seconds')} {commit} {command}"
     lines = [*before.splitlines(), now[:_LONGEST_TAG]]
     while len("\n".join(lines)) > _LONGEST_TAG:
         del lines[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from cluster.experiment import Experiment
+from cluster.lineage import command_line, without_secrets
 
 _PROJECT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def command(
     except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError) as error:
         if not _is_ours(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -77,7 +77,10 @@ def fresh_flag(made: Parser) -> None:
 
 
 def next_command(script: str, *more: str) -> None:
-    """Say which command follows: with those flags of this one that it knows too, the experiment's, and `more`."""
+    """Say which command follows: with those flags of this one that it knows too, the experiment's, and `more`.
+
+    It goes into logs: signatures of links in it are for the user to fill in.
+    """
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
@@ -88,4 +91,4 @@ def next_command(script: str, *more: str) -> None:
                 next(words, None)
             continue
         kept.append(word)
-    print(f"next: {shlex.join(['python', f'pipelines/{script}', *kept, *more])}")
+    print(f"next: {command_line(f'pipelines/{script}', *kept, *more)}")

@@ -82,6 +82,21 @@ def test_an_interrupted_stage_reopens_its_run_and_a_cheap_one_is_made_again(
         assert not Path(stage.folder, "result").exists()
 
 
+def test_a_link_that_is_signed_anew_is_no_change_and_no_signature_is_kept(
+    tmp_path: Path, digits: dict[str, str]
+) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    for signature in ("hunter1", "hunter2"):
+        with open_stage(experiment, "x", {"data.train": f"https://x/0.tar?sig={signature}"}, "result") as stage:
+            pass
+    assert "hunter" not in Path(stage.folder, "stage.json").read_text()
+    with (
+        pytest.raises(ValueError, match=r"0.tar\?sig=\*\*\*' -> 'https://y/0.tar\?sig=\*\*\*'"),
+        open_stage(experiment, "x", {"data.train": "https://y/0.tar?sig=hunter3"}, "result"),
+    ):
+        pass
+
+
 def test_parameters_and_the_tree_of_runs_are_in_mlflow(tmp_path: Path, digits: dict[str, str]) -> None:
     experiment = small_experiment(tmp_path, digits)
     one, two = (start_run(experiment, stage, None) for stage in ("autoencoder", "prior"))

@@ -20,6 +20,7 @@ from bld_core.files import without_secrets
 from bld_core.images import ImageConfig
 from cluster.experiment import Experiment, TrackingConfig
 from cluster.lineage import COMMIT, lineage
+from cluster.shards import ShardConfig
 from cluster.tracking import STARTS, Run, SystemLoad, connect, start_run
 from tests.conftest import small_experiment
 from tests.servers import MlflowServer, free_port
@@ -84,19 +85,50 @@ def test_steps_that_are_taken_twice_are_logged_once(experiment: Experiment) -> N
 
 
 def test_nothing_secret_reaches_mlflow(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    signed = "https://me:hunter2@shop.example/train-{0000..0001}.tar?X-Amz-Signature=hunter2&part=hunter2"
-    monkeypatch.setattr("sys.argv", ["stage1_ae.py", "--data.train", signed])
+    signed = "https://shop.example/train-{0000..0001}.tar?X-Amz-Signature=hunter2&part=hunter2"
+    monkeypatch.setattr("sys.argv", ["stage1_ae.py", "--data.train", signed.replace("shop", "me:hunter2@shop")])
     run = start_run(replace(experiment, data=ImageConfig(train=signed, image_size=32)), "autoencoder", None)
     known = run.client.get_run(run.run_id).data
     assert "hunter2" not in str(known.to_dictionary())
-    assert known.params["data.train"] == (
-        "https://***@shop.example/train-{0000..0001}.tar?X-Amz-Signature=***&part=***"
-    )
+    assert known.params["data.train"] == "https://shop.example/train-{0000..0001}.tar?X-Amz-Signature=***&part=***"
     assert known.tags[STARTS].endswith("&part=***'")
     assert "stage1_ae.py --data.train 'https://***@shop.example" in known.tags[STARTS]
     assert known.tags[COMMIT] in known.tags[STARTS]
-    for plain in ("s3://bucket/train-????.tar", "runs/a=b", "me@example.org"):
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:hunter2@host/x", "https://***@host/x"),
+        ("https://me:hun@ter2@host/x", "https://***@host/x"),
+        ("https://me:hun/te@r2@host/x", "https://***@host/x"),
+        ("https://me:12345@host/x", "https://***@host/x"),
+        ("s3://AKIA:hun/ter2@bucket/x", "s3://***@bucket/x"),
+        ("s3://AKIA:123/hunter2@bucket/x", "s3://***@bucket/x"),
+    ],
+)
+def test_a_password_in_an_address_of_data_is_refused_and_never_shown(tmp_path: Path, url: str, shown: str) -> None:
+    assert without_secrets(f"see '{url}', and more") == f"see '{shown}', and more"
+    for setting, settings in {
+        "root": {"root": url},
+        "data.train": {"data": ImageConfig(train=url)},
+        "data.validation": {"data": ImageConfig(validation=f"{tmp_path}/{{{url}}}")},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{setting} holds a user name and a password.* AWS_") as refused:
+            Experiment(**settings)  # pyright: ignore[reportArgumentType]
+        assert "hun" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"^output holds a user name and a password"):
+        ShardConfig(output=url)
+
+
+def test_what_is_no_secret_is_shown_and_accepted() -> None:
+    assert without_secrets("https://token@host/x;token=abc?a=1&b=2") == "https://***@host/x;token=***&b=***"
+    for plain in (
+        *("s3://bucket/train-????.tar", "s3://bucket/a@b.tar", "http://host:8080/a@b.tar", "file:///a:b@c"),
+        *("runs/a=b", "me@example.org"),
+    ):
         assert without_secrets(plain) == plain
+        Experiment(data=ImageConfig(train=plain))
 
 
 def test_a_password_in_the_address_is_refused_without_showing_it() -> None:

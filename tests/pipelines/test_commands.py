@@ -13,7 +13,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from bld_core.samples import read_shard, write_shard
-from pipelines.command import command
+from pipelines.command import command, next_command
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -66,6 +66,10 @@ def test_every_config_is_read_without_a_mistake(
         (["--prior.layers", "many"], "prior.layers"),
         (["--data.image_size", "36"], "multiple of 8"),
         (["--data.train", "nowhere-{0000..0001}.tar"], "nowhere-0000.tar"),
+        (["--data.train", "s3://me:hunter/2@bucket/0.tar"], "data.train holds a user name and a password"),
+        (["--data.train", "nowhere-{0000..0001}.tar?sig=hunter2"], "nowhere-0000.tar?sig=***"),
+        (["--tracking.uri", "http://me:hunter2@mlflow:5000"], "tracking.uri holds a user name or a password"),
+        (["--tracking.uri", "mlflow:5000"], "tracking.uri is 'mlflow:5000'; it must be an MLflow server"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -76,7 +80,21 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert "hunter" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_command_has_the_flags_of_this_one_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["any.py", "--name", "it's", "--fresh", "--data.train", "https://x/0.tar?sig=hunter2"]
+    )
+    next_command("sample.py", "--more")
+    said = capsys.readouterr().out
+    assert (
+        said == "next: python pipelines/sample.py --name 'it'\"'\"'s' --data.train 'https://x/0.tar?sig=***' --more\n"
+    )
 
 
 def test_storage_that_cannot_be_reached_is_one_message(
@@ -143,4 +161,7 @@ def test_the_whole_order_of_work_on_fashion_images(
     assert run(monkeypatch, "register.py", *flags) == 0
     said = capsys.readouterr().out
     assert "models:/fashion@latest-trained is version 1" in said
-    assert "champion is who has the lower bound, by 0.001 or more: there was none, so version 1 is" in said
+    assert (
+        "champion is who has the lower bound on the same latents, by 0.001 or more: there was none, so version 1 is"
+        in said
+    )
