@@ -53,6 +53,7 @@ def likelihood_bound(
     z_0: Tensor,
     labels: Tensor | None,
     schedule: NoiseSchedule,
+    grid: Sequence[int] | None = None,
     *,
     target: Target = "flip",
     seed: int = 0,
@@ -60,39 +61,7 @@ def likelihood_bound(
     batch_size: int = 256,
     first: int = 0,
 ) -> Bound:
-    """Section 5 of the mathematics: nll = sum_{t=1..T} E[L_vlb(t)] / ln 2, on held-out codes.
-
-    It is the `strided_bound` of all T steps, and so are its arguments.
-    """
-    every = range(schedule.steps, -1, -1)
-    return strided_bound(
-        denoiser,
-        z_0,
-        labels,
-        schedule,
-        every,
-        target=target,
-        seed=seed,
-        repeats=repeats,
-        batch_size=batch_size,
-        first=first,
-    )
-
-
-def strided_bound(
-    denoiser: Denoiser,
-    z_0: Tensor,
-    labels: Tensor | None,
-    schedule: NoiseSchedule,
-    grid: Sequence[int],
-    *,
-    target: Target = "flip",
-    seed: int = 0,
-    repeats: int = 8,
-    batch_size: int = 256,
-    first: int = 0,
-) -> Bound:
-    """The bound of a chain that takes the steps t -> s of a grid: nll = sum E[L_vlb(s, t)] / ln 2, on held-out codes.
+    """Section 5 of the mathematics: nll = sum E[L_vlb(s, t)] / ln 2 over a chain's steps t -> s, on held-out codes.
 
     Steps are stratified: sample i meets `repeats` of them that are spread evenly over the grid, and so do the samples
     together. The flips are keyed on (seed, sample, repeat): two priors are judged on the same noise.
@@ -102,7 +71,7 @@ def strided_bound(
         z_0: clean codes, 0/1, (M, N, C).
         labels: int64 (M,) or None.
         schedule: of the noise.
-        grid: the levels t that the chain visits, decreasing, from T to 0, as `schedule.grid` gives them.
+        grid: the levels t that the chain visits, decreasing, from T to 0, as `schedule.grid` gives them; None: all.
         target: what the network predicts.
         seed: of the flips.
         repeats: steps that a sample meets.
@@ -112,6 +81,7 @@ def strided_bound(
     Raises:
         ValueError: fewer than two codes, a grid that is none, or one that skips steps for target z_prev.
     """
+    grid = range(schedule.steps, -1, -1) if grid is None else grid
     levels = torch.tensor(list(reversed(grid)), device=z_0.device)
     if len(levels) < 2 or levels[0] != 0 or levels[-1] != schedule.steps or bool((levels.diff() <= 0).any()):
         raise ValueError(f"the grid is {list(grid)}; it must decrease from T = {schedule.steps} to 0")
@@ -135,7 +105,7 @@ def stratified_bound(
     batch_size: int = 256,
     first: int = 0,
 ) -> Bound:
-    """The sum of what the steps of any chain cost, on held-out codes, as `strided_bound` has it.
+    """The sum of what the steps of any chain cost, on held-out codes, as `likelihood_bound` has it.
 
     Args:
         term: (z_0, labels, index, n, repeat) -> (B,) nats a bit: what each sample pays for its step n, int64 (B,), of

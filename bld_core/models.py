@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bld_core.baselines.absorbing import AbsorbingModel
 from bld_core.baselines.autoregressive import AutoregressiveModel
-from bld_core.bound import Bound, likelihood_bound, strided_bound
+from bld_core.bound import Bound, likelihood_bound
 from bld_core.diffusion import DiffusionConfig, check_grid
 from bld_core.objectives import PriorObjective
 from bld_core.prior import Prior, PriorConfig
@@ -94,10 +94,8 @@ class BinaryModel:
     ) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
         schedule, target = self.schedule, self.diffusion.target
-        if sampling is None:
-            return likelihood_bound(network, z_0, labels, schedule, target=target, seed=seed, first=first)
-        grid = sampling.times(schedule)
-        return strided_bound(network, z_0, labels, schedule, grid, target=target, seed=seed, first=first)
+        grid = None if sampling is None else sampling.times(schedule)
+        return likelihood_bound(network, z_0, labels, schedule, grid, target=target, seed=seed, first=first)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.

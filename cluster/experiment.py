@@ -18,6 +18,7 @@ from bld_core.models import make_model
 from bld_core.prior import PriorConfig
 from bld_core.sampling import SamplingConfig
 from bld_core.schedule import ScheduleName
+from bld_core.secrets import check_no_password, has_user
 from bld_core.training import TrainingConfig, worker_share
 from cluster.measures import EvaluationConfig
 from cluster.runtime import ClusterConfig
@@ -66,7 +67,7 @@ class TrackingConfig:
     champion_margin: float = 0.001
 
     def __post_init__(self) -> None:
-        if files.has_user(self.uri):
+        if has_user(self.uri):
             raise ValueError(
                 "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
                 "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -231,7 +232,7 @@ class Experiment:
             "data.train": self.data.train,
             "data.validation": self.data.validation,
         }.items():
-            files.check_no_password(setting, url)
+            check_no_password(setting, url)
         # Workers have other working directories: paths are made absolute once, here.
         shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
         object.__setattr__(self, "root", files.absolute(self.root))

@@ -20,8 +20,8 @@ from mlflow.models import Model
 import bld_core
 from bld_core import files
 from bld_core.checkpoint import CONFIG, WEIGHTS
-from bld_core.files import without_secrets
 from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.secrets import without_secrets
 from cluster.evaluate import read_report
 from cluster.experiment import CHAMPION, Experiment, TrackingConfig
 from cluster.lineage import COMMIT, git_commit, lineage

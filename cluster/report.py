@@ -19,6 +19,7 @@ from bld_core import files
 from bld_core.checkpoint import CONFIG, read_model_config
 from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.pictures import png
+from bld_core.secrets import without_secrets
 from cluster.evaluate import read_report
 from cluster.experiment import Experiment
 from cluster.figures import GROUPS, about, place, rows
@@ -26,7 +27,7 @@ from cluster.lineage import git_commit, lineage
 from cluster.paper import Table, tables_for
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.stages import RECORD
-from cluster.tracking import STARTS, connect, find_run, without_secrets
+from cluster.tracking import STARTS, connect, find_run
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")

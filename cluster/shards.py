@@ -22,6 +22,7 @@ from bld_core.images import EXTENSIONS
 from bld_core.noise import permutation
 from bld_core.pictures import png
 from bld_core.samples import Sample, shard_size, write_shard
+from bld_core.secrets import check_no_password
 from cluster.progress import Progress
 
 _RECORD = "shards.json"
@@ -53,7 +54,7 @@ class ShardConfig:
     threads: int = 4
 
     def __post_init__(self) -> None:
-        files.check_no_password("output", self.output)
+        check_no_password("output", self.output)
         if self.images_per_shard < 1:
             raise ValueError(f"images_per_shard is {self.images_per_shard}; it must be at least 1")
         if self.mib_per_shard < 0:

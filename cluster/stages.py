@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bld_core import files
+from bld_core.secrets import without_secrets
 from cluster.experiment import Experiment
 from cluster.runtime import connect
 
@@ -116,9 +117,7 @@ def open_stage(
 
 def _public(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """A fingerprint without the signatures of links, which are new each time."""
-    return {
-        name: files.without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()
-    }
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()}
 
 
 def _anew(name: str) -> str:

@@ -24,7 +24,7 @@ from PIL.Image import Image
 from sqlalchemy.exc import SQLAlchemyError
 
 from bld_core import files
-from bld_core.files import without_secrets
+from bld_core.secrets import without_secrets
 from cluster.lineage import COMMIT, command_line, git_commit
 
 if TYPE_CHECKING:

@@ -93,7 +93,7 @@ def absorbing_bound(
     repeats: int = 8,
     first: int = 0,
 ) -> Bound:
-    """The bound of a chain that takes the steps t -> s of a grid, as `bld_core.bound.strided_bound` takes it.
+    """The bound of a chain that takes the steps t -> s of a grid, as `bld_core.bound.likelihood_bound` takes it.
 
     Args:
         network: (z_BNC, masked_BN, labels) -> logits.

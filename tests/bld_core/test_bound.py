@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bld_core.bound import likelihood_bound, merge_bounds, strided_bound
+from bld_core.bound import likelihood_bound, merge_bounds
 from bld_core.diffusion import Target
 from bld_core.noise import uniform
 from bld_core.schedule import make_schedule
@@ -48,9 +48,9 @@ def test_the_bounds_of_parts_merge_to_that_of_all_codes(target: Target) -> None:
     schedule, p = make_schedule("linear", 16), toy_distribution(2)
     oracle, z_0 = Oracle(p, schedule, target), toy_codes(p, 300)
     for grid in (schedule.grid(16), schedule.grid(5)):
-        whole = strided_bound(oracle, z_0, None, schedule, grid, target=target, seed=3)
+        whole = likelihood_bound(oracle, z_0, None, schedule, grid, target=target, seed=3)
         parts = [
-            strided_bound(oracle, z_0[start:stop], None, schedule, grid, target=target, seed=3, first=start)
+            likelihood_bound(oracle, z_0[start:stop], None, schedule, grid, target=target, seed=3, first=start)
             for start, stop in ((0, 2), (2, 131), (131, 300))
         ]
         found = merge_bounds(parts)
@@ -104,10 +104,10 @@ def test_the_bound_of_a_grid_falls_towards_the_entropy_as_it_takes_more_steps(na
 @pytest.mark.parametrize("target", ["flip", "z0"])
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("count", [1, 5, 64])
-def test_strided_bound_measures_the_steps_of_its_grid(name: str, target: Target, count: int) -> None:
+def test_the_bound_measures_the_steps_of_its_grid(name: str, target: Target, count: int) -> None:
     schedule, p = make_schedule(name, 64), toy_distribution(1)
     grid, oracle, z_0 = schedule.grid(count), Oracle(p, schedule, target), toy_codes(p, 5000)
-    bound = strided_bound(oracle, z_0, None, schedule, grid, target=target)
+    bound = likelihood_bound(oracle, z_0, None, schedule, grid, target=target)
     truth = exact_profile(p, schedule, grid)
     assert len(bound.profile) == count
     assert abs(bound.bits_per_bit - float(truth.sum())) < 4 * bound.standard_error
@@ -121,10 +121,10 @@ def test_a_grid_that_is_none_is_refused_and_single_steps_take_them_all() -> None
     oracle = Oracle(toy_distribution(0), schedule, "z_prev")
     for grid in ([16], [16, 8], [8, 0], [16, 8, 8, 0], [0, 16]):
         with pytest.raises(ValueError, match=r"grid is \[.*T = 16 to 0"):
-            strided_bound(oracle, z_0, None, schedule, grid)
+            likelihood_bound(oracle, z_0, None, schedule, grid)
     with pytest.raises(ValueError, match=r"8 .*steps.*z_prev.*take all T = 16.*flip or z0"):
-        strided_bound(oracle, z_0, None, schedule, schedule.grid(8), target="z_prev")
-    assert strided_bound(oracle, z_0, None, schedule, schedule.grid(16), target="z_prev").bits_per_bit > 0
+        likelihood_bound(oracle, z_0, None, schedule, schedule.grid(8), target="z_prev")
+    assert likelihood_bound(oracle, z_0, None, schedule, schedule.grid(16), target="z_prev").bits_per_bit > 0
 
 
 def test_likelihood_bound_needs_two_codes() -> None:

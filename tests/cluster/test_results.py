@@ -18,7 +18,7 @@ import bld_core
 from bld_core import files
 from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.baselines.vector import VectorBottleneck
-from bld_core.bound import strided_bound
+from bld_core.bound import likelihood_bound
 from bld_core.checkpoint import average_name, load_weights, read_model_config, save_model
 from bld_core.generator import AUTOENCODER
 from bld_core.images import first_images, stack
@@ -155,7 +155,7 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     )
     grid = finished.sampling.times(schedule)
     assert len(grid) == 5
-    strided = strided_bound(prior.network, codes, labels, schedule, grid)
+    strided = likelihood_bound(prior.network, codes, labels, schedule, grid)
     assert figures["bound_sampling"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
     evaluation = Path(experiment.folder, "evaluation")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import bld_core
 from bld_core import files
-from bld_core.bound import strided_bound
+from bld_core.bound import likelihood_bound
 from bld_core.checkpoint import load_weights, read_model_config
 from bld_core.diffusion import DiffusionConfig
 from bld_core.images import first_images, stack
@@ -82,7 +82,7 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
         open_latents(f"{experiment.folder}/latents", "validation").read().part(slice(32), torch.device("cpu"))
     )
     for row in made["rows"]:
-        strided = strided_bound(prior.network, codes, labels, schedule, schedule.grid(int(row["x"])))
+        strided = likelihood_bound(prior.network, codes, labels, schedule, schedule.grid(int(row["x"])))
         assert row["bound"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     folder = Path(experiment.folder, "study/steps")
     first = folder / "rows/0.json"

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import cluster.lineage as lineage_module
-from bld_core.files import without_secrets
 from bld_core.images import ImageConfig
+from bld_core.secrets import without_secrets
 from cluster.experiment import Experiment, TrackingConfig
 from cluster.lineage import COMMIT, lineage
 from cluster.shards import ShardConfig
