@@ -149,7 +149,8 @@ def test_the_whole_order_of_work_on_fashion_images(
     ]
     assert run(monkeypatch, "run_all.py", *flags) == 0
     said = capsys.readouterr().out
-    assert "reconstruction PSNR" in said
+    assert re.search(r"^  psnr +\d+\.\d\d dB ", said, re.M)
+    assert "Prior and samples (40 of" in said
     assert "next: python pipelines/register.py --config" in said
     (report,) = re.findall(r"^report: (.*)$", said, re.M)
     assert Path(report).is_relative_to(tmp_path / "fashion/evaluation")
