@@ -45,6 +45,7 @@ _CAPTIONS = {
     "samples.png": "Samples of the prior; a column for each class, where there are classes.",
     "reconstructions.png": "Held-out images; below each row its reconstructions, and the differences: grey is none.",
     "neighbours.png": "Samples, each before the training images nearest to it, nearest first, by {neighbours_by}.",
+    "bound-profile.png": "What each step adds to the likelihood bound, which is the area.",
 }
 _DRAWN = "bit-usage.png"  # the page draws it again, in its own colours
 
