@@ -122,7 +122,7 @@ def _measured(
     references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
     check_references(experiment.evaluation, references)
     found = _measure(experiment, prior, references, stage)
-    figures, pictures = found.remade.figures(), _reconstructions(experiment)
+    figures, pictures = found.remade.figures(experiment.loss.vgg_sha256), _reconstructions(experiment)
     report: dict[str, Any] = {"figures": figures}
     if found.remade.health.count:
         report["bit_usage"] = found.remade.health.usage.tolist()

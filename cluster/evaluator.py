@@ -23,7 +23,7 @@ from bld_core.quantizer import BernoulliBottleneck, CodeHealth
 from bld_core.samples import Sample, write_shard
 from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
-from cluster.features import Inception, SpaceName
+from cluster.features import Inception, SpaceName, lpips_name
 from cluster.reference import Space, load_extractor
 from cluster.sampler import Draw, Judge, Sampler
 
@@ -96,8 +96,8 @@ class Reconstructions:
             for space, moments in more.items():
                 ours.setdefault(space, FeatureMoments()).merge(moments)
 
-    def figures(self) -> dict[str, float]:
-        """The figures by name; those that were measured."""
+    def figures(self, vgg_sha256: str) -> dict[str, float]:
+        """The figures by name; those that were measured. LPIPS is by the weights of VGG16 of that hash."""
         found = {
             "psnr": self.quality.psnr.mean,
             "psnr_std": self.quality.psnr.deviation,
@@ -107,7 +107,8 @@ class Reconstructions:
         if self.health.count:  # there are bits
             found |= self.health.figures()
         if self.lpips.count:
-            found |= {"lpips": self.lpips.mean, "lpips_std": self.lpips.deviation}
+            name = lpips_name(vgg_sha256)
+            found |= {name: self.lpips.mean, f"{name}_std": self.lpips.deviation}
         for space, moments in self.real.items():
             found[space.figure("rfd")] = frechet_distance(moments, self.remade[space])
         if self.skipped.total:

@@ -151,3 +151,8 @@ def figure_name(figure: str, space: SpaceName, sha256: str = "") -> str:
         return _IN_THE_FIELD.get(figure, figure)
     known = space == "classifier" or (space == "vgg16" and sha256.startswith(VGG16.sha256))
     return f"{figure}_{space}" if known else f"{figure}_{space}_{sha256[:8]}"
+
+
+def lpips_name(sha256: str) -> str:
+    """What the distance in features of VGG16 may be called: LPIPS with its true weights, others carry their hash."""
+    return "lpips" if sha256.startswith(VGG16.sha256) else f"lpips_{sha256[:8]}"

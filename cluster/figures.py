@@ -56,6 +56,7 @@ _KINDS = {
     "rfd": Figure(_IMAGES, "Frechet distance", "{:.4g}", _FIGURES["rfid"].says),
     "fd": Figure(_SAMPLES, "Frechet distance", "{:.4g}", _FIGURES["fid"].says),
     "is": _FIGURES["inception_score"],
+    "lpips": _FIGURES["lpips"],
     "kd": Figure(_SAMPLES, "Kernel distance", "{:.4g}", "as Frechet distance, of no bias with few samples"),
     "precision": _FIGURES["precision"],
     "recall": _FIGURES["recall"],

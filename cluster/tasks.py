@@ -29,6 +29,7 @@ from bld_core.sampling import SamplingConfig
 from bld_core.skipped import Skipped
 from bld_core.training import Batch, Objective, TrainingConfig
 from cluster.experiment import Experiment
+from cluster.features import lpips_name
 from cluster.ingest import Position, image_batches, resume_position
 from cluster.plots import bit_usage_plot, profile_plot
 
@@ -162,7 +163,7 @@ class AutoencoderTask(Task):
             outputs.append(remade.cpu())
         figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
         if self._perceptual is not None:
-            figures["lpips"] = distance.mean
+            figures[lpips_name(self.experiment.loss.vgg_sha256)] = distance.mean
         if isinstance(network.bottleneck, VectorBottleneck):
             figures["perplexity"] = float(network.bottleneck.perplexity)
         count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)

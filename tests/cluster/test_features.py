@@ -10,7 +10,7 @@ import torch
 
 from bld_core.losses import VGG16
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.features import INCEPTION, Inception, figure_name
+from cluster.features import INCEPTION, Inception, figure_name, lpips_name
 from cluster.measures import EvaluationConfig
 
 
@@ -43,6 +43,7 @@ def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple
     assert list(true) == ["fid", "rfid", "kid", "inception_score", "recall"]
     assert figure_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
     assert figure_name("fd", "classifier") == "fd_classifier"
+    assert (lpips_name(VGG16.sha256 + "0" * 56), lpips_name(sha256)) == ("lpips", f"lpips_{sha256[:8]}")
     names = {
         figure_name(figure, "inception", digits)
         for figure, digits in itertools.product(("fd", "rfd"), ("6" * 64, sha256, INCEPTION.sha256))
