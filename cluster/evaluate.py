@@ -130,16 +130,15 @@ def _measured(
     if prior is None:
         return report, pictures
     shown = found.samples[0].shown
-    for name, bounds in (("bound", found.bounds), ("bound_sampling", found.bounds_sampling)):
-        bound = merge_bounds(bounds)
-        figures |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
-    profile = merge_bounds(found.bounds).profile
+    bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
+    figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+    figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
     figures |= over_seeds([samples.figures() for samples in found.samples])
-    pictures["bound-profile.png"] = profile_plot(profile)
+    pictures["bound-profile.png"] = profile_plot(bound.profile)
     columns = prior["prior"]["classes"] or 10
     pictures["samples.png"] = grid(shown[: fitting(experiment.data.image_size, len(shown))], columns)
     steps = trained_model(prior, experiment.code_shape).steps(experiment.sampling)
-    report |= {"bound_profile": profile, "samples": experiment.evaluation.samples}
+    report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
     report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
     report["references"] = {made.space.name: made.hash for made in references}
     if experiment.evaluation.neighbours:

@@ -130,7 +130,9 @@ class Evaluator(Sampler):
             load_perceptual(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         )
         self.extractors = {space: load_extractor(experiment, space) for space in spaces}
-        self._prior, self._eyes = (ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in "12")
+        self._prior, self._eyes = (
+            ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in range(2)
+        )
 
     def work(self, piece: Reconstruct | Look | Judge) -> Reconstructions | Drawn | Bound:
         """Do one piece: sums over reconstructions, drawn images, or the bound.
