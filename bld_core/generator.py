@@ -16,7 +16,7 @@ from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.autoencoder.quantizer import quantize
 from bld_core.data.images import to_float, to_uint8
 from bld_core.diffusion.sampling import Known, SamplingConfig
-from bld_core.errors import UserError
+from bld_core.errors import MissingError, UserError
 from bld_core.noise import key_of
 from bld_core.prior.binary import BinaryModel
 from bld_core.prior.model import PriorModel, trained_model
@@ -40,7 +40,7 @@ def check_binary(config: Mapping[str, Any]) -> None:
     if latent != "binary":
         raise UserError(
             f"the trained autoencoder {config['hash'][:12]} has a {latent} latent, which has no bits: it is there for "
-            "comparison, and can only reconstruct; train one with autoencoder.latent binary under another --name"
+            "comparison, and can only reconstruct; train another one with `latent` binary"
         )
 
 
@@ -109,7 +109,8 @@ def load_prior(folder: str, autoencoder: TrainedAutoencoder, device: str = "cpu"
     if config["autoencoder_hash"] != autoencoder.config["hash"]:
         raise UserError(
             f"the prior in {location!r} was trained on codes of autoencoder {config['autoencoder_hash'][:12]}, but the "
-            f"autoencoder there is {autoencoder.config['hash'][:12]}: encode and train the prior again with --fresh"
+            f"autoencoder there is {autoencoder.config['hash'][:12]}: encode the data set and train the prior again",
+            stages=("latents", "prior"),
         )
     model = trained_model(config, autoencoder.code_shape)
     network = model.network()
@@ -314,7 +315,7 @@ class Generator:
         model = prior.model
         if not isinstance(model, BinaryModel) or states < 2:
             raise UserError(
-                f"{states} states of the process asked for, of a prior whose prior.model is "
+                f"{states} states of the process asked for, of a prior whose model is "
                 f"{prior.config['prior']['model']}; ask for at least 2, of a binary one"
             )
         index = (first_index + torch.arange(len(labels))).to(self.device)
@@ -330,7 +331,10 @@ class Generator:
     def _settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> tuple[TrainedPrior, SamplingConfig]:
         """The prior, and how it is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
         if self.prior is None:
-            raise UserError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
+            raise MissingError(
+                "this folder holds an autoencoder but no finished prior: train one on its codes first",
+                stages=("prior",),
+            )
         for label in labels or []:
             if not -1 <= label < self.classes:
                 classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"

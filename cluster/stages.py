@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
+from cluster.console import COMMANDS
 from cluster.runtime import connect
 from cluster.secrets import without_secrets
 
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
     from cluster.tracking import Run
 
 RECORD = "stage.json"
-_COMMANDS = {
-    "autoencoder": "stage1_ae.py",
-    "latents": "encode_latents.py",
-    "prior": "stage2_prior.py",
-    "samples": "sample.py",
-    "evaluation": "evaluate.py",
-    "classifier": "evaluate.py",
-    "study": "study.py",
-    "reference": "reference.py",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,10 @@ def open_stage(
 
     folder = files.join(experiment.folder, name)
     fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
-    files.check_writable(experiment.folder)
+    try:
+        files.check_writable(experiment.folder)
+    except UserError as error:
+        raise UserError(f"root is {experiment.root!r}: {error}") from error
     with _lock(folder):
         record_url = files.join(folder, RECORD)
         record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
@@ -124,7 +118,7 @@ def _public(fingerprint: dict[str, Any]) -> dict[str, Any]:
 def _anew(name: str) -> str:
     """The one command that makes a stage again."""
     stage = name.split("/")[0]
-    return f"pipelines/{_COMMANDS.get(stage, stage)} --fresh"
+    return f"pipelines/{COMMANDS.get(stage, stage)} --fresh"
 
 
 def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ ARROWS = {
     "cluster.runtime": "console",
     "cluster.config": "secrets runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
-    "cluster.stages": "secrets runtime config tracking",
+    "cluster.stages": "secrets console runtime config tracking",
     "cluster.data": "secrets console lineage runtime config stages",
     "cluster.training": "plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class StorageError(UserError, ConnectionError):
-    """Remote storage that failed, for passing reasons, for as long as it was given."""
+    """Remote storage that failed, for passing reasons, for as long as it was given; or changed while it was read."""
 
 
 def time_limit() -> float:

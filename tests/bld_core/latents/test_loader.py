@@ -122,7 +122,7 @@ def test_a_file_that_goes_missing_stops_the_batches_with_its_name(tmp_path: Path
     write_latents(str(tmp_path), train=SHARDS)
     latents = open_latents(str(tmp_path))
     (tmp_path / "train/3.parquet").unlink()
-    stream = latent_batches(latents, TrainingConfig(batch_size=2), 0, 0, memory_gb=ONE_SHARD)
+    stream = latent_batches(latents, TrainingConfig(batch_size=2), 0, 0, latents_gb=ONE_SHARD)
     with pytest.raises(FileNotFoundError, match=r"train/3\.parquet"):
         list(itertools.islice(stream, ROWS))
 
