@@ -84,14 +84,14 @@ def change_manifest(folder: Path, change: Change) -> None:
 
 
 def test_an_unfinished_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*is missing.*encode_latents"):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*is missing: encode the data set first"):
         open_latents(str(tmp_path))
 
 
 OTHER_MANIFESTS: list[tuple[Change, str]] = [
     (lambda manifest: manifest.update(format=2), "has format 2; this version reads 1"),
     (lambda manifest: manifest.pop("format"), "has format None; this version reads 1"),
-    (lambda manifest: manifest["files"].clear(), r"holds no train codes; set data\.train and encode again"),
+    (lambda manifest: manifest["files"].clear(), r"holds no train codes; set `train` and encode again"),
     (lambda manifest: manifest["files"][0].update(rows=0), "holds no train codes"),
 ]
 

@@ -508,5 +508,5 @@ def test_settings_that_a_model_cannot_follow_are_refused(
 
 @each
 def test_known_tokens_are_trained_for_binary_diffusion_alone(name: Comparator) -> None:
-    with pytest.raises(ValueError, match=rf"known_share is 0.5 with prior.model {name}.*set it to 0"):
+    with pytest.raises(ValueError, match=rf"`known_share` is 0.5 with `model` {name}.*set it to 0"):
         PriorConfig(model=name, known_share=0.5)
