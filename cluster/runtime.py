@@ -103,7 +103,13 @@ def connect(config: ClusterConfig) -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            try:
+                ray.init(address=address, logging_level=logging.WARNING)
+            except ConnectionError as error:
+                raise UserError(
+                    f"no Ray cluster answers at {address!r} ({error}); start it, or correct cluster.address or the "
+                    "variable RAY_ADDRESS"
+                ) from error
         else:
             _start_local()
     have = ray.cluster_resources()

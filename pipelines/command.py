@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+from omegaconf.errors import OmegaConfBaseException
 
 from cluster.config.experiment import Experiment
 from cluster.console import user_errors_answered
@@ -53,7 +54,10 @@ def command(
     made.add_argument("--config", action="config", help="settings file; flags after it override its fields")
     made.add_class_arguments(settings)
     extras(made)
-    parsed = made.parse_args()
+    try:
+        parsed = made.parse_args()
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        made.error(", ".join(line.strip() for line in str(error).splitlines()[:2]))
     with user_errors_answered(parsed.as_dict()):
         flags = made.instantiate(parsed)
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)

@@ -242,16 +242,21 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
     """The shards of a split, after a look at the first image of each (of the first 64).
 
     Raises:
-        UserError: none configured, a shard without an image of the configured extensions, or an image that the
-            configuration cannot take.
+        UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or an
+            image that the configuration cannot take.
         MissingError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
     if not pattern:
         raise UserError(f"`{split}` is empty; give shards, for example data/{split}-{{0000..0003}}.tar", config)
-    urls = files.expand(pattern)
-    for url in urls[:_SHARDS_PROBED]:
-        _check_shard(url, config)
+    try:
+        urls = files.expand(pattern)
+        for url in urls[:_SHARDS_PROBED]:
+            _check_shard(url, config)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"`{split}` names what cannot be read ({error}); give tar files", config) from error
     return urls
 
 

@@ -100,7 +100,7 @@ def exists(url: str) -> bool:
     fs.invalidate_cache()
     try:  # not fs.exists, which takes some failures for an absence
         persist(f"look for {url!r}", fs.info, path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -132,7 +132,7 @@ def expand(pattern: str) -> list[str]:
         found += matches if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(match) for match in matches]
     try:
         _sizes(found)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         missing = next((url for url in found if not exists(url)), found[0])
         raise MissingError(
             f"no file at {missing!r} (from the pattern {pattern!r}); check the path and its braces"

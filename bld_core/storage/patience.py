@@ -31,6 +31,10 @@ class StorageError(UserError, ConnectionError):
     """Remote storage that failed, for passing reasons, for as long as it was given; or changed while it was read."""
 
 
+class DeniedError(UserError, PermissionError):
+    """Storage that is there, but not for this user."""
+
+
 def time_limit() -> float:
     """Seconds that remote storage may go on failing before that is an error: BLD_STORAGE_SECONDS, 120 by default.
 
@@ -62,6 +66,7 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
 
     Raises:
         StorageError: the time limit is over.
+        DeniedError: the user may not.
     """
     began = time.monotonic()
     limit = time_limit()
@@ -72,6 +77,8 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
             failure = error
         except _broken() as error:
             failure = error
+        if isinstance(failure, PermissionError):
+            raise DeniedError(f"cannot {what} ({failure}); check credentials and permissions") from failure
         if not _passes(failure):
             raise failure
         tried = time.monotonic() - began

@@ -158,7 +158,7 @@ def test_a_bad_count_is_refused(generator: Generator, count: int | None, labels:
 
 
 def test_bad_settings_are_refused(generator: Generator) -> None:
-    with pytest.raises(ValueError, match=r"temperature is 0"):
+    with pytest.raises(ValueError, match=r"`temperature` is 0"):
         generator.sample(1, temperature=0)
     with pytest.raises(ValueError, match=r"17 sampling steps.*T = 16"):
         generator.sample(1, steps=17)

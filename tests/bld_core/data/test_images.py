@@ -332,7 +332,7 @@ def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> Non
 
 
 def test_a_bad_field_is_named() -> None:
-    with pytest.raises(ValueError, match=r"image_size is 0.*at least 1"):
+    with pytest.raises(ValueError, match=r"`image_size` is 0.*at least 1"):
         ImageConfig(image_size=0)
     with pytest.raises(ValueError, match=r"`extensions` is empty"):
         ImageConfig(extensions=[])

@@ -277,7 +277,7 @@ def test_time_enters_as_t_over_the_steps_of_training_on_every_grid() -> None:
     ],
 )
 def test_a_bad_setting_is_named_with_its_value(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"sampling\.{field} is {value}"):
+    with pytest.raises(ValueError, match=rf"`{field}` is {value}"):
         SamplingConfig(**{field: value})  # pyright: ignore[reportArgumentType]
 
 

@@ -490,10 +490,10 @@ def test_the_bound_is_that_of_the_steps_asked_for(name: ModelName) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("autoregressive", {"grid": [16, 0]}, r"grid is \[16, 0\].*autoregressive.*leave grid empty"),
-        ("autoregressive", {"final": "mode"}, r"final mode with .*autoregressive.*final at sample"),
-        ("absorbing", {"final": "mode"}, r"final is mode with .*absorbing.*set final to sample"),
-        ("absorbing", {"grid": [64, 0]}, r"grid starts at 64.*T = 16"),
+        ("autoregressive", {"grid": [16, 0]}, r"`grid` is \[16, 0\].*autoregressive.*leave grid empty"),
+        ("autoregressive", {"final": "mode"}, r"`final` mode with .*autoregressive.*final at sample"),
+        ("absorbing", {"final": "mode"}, r"`final` is mode with .*absorbing.*set final to sample"),
+        ("absorbing", {"grid": [64, 0]}, r"`grid` starts at 64.*T = 16"),
     ],
 )
 def test_settings_that_a_model_cannot_follow_are_refused(
