@@ -242,8 +242,8 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
     """The shards of a split, after a look at the first image of each (of the first 64).
 
     Raises:
-        UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or an
-            image that the configuration cannot take.
+        UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or
+            an image that the configuration cannot take.
         MissingError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
