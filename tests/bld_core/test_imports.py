@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {"lpips", "torchvision"}  # imported only where they are used
-STORAGE = {"fsspec", "s3fs", "botocore", "aiohttp", "filelock"}  # s3fs, its errors, waiting
+STORAGE = {"fsspec", "s3fs", "botocore", "aiohttp", "filelock", "tenacity"}  # s3fs, its errors, waiting
 CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "safetensors", "webdataset", "braceexpand"} | STORAGE | OPTIONAL
 CLUSTER = CORE | {
     "cluster",
