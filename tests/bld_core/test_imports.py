@@ -26,6 +26,7 @@ CLUSTER = CORE | {
     "matplotlib",
     "jinja2",
     "pandas",
+    "pydantic",
     "sqlalchemy",
 }
 PIPELINES = {"pipelines", "cluster", "jsonargparse"}
