@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"lpips", "torchvision"}  # imported only where they are used
-STORAGE = {"fsspec", "s3fs", "botocore", "aiohttp"}  # s3fs and what it raises
+STORAGE = {"fsspec", "s3fs", "botocore", "aiohttp", "filelock", "tenacity"}  # s3fs, its errors, waiting
 CORE = {"bld_core", "torch", "numpy", "pyarrow", "PIL", "safetensors", "webdataset", "braceexpand"} | STORAGE | OPTIONAL
 CLUSTER = CORE | {
     "cluster",
@@ -26,6 +26,7 @@ CLUSTER = CORE | {
     "matplotlib",
     "jinja2",
     "pandas",
+    "pydantic",
     "sqlalchemy",
 }
 PIPELINES = {"pipelines", "cluster", "jsonargparse"}
@@ -64,6 +65,7 @@ ARROWS = {
     "cluster.evaluation": "plots lineage runtime config stages training sampling evaluation.config",
     "cluster.report": "secrets plots lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
+    "cluster.serving": "registry",
 }
 # Within a wing: comparators are known to the seam alone.
 SEAMS = {"bld_core.autoencoder": "bld_core.autoencoder.model", "bld_core.prior": "bld_core.prior.model"}
