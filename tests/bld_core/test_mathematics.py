@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import math
 import re
@@ -50,6 +51,7 @@ def assert_digits(cells: list[str], values: list[float]) -> None:
 # --- Links, names, formulas -------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def defined(path: Path) -> set[str]:
     """The functions and classes of a file, methods as Class.method."""
     names = set[str]()
