@@ -252,3 +252,28 @@ def test_what_a_bound_adds_to_the_entropy_is_the_total_correlation_of_its_steps(
         bound = float(exact_profile(p, schedule, grid).sum())
         assert bound == pytest.approx((float(entropy(p)) + correlation) / 3, rel=1e-9)
         assert correlation > 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_stop_between_two_levels_lowers_the_bound_by_what_the_page_says(name: str) -> None:
+    schedule, p = make_schedule(name, 32), TOYS[0]
+    s, u, t = 5, 14, 23
+    k_s, k_u, k_t = (float(schedule.k[level]) for level in (s, u, t))
+    chain = p[:, None, None, None] * law(1.0, k_s)[:, :, None, None] * law(k_s, k_u)[:, :, None] * law(k_u, k_t)
+    joint = chain.reshape((2,) * 12)  # bits 0, 1, 2 of z_0, then those of z_s, z_u, z_t
+
+    def information(x: set[int], y: set[int], given: set[int]) -> float:
+        def joint_entropy(kept: set[int]) -> float:
+            return float(entropy(joint.sum(tuple({*range(12)} - kept)).flatten()))
+
+        return sum(joint_entropy(known | given) * sign for known, sign in ((x, 1), (y, 1), (x | y, -1), (set(), -1)))
+
+    gain = 0.0
+    for bit in range(3):
+        others_u, others_t = {6, 7, 8} - {6 + bit}, {9, 10, 11} - {9 + bit}
+        beside_noisy = information({bit}, others_u, others_t | {6 + bit})
+        beside_clean = information({bit}, others_u, others_t | {3 + bit})
+        assert beside_noisy > beside_clean > 0
+        gain += beside_noisy - beside_clean
+    direct, stopping = (float(exact_profile(p, schedule, grid).sum()) for grid in ([32, t, s, 0], [32, t, u, s, 0]))
+    assert direct - stopping == pytest.approx(gain / 3, rel=1e-6)
