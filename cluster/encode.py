@@ -29,6 +29,7 @@ from bld_core.skipped import Skipped
 from cluster.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.progress import Progress
+from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -180,7 +181,7 @@ class Encoder:
             num_cpus=DECODE_CPUS,
             num_returns="streaming",
             max_retries=experiment.cluster.max_failures,
-            _generator_backpressure_num_objects=_BATCHES_AHEAD,
+            **ahead(_BATCHES_AHEAD),
         )
 
     def encode(self, job: Job) -> Encoded:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from bld_core.autoencoder import Autoencoder
+from bld_core.autoencoder import Autoencoder, to_float
 from bld_core.checkpoint import load_state, save_state
 from bld_core.images import stack
 from bld_core.losses import LossConfig, PatchCritic, hinge_critic_loss
@@ -78,6 +78,28 @@ def test_it_changes_nothing_but_rounding(change: dict[str, int]) -> None:
     other = first_gradient(replace(CONFIG, **change))  # pyright: ignore[reportArgumentType]
     for name, gradient in first_gradient(CONFIG).items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_have_the_strides_of_their_weights_and_the_same_bits(channels: int, channels_last: bool) -> None:
+    images = to_float(stack(toy_images(8, SIDE, channels)))
+
+    def gradients(config: TrainingConfig | None) -> list[tuple[nn.Parameter, Tensor]]:
+        torch.manual_seed(0)
+        network = Autoencoder(TINY_AUTOENCODER, channels)
+        if config is None:
+            network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        else:
+            make_state(network, config)
+        (network(images)[0] - images).square().mean().backward()
+        return [(weights, weights.grad) for weights in network.parameters() if weights.grad is not None]
+
+    plain, ours = gradients(None), gradients(replace(CONFIG, channels_last=channels_last))
+    assert all(torch.equal(mine, other) for (_, mine), (_, other) in zip(ours, plain, strict=True))
+    assert all(gradient.stride() == weights.stride() for weights, gradient in ours)
+    if channels == 1 and not channels_last:  # else they have them already
+        assert not all(gradient.stride() == weights.stride() for weights, gradient in plain)
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:
