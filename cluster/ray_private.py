@@ -25,6 +25,8 @@ _EVERYWHERE = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray Tune's older reporter says nothing where `verbose` is 0; the newer one prints a table and two paths anyway.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 _LOCAL = {
     # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then

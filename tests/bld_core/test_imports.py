@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ def test_the_core_neither_prints_nor_pickles_nor_loads_loosely() -> None:
                 if function.endswith("load_state_dict"):
                     assert len(node.args) == 1, f"{name}:{node.lineno}"
                     assert not node.keywords, f"{name}:{node.lineno}"
+
+
+def test_what_relies_on_privacies_of_ray_stands_in_one_file() -> None:
+    private = re.compile(r"ray[\w.]*\._(internal|private)|ray\.experimental|\b_generator|\bRAY_(?!ADDRESS\b)\w+")
+    files = [path for ring in ALLOWED for path in sources(ring)]
+    assert [path.name for path in files if private.search(path.read_text())] == ["ray_private.py"]
 
 
 def test_pipelines_stay_under_40_lines() -> None:
