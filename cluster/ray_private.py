@@ -32,11 +32,10 @@ _LOCAL = {
     # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
     # writes of its actor: "max_restarts > 0 ... the actor restart will fail".
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray Data asks for more machines where its streams are busy, which here are not to be had. What it asks for is
-    # taken from its other streams, whose shares are rounded down to whole cores: of two streams on two cores, one has
-    # 0.25 and the other none, which falls behind, and Ray warns that "the job may hang forever".
-    "RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_CPU_UTIL_THRESHOLD": "2",
-    "RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_OBJECT_STORE_MEMORY_UTIL_THRESHOLD": "2",
+    # Ray Data shares out what cores Ray Train leaves it in whole ones: of the one core that two workers of half a core
+    # leave on two, its two streams get none each on paper, and still decode. After a minute it takes that for a job
+    # that "may hang forever". That there are cores enough for all is what `connect` checks.
+    "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
 }
 
 
