@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from ray.train import TrainingFailedError
 
-from bld_core.training import Batch
-from cluster.experiment import Experiment
+from bld_core.training.loop import Batch
+from cluster.config.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
-from cluster.tasks import Place, PriorTask
-from cluster.train import fit
+from cluster.training.tasks import Place, PriorTask
+from cluster.training.train import fit
 from tests.conftest import small_experiment
 from tests.console import unknown
 
