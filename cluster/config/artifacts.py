@@ -94,7 +94,7 @@ def open_encoded(experiment: Experiment, folder: str = "") -> Artifacts:
     """
     folder = folder or experiment.folder
     autoencoder = open_autoencoder(experiment, folder).autoencoder
-    codes = _open_codes(folder)
+    codes = open_codes(folder)
     if len(codes.held_out) < 2:
         raise UserError(
             f"{len(codes.held_out)} validation codes in {folder!r}; the likelihood bound and its error need at least "
@@ -139,7 +139,7 @@ def open_finished(experiment: Experiment) -> Artifacts:
         return Artifacts(autoencoder)
     prior = read_prior(folder)
     check_prior(folder, prior, autoencoder)
-    codes = _open_codes(folder)
+    codes = open_codes(folder)
     if codes.train.hash != prior.latents_hash:
         raise UserError(
             f"the prior in {folder!r} was trained on latents {prior.latents_hash[:12]}, but those there are "
@@ -148,6 +148,7 @@ def open_finished(experiment: Experiment) -> Artifacts:
     return Artifacts(autoencoder, prior, codes)
 
 
-def _open_codes(folder: str) -> Codes:
+def open_codes(folder: str) -> Codes:
+    """Both parts of the encoded data set of an experiment folder; the errors are those of `open_latents`."""
     train, held_out = open_splits(files.join(folder, LATENTS), "train", "validation")
     return Codes(train, held_out)

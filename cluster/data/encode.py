@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_images
+from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
 from bld_core.data.skipped import Skipped
 from bld_core.errors import MissingError, UserError
 from bld_core.latents.writer import (
@@ -152,9 +151,7 @@ def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
 def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
     """A shard's images, as they are, some at a time; and at the end what was left out."""
     skipped = Skipped()
-    images = read_images(source, data, skipped)
-    while some := list(itertools.islice(images, size)):
-        yield some
+    yield from read_batches(source, data, size, skipped)
     yield skipped
 
 

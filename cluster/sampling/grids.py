@@ -17,7 +17,7 @@ from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
-from cluster.sampling.sampler import Draw, Sampler, Show, draws
+from cluster.sampling.sampler import Draw, DrawProcess, Sampler, draw_pieces
 from cluster.stages import open_stage
 
 _IMAGES_AT_ONCE = 64
@@ -95,9 +95,11 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         if not stage.done:
             stage.run.tags(lineage(found.autoencoder, found.prior))
             labels = columns * settings.rows
-            pieces: list[Draw | Show] = [*draws(sampling, labels, len(labels), _IMAGES_AT_ONCE, settings.seed)]
+            pieces: list[Draw | DrawProcess] = [
+                *draw_pieces(sampling, labels, len(labels), _IMAGES_AT_ONCE, settings.seed)
+            ]
             if settings.process:
-                pieces.append(Show(sampling, columns, settings.process, settings.seed))
+                pieces.append(DrawProcess(sampling, columns, settings.process, settings.seed))
             made = list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw"))
             pictures: dict[str, Image] = {}
             if settings.process:

@@ -46,7 +46,7 @@ def test_every_image_is_encoded_once_and_the_manifest_says_so(encoded: Experimen
     rows = train.read()
     assert len({*rows.keys.to_pylist(), *validation.read().keys.to_pylist()}) == 1797
     assert set(rows.labels.tolist()) == set(range(10))
-    assert all(entry["skipped"] == {} for entry in train.manifest["files"])
+    assert all(file.skipped == {} for file in train.manifest.files)
     run = Run(encoded.tracking.resolve(encoded.root), read_json(f"{folder}/stage.json")["run"])
     figures = run.client.get_run(run.run_id).data.metrics
     assert figures["images"] == figures["rows"] == 1797
