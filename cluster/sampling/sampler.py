@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bld_core
 from bld_core.diffusion.bound import Bound
+from bld_core.diffusion.process import Codes
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.latents.reader import PackedCodes, open_latents
 from bld_core.noise import uniform
@@ -102,8 +103,8 @@ class Sampler:
         """The bound."""
         prior, device = self.generator.prior, self.generator.device
         assert prior is not None, "the bound is that of a finished prior"
-        codes, labels = self._held_out.part(slice(piece.start, piece.stop), device)
-        return prior.model.bound(prior.network, codes, labels, self.experiment.seed, piece.sampling, piece.start)
+        codes = Codes.numbered(*self._held_out.part(slice(piece.start, piece.stop), device), piece.start)
+        return prior.model.bound(prior.network, codes, self.experiment.seed, piece.sampling)
 
     @functools.cached_property
     def _held_out(self) -> PackedCodes:
