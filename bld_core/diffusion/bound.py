@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bld_core.diffusion.loss import Step, loss_terms
-from bld_core.diffusion.process import Codes, Denoiser, DiffusionProcess
+from bld_core.diffusion.process import CodeBatch, Denoiser, DiffusionProcess
 from bld_core.errors import UserError
 from bld_core.noise import uniform
 
@@ -52,7 +52,7 @@ def merge_bounds(parts: Sequence[Bound]) -> Bound:
 def likelihood_bound(
     denoiser: Denoiser,
     process: DiffusionProcess,
-    codes: Codes,
+    codes: CodeBatch,
     grid: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = _BATCH_SIZE,
@@ -80,7 +80,7 @@ def likelihood_bound(
         raise UserError(f"the grid is {list(grid)}; it must decrease from T = {steps} to 0")
     process.check_grid(grid)
 
-    def cost(part: Codes, n: Tensor, repeat: int) -> Tensor:
+    def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
         z = part.z_0
         u = uniform(seed, f"bound flips {repeat}", part.index, math.prod(z.shape[1:])).view(z.shape)
         return loss_terms(denoiser, process, part, Step(levels[n + 1], levels[n], u))[1]
@@ -89,8 +89,8 @@ def likelihood_bound(
 
 
 def estimate_bound(
-    cost: Callable[[Codes, Tensor, int], Tensor],
-    codes: Codes,
+    cost: Callable[[CodeBatch, Tensor, int], Tensor],
+    codes: CodeBatch,
     steps: int,
     repeats: int = 8,
     batch_size: int = _BATCH_SIZE,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core.diffusion.process import (
-    Codes,
+    CodeBatch,
     Denoiser,
     DiffusionConfig,
     DiffusionProcess,
@@ -96,7 +96,7 @@ class Step:
 def loss_terms(
     denoiser: Denoiser,
     process: DiffusionProcess,
-    codes: Codes,
+    codes: CodeBatch,
     step: Step,
     balance: Literal["none", "flip"] = "none",
     known: Tensor | None = None,
@@ -122,7 +122,7 @@ def loss_terms(
 
 
 def z_prev_term(
-    denoiser: Denoiser, process: DiffusionProcess, codes: Codes, step: Step, known: Tensor | None = None
+    denoiser: Denoiser, process: DiffusionProcess, codes: CodeBatch, step: Step, known: Tensor | None = None
 ) -> Tensor:
     """L_vlb of a network of target z_prev, otherwise as in `loss_terms`; s is t - 1, and there is no L_residual.
 
@@ -134,7 +134,7 @@ def z_prev_term(
 
 
 def _noised_output(
-    network: Denoiser, process: DiffusionProcess, codes: Codes, step: Step, known: Tensor | None
+    network: Denoiser, process: DiffusionProcess, codes: CodeBatch, step: Step, known: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The network's output at z_t, float32, and the flips; known tokens stay clean in z_t, their flips do not count."""
     z_0, schedule = codes.z_0, process.schedule
@@ -155,7 +155,7 @@ def _mean_of_unknown(loss: Tensor, known: Tensor | None) -> Tensor:
 def diffusion_loss(
     denoiser: Denoiser,
     process: DiffusionProcess,
-    codes: Codes,
+    codes: CodeBatch,
     config: DiffusionConfig,
     seed: int,
     known: Tensor | None = None,

@@ -56,7 +56,7 @@ class DiffusionProcess:
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodeBatch:
     """Clean codes with their classes and their numbers.
 
     Attributes:
@@ -70,17 +70,17 @@ class Codes:
     index: Tensor
 
     @staticmethod
-    def numbered(z_0: Tensor, labels: Tensor | None = None, first: int = 0) -> Codes:
+    def numbered(z_0: Tensor, labels: Tensor | None = None, first: int = 0) -> CodeBatch:
         """Codes with the numbers `first`, `first` + 1, and so on."""
-        return Codes(z_0, labels, torch.arange(len(z_0), device=z_0.device) + first)
+        return CodeBatch(z_0, labels, torch.arange(len(z_0), device=z_0.device) + first)
 
     def __len__(self) -> int:
         return len(self.z_0)
 
-    def slice(self, start: int, stop: int) -> Codes:
+    def slice(self, start: int, stop: int) -> CodeBatch:
         """The codes at positions `start` to `stop` (exclusive)."""
         some = slice(start, stop)
-        return Codes(self.z_0[some], None if self.labels is None else self.labels[some], self.index[some])
+        return CodeBatch(self.z_0[some], None if self.labels is None else self.labels[some], self.index[some])
 
 
 @dataclass(frozen=True, kw_only=True)

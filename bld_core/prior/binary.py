@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound, likelihood_bound
 from bld_core.diffusion.loss import diffusion_loss
-from bld_core.diffusion.process import Codes, DiffusionConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process, sample_codes
 from bld_core.errors import UserError
 from bld_core.noise import uniform
@@ -51,7 +51,7 @@ class PriorObjective:
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "residual", "vlb"}, in nats a bit."""
         z_0, index = batch.data.float(), batch.sample_index
-        codes = Codes(z_0, drop_labels(batch.labels, index, self.label_dropout, self.seed), index)
+        codes = CodeBatch(z_0, drop_labels(batch.labels, index, self.label_dropout, self.seed), index)
         known = draw_known(index, z_0.shape[1], self.known_share, self.seed) if self.known_share else None
         return diffusion_loss(state, self.process, codes, self.diffusion, self.seed, known)
 
@@ -71,7 +71,7 @@ class BinaryModel:
         """Eq. 13."""
         return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
 
-    def bound(self, network: nn.Module, codes: Codes, seed: int, sampling: SamplingConfig | None = None) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
         grid = None if sampling is None else sampling.make_grid(self.process.schedule)
         return likelihood_bound(network, self.process, codes, grid, seed)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.process import Codes, DiffusionConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.prior.baselines.absorbing import AbsorbingModel
 from bld_core.prior.baselines.autoregressive import AutoregressiveModel
@@ -28,7 +27,7 @@ class PriorModel(Protocol):
         """What stage 2 minimises, in nats a bit."""
         ...
 
-    def bound(self, network: nn.Module, codes: Codes, seed: int, sampling: SamplingConfig | None = None) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The likelihood bound of two or more held-out codes, comparable between the models.
 
         It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has. The
@@ -60,9 +59,3 @@ def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits
             return AutoregressiveModel(prior, tokens, bits)
         case "absorbing":
             return AbsorbingModel(prior, tokens, bits)
-
-
-def trained_model(config: Mapping[str, Any], code_shape: tuple[int, int, int]) -> PriorModel:
-    """The model of a trained prior, from its config.json and the (h, w, c) of its codes."""
-    h, w, c = code_shape
-    return make_model(PriorConfig(**config["prior"]), DiffusionConfig(**config["diffusion"]), h * w, c)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bld_core
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.process import Codes
+from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.latents.reader import PackedCodes, open_latents
 from bld_core.noise import uniform
@@ -103,7 +103,7 @@ class Sampler:
         """The bound."""
         prior, device = self.generator.prior, self.generator.device
         assert prior is not None, "the bound is that of a finished prior"
-        codes = Codes.numbered(*self._held_out.part(slice(piece.start, piece.stop), device), piece.start)
+        codes = CodeBatch.numbered(*self._held_out.part(slice(piece.start, piece.stop), device), piece.start)
         return prior.model.bound(prior.network, codes, self.experiment.seed, piece.sampling)
 
     @functools.cached_property

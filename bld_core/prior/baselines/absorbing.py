@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound, estimate_bound
-from bld_core.diffusion.process import Codes
+from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.diffusion.schedule import make_schedule
 from bld_core.errors import UserError
@@ -62,7 +62,7 @@ def random_order(seed: int, purpose: str, index: Tensor, tokens: int) -> Tensor:
     return uniform(seed, purpose, index, tokens).argsort(dim=1, stable=True)
 
 
-def masked_loss(network: Callable[..., Tensor], codes: Codes, t: Tensor, order: Tensor) -> Tensor:
+def masked_loss(network: Callable[..., Tensor], codes: CodeBatch, t: Tensor, order: Tensor) -> Tensor:
     """-log p of the last t tokens of an order, given the others: the mean over them and their bits, (B,), nats a bit.
 
     Args:
@@ -75,14 +75,14 @@ def masked_loss(network: Callable[..., Tensor], codes: Codes, t: Tensor, order: 
     return token_nll(network(codes.z_0, masked, codes.labels), codes.z_0).masked_fill(~masked, 0).sum(1) / t
 
 
-def absorbing_loss(network: Callable[..., Tensor], codes: Codes, seed: int) -> Tensor:
+def absorbing_loss(network: Callable[..., Tensor], codes: CodeBatch, seed: int) -> Tensor:
     """The bound itself, in nats a bit: the mean over the masked tokens, their number uniform in 1..N."""
     tokens = codes.z_0.shape[1]
     t = 1 + (uniform(seed, "absorbing time", codes.index, 1)[:, 0] * tokens).long()
     return masked_loss(network, codes, t, random_order(seed, "absorbing order", codes.index, tokens)).mean()
 
 
-def absorbing_bound(network: Callable[..., Tensor], codes: Codes, grid: Sequence[int], seed: int = 0) -> Bound:
+def absorbing_bound(network: Callable[..., Tensor], codes: CodeBatch, grid: Sequence[int], seed: int = 0) -> Bound:
     """The bound of a chain that takes the steps t -> s of a grid, as `likelihood_bound` takes it.
 
     Args:
@@ -96,7 +96,7 @@ def absorbing_bound(network: Callable[..., Tensor], codes: Codes, grid: Sequence
     """
     tokens, levels = codes.z_0.shape[1], torch.tensor(list(reversed(grid)), device=codes.z_0.device)
 
-    def cost(part: Codes, n: Tensor, repeat: int) -> Tensor:
+    def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
         order = random_order(seed, f"bound order {repeat}", part.index, tokens)
         share = (levels[n + 1] - levels[n]) / tokens
         return share * masked_loss(network, part, levels[n + 1], order)
@@ -170,7 +170,7 @@ class AbsorbingModel:
         """The bound, one noise level a sample."""
         return token_objective(absorbing_loss, self.config.label_dropout, seed)
 
-    def bound(self, network: nn.Module, codes: Codes, seed: int, sampling: SamplingConfig | None = None) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of the chain that unmasks one token a step, or takes the grid of `sampling`."""
         grid = range(self.shape[0], -1, -1) if sampling is None else self._grid(sampling)
         return absorbing_bound(network, codes, grid, seed)

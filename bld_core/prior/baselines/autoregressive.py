@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound, estimate_bound
-from bld_core.diffusion.process import Codes
+from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import UserError
 from bld_core.prior.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
@@ -53,7 +53,7 @@ class AutoregressivePrior(TokenPrior):
         return self.norm(h_BND)[:, 0]
 
 
-def autoregressive_loss(network: Callable[..., Tensor], codes: Codes, seed: int) -> Tensor:
+def autoregressive_loss(network: Callable[..., Tensor], codes: CodeBatch, seed: int) -> Tensor:
     """-log p(z), the mean over batch, tokens and bits: in nats a bit. Nothing is drawn: the seed is not read."""
     del seed
     return token_nll(network(codes.z_0, codes.labels), codes.z_0).mean()
@@ -104,11 +104,11 @@ class AutoregressiveModel:
         """The exact negative log-likelihood."""
         return token_objective(autoregressive_loss, self.config.label_dropout, seed)
 
-    def bound(self, network: nn.Module, codes: Codes, seed: int, sampling: SamplingConfig | None = None) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The exact likelihood of held-out codes: one step, no noise; the error is that of the choice of codes."""
         del seed, sampling
 
-        def cost(part: Codes, n: Tensor, repeat: int) -> Tensor:
+        def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
             return token_nll(network(part.z_0, part.labels), part.z_0).mean(1)
 
         return estimate_bound(cost, codes, steps=1, repeats=1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.diffusion.process import Codes
+from bld_core.diffusion.process import CodeBatch
 from bld_core.prior.transformer import PriorConfig, Trunk, drop_labels
 from bld_core.training.loop import Batch, Objective, TrainState
 
@@ -104,12 +104,12 @@ def with_null_class(labels: Tensor | None, guidance: float) -> tuple[Tensor | No
 
 
 def token_objective(
-    loss: Callable[[Callable[..., Tensor], Codes, int], Tensor], label_dropout: float, seed: int
+    loss: Callable[[Callable[..., Tensor], CodeBatch, int], Tensor], label_dropout: float, seed: int
 ) -> Objective:
     """What stage 2 minimises: `loss` of (network, codes, seed), in nats a bit, with label dropout."""
 
     def objective(state: TrainState, batch: Batch) -> dict[str, Tensor]:
         labels = drop_labels(batch.labels, batch.sample_index, label_dropout, seed)
-        return {"loss": loss(state, Codes(batch.data.float(), labels, batch.sample_index), seed)}
+        return {"loss": loss(state, CodeBatch(batch.data.float(), labels, batch.sample_index), seed)}
 
     return objective

@@ -25,7 +25,7 @@ from bld_core.diffusion.loss import (
     z_prev_loss,
 )
 from bld_core.diffusion.process import (
-    Codes,
+    CodeBatch,
     DiffusionConfig,
     DiffusionProcess,
     Target,
@@ -302,7 +302,7 @@ def trained_on_iid(p: float, config: DiffusionConfig) -> Elementwise:
         index = torch.arange(rows) + step * rows
         z_0 = (uniform(0, "source", index, 32) < p).float().view(-1, 4, 8)
         optimizer.zero_grad()
-        diffusion_loss(network, process, Codes(z_0, None, index), config, seed=0)["loss"].backward()
+        diffusion_loss(network, process, CodeBatch(z_0, None, index), config, seed=0)["loss"].backward()
         optimizer.step()
         decay.step()
     return network
@@ -327,7 +327,7 @@ def test_a_network_of_single_steps_learns_an_iid_source() -> None:
     p = 0.9
     config = DiffusionConfig(target="z_prev", vlb_weight=1.0)
     network, process = trained_on_iid(p, config), config.make_process()
-    codes = Codes.numbered((uniform(0, "held out", torch.arange(2000), 64) < p).to(torch.uint8).view(-1, 8, 8))
+    codes = CodeBatch.numbered((uniform(0, "held out", torch.arange(2000), 64) < p).to(torch.uint8).view(-1, 8, 8))
     learned = likelihood_bound(network, process, codes).bits_per_bit
     of_flips = DiffusionProcess(process.schedule)
     truth = likelihood_bound(iid_oracle(p), of_flips, codes).bits_per_bit  # on the same noise
@@ -369,7 +369,7 @@ def test_the_targets_oracles_have_the_same_loss(name: ScheduleName, steps: int) 
     for target in TARGETS:
         config = DiffusionConfig(steps=steps, schedule=name, target=target)
         process = config.make_process()
-        losses[target] = diffusion_loss(Oracle(p, process), process, Codes(z_0, None, index), config, seed=1)
+        losses[target] = diffusion_loss(Oracle(p, process), process, CodeBatch(z_0, None, index), config, seed=1)
     for term in ("loss", "residual", "vlb"):
         torch.testing.assert_close(losses["z0"][term], losses["flip"][term], rtol=1e-5, atol=0)
     assert losses["z_prev"].keys() == {"loss", "vlb"}
@@ -385,7 +385,7 @@ def test_the_targets_oracles_have_the_same_loss_where_tokens_are_known(name: Sch
     losses: dict[Target, dict[str, Tensor]] = {}
     for target in TARGETS:
         config = DiffusionConfig(steps=64, schedule=name, target=target)
-        process, codes = config.make_process(), Codes(z_0, None, index)
+        process, codes = config.make_process(), CodeBatch(z_0, None, index)
         oracle = TokenOracle(p, process)
         losses[target] = diffusion_loss(oracle, process, codes, config, 1, known)
         whole = diffusion_loss(oracle, process, codes, config, 1)
@@ -407,7 +407,7 @@ def test_known_tokens_do_not_count_for_a_network_of_single_steps() -> None:
         assert torch.equal(z[known], z_0[known])
         return output
 
-    diffusion_loss(network, process, Codes(z_0, None, index), config, 0, known)["loss"].backward()
+    diffusion_loss(network, process, CodeBatch(z_0, None, index), config, 0, known)["loss"].backward()
     assert output.grad is not None
     assert (output.grad[known] == 0).all()
     assert (output.grad[~known] != 0).any(-1).all()
@@ -479,10 +479,10 @@ def test_diffusion_loss_is_residual_plus_lambda_vlb_and_keyed_on_the_index() -> 
     process = config.make_process()
     index = torch.arange(40, 60)
     z_0 = (uniform(1, "z", index, 32) < 0.4).float().view(-1, 4, 8)
-    whole = diffusion_loss(iid_oracle(0.4), process, Codes(z_0, None, index), config, seed=3)
+    whole = diffusion_loss(iid_oracle(0.4), process, CodeBatch(z_0, None, index), config, seed=3)
     torch.testing.assert_close(whole["loss"], whole["residual"] + 0.3 * whole["vlb"])
     halves = [
-        diffusion_loss(iid_oracle(0.4), process, Codes(z_0[i], None, index[i]), config, seed=3)
+        diffusion_loss(iid_oracle(0.4), process, CodeBatch(z_0[i], None, index[i]), config, seed=3)
         for i in (slice(0, 10), slice(10, 20))
     ]
     torch.testing.assert_close(whole["loss"], (halves[0]["loss"] + halves[1]["loss"]) / 2)
@@ -494,7 +494,7 @@ def test_loss_terms_are_a_mean_over_bits_of_the_elementwise_losses() -> None:
     u = uniform(1, "u", torch.arange(16), 24).view_as(z_0)
     t = torch.arange(1, 17)
     step = Step(t, t - 1, u)
-    residual, vlb = loss_terms(iid_oracle(0.4), DiffusionProcess(schedule), Codes.numbered(z_0), step)
+    residual, vlb = loss_terms(iid_oracle(0.4), DiffusionProcess(schedule), CodeBatch.numbered(z_0), step)
     for i in range(16):
         k_s, k_t = float(schedule.k[i]), float(schedule.k[i + 1])
         z_t, flip = corrupt(z_0[i], k_t, u[i])

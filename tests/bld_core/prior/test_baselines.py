@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import merge_bounds
-from bld_core.diffusion.process import Codes, DiffusionConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.noise import uniform
 from bld_core.prior.baselines.absorbing import AbsorbingPrior, absorbing_bound, random_order, sample_unmasking
@@ -159,7 +159,7 @@ def test_autoregressive_samples_follow_their_likelihood() -> None:
     truth = (-6 * token_nll(network(codes), codes).mean(1)).exp().double()
     assert total_variation(law_of(z), truth) < allowed(64, count)
     assert total_variation(law_of(z), torch.full((64,), 1 / 64).double()) > 0.1
-    bound = model.bound(network, Codes.numbered(z), seed=0)  # of its own samples it is the entropy
+    bound = model.bound(network, CodeBatch.numbered(z), seed=0)  # of its own samples it is the entropy
     assert abs(bound.bits_per_bit + float((truth * truth.log2()).sum()) / 6) < 4 * bound.standard_error
     assert bound.profile == (pytest.approx(bound.bits_per_bit, rel=1e-9),)
 
@@ -217,7 +217,7 @@ def test_the_oracles_bound_is_the_entropy_token_by_token_and_more_in_larger_step
         apart = -float((torch.xlogy(marginal, marginal) + torch.xlogy(1 - marginal, 1 - marginal)).sum()) / math.log(2)
         truths: list[float] = []
         for grid in ([3, 2, 1, 0], [3, 1, 0], [3, 2, 0], [3, 0]):
-            bound = absorbing_bound(Oracle(p), Codes.numbered(z), grid)
+            bound = absorbing_bound(Oracle(p), CodeBatch.numbered(z), grid)
             truths.append(exact_bound(p, grid))
             assert abs(bound.bits_per_bit - truths[-1]) < 4 * bound.standard_error
             assert bound.standard_error < 0.02
@@ -339,17 +339,19 @@ def test_an_autoregressive_prior_refuses_to_complete() -> None:
 def test_a_fresh_network_finds_every_code_as_likely(name: Comparator) -> None:
     model = make_model(PriorConfig(model=name, layers=1, width=16, heads=2, classes=3), DiffusionConfig(), 4, 8)
     z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
-    assert model.bound(model.network(), Codes.numbered(z, torch.arange(20) % 3), seed=0).bits_per_bit == pytest.approx(
-        1, abs=1e-6
-    )
+    assert model.bound(
+        model.network(), CodeBatch.numbered(z, torch.arange(20) % 3), seed=0
+    ).bits_per_bit == pytest.approx(1, abs=1e-6)
 
 
 @each
 def test_the_bounds_of_parts_merge_to_that_of_all_codes(name: Comparator) -> None:
     model, network = small(name, 4, 8)
     z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
-    parts = [model.bound(network, Codes.numbered(z[start:stop], first=start), 3) for start, stop in ((0, 13), (13, 20))]
-    whole, found = model.bound(network, Codes.numbered(z), 3), merge_bounds(parts)
+    parts = [
+        model.bound(network, CodeBatch.numbered(z[start:stop], first=start), 3) for start, stop in ((0, 13), (13, 20))
+    ]
+    whole, found = model.bound(network, CodeBatch.numbered(z), 3), merge_bounds(parts)
     assert found.bits_per_bit == pytest.approx(whole.bits_per_bit, rel=1e-6)
     assert found.standard_error == pytest.approx(whole.standard_error, rel=1e-6)
 
@@ -376,12 +378,12 @@ def test_the_objective_is_the_bound_and_hides_labels(name: Comparator) -> None:
     with torch.no_grad():
         loss = float(model.objective(7)(state, Batch(z, labels, index, [""] * len(index)))["loss"]) / math.log(2)
         bound, whole = (
-            model.bound(network, Codes.numbered(z, given), seed=3)
+            model.bound(network, CodeBatch.numbered(z, given), seed=3)
             for given in (drop_labels(labels, index, 0.5, seed=7), labels)
         )
     assert abs(loss - bound.bits_per_bit) < 6 * bound.standard_error  # one noise level a sample, not eight
     assert abs(loss - whole.bits_per_bit) > 6 * bound.standard_error
-    assert model.bound(network, Codes.numbered(z, labels), seed=3) == whole
+    assert model.bound(network, CodeBatch.numbered(z, labels), seed=3) == whole
 
 
 @each
@@ -441,7 +443,7 @@ def test_on_an_iid_source_each_reaches_the_entropy(name: Comparator) -> None:
     z = (uniform(0, "source", torch.arange(12_000), 32) < p).float().view(-1, 4, 8)
     model, network = trained(name, 4, 8, z[:10_000], 80)
     held_out = z[10_000:]
-    bound = model.bound(network, Codes.numbered(held_out), seed=0)
+    bound = model.bound(network, CodeBatch.numbered(held_out), seed=0)
     share = float(held_out.mean())  # the entropy of these very codes under the true p: no error of the choice of data
     truth = -share * math.log2(p) - (1 - share) * math.log2(1 - p)
     assert truth - 0.002 < bound.bits_per_bit < truth + 0.01
@@ -455,7 +457,7 @@ def test_each_learns_what_bits_of_a_token_and_tokens_have_in_common(name: Compar
     two = torch.cat([free, free[..., :1] ^ free[..., 1:]], dim=-1)
     codes = torch.cat([two, two[:, :1]], dim=1)
     model, network = trained(name, 3, 3, codes, 400)
-    assert 4 / 9 - 1e-6 < model.bound(network, Codes.numbered(codes[:500]), seed=0).bits_per_bit < 4 / 9 + 0.02
+    assert 4 / 9 - 1e-6 < model.bound(network, CodeBatch.numbered(codes[:500]), seed=0).bits_per_bit < 4 / 9 + 0.02
     z = model.sample(network, SampleSpec(torch.arange(500)), PLAIN).byte()
     assert float((z[..., 2] == z[..., 0] ^ z[..., 1]).float().mean()) > 0.99
     assert float((z[:, 2] == z[:, 0]).float().mean()) > 0.98
@@ -483,9 +485,9 @@ def test_the_bound_is_that_of_the_steps_asked_for(name: ModelName) -> None:
     network = model.network().eval()
     perturb(network)
     z = (uniform(0, "codes", torch.arange(64), 128) < 0.5).float().view(-1, 16, 8)
-    every = model.bound(network, Codes.numbered(z), 0)
-    assert model.bound(network, Codes.numbered(z), 0, SamplingConfig(steps=16)) == every
-    few = model.bound(network, Codes.numbered(z), 0, SamplingConfig(steps=4))
+    every = model.bound(network, CodeBatch.numbered(z), 0)
+    assert model.bound(network, CodeBatch.numbered(z), 0, SamplingConfig(steps=16)) == every
+    few = model.bound(network, CodeBatch.numbered(z), 0, SamplingConfig(steps=4))
     if name == "autoregressive":  # always one step a token
         assert few == every
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bld_core.diffusion.loss import Step, loss_terms
-from bld_core.diffusion.process import Codes, DiffusionConfig, Target
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, sample_codes
 from bld_core.noise import uniform
 from bld_core.prior.binary import PriorObjective, draw_known
@@ -165,7 +165,7 @@ def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
             assert not torch.equal(z, z_0)
             return evidence
 
-        return loss_terms(denoiser, process, Codes(z_0, None, index), Step(t, t - 1, u), known=marks)
+        return loss_terms(denoiser, process, CodeBatch(z_0, None, index), Step(t, t - 1, u), known=marks)
 
     here, there = terms(evidence, known), terms(evidence + shift, known)
     for one, other in zip(here, there, strict=True):
@@ -179,7 +179,7 @@ def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
     alone = loss_terms(
         lambda z, time, labels: evidence[i, unknown],
         process,
-        Codes(z_0[i, unknown], None, index[i]),
+        CodeBatch(z_0[i, unknown], None, index[i]),
         Step(t[i], t[i] - 1, u[i, unknown]),
     )
     for one, whole in zip(alone, here, strict=True):

@@ -21,14 +21,14 @@ from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.diffusion.process import Codes
-from bld_core.generator import AUTOENCODER
+from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import Drawn, Evaluator, Look
@@ -153,7 +153,7 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     prior, process = bld_core.load(finished.folder).prior, finished.diffusion.make_process()
     assert prior is not None
     held_out = open_latents(f"{finished.folder}/latents", "validation").read()
-    codes = Codes.numbered(*held_out.part(slice(None), torch.device("cpu")))
+    codes = CodeBatch.numbered(*held_out.part(slice(None), torch.device("cpu")))
     grid = finished.sampling.make_grid(process.schedule)
     assert len(grid) == 5
     strided = likelihood_bound(prior.network, process, codes, grid)

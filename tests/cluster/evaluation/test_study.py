@@ -15,7 +15,7 @@ from PIL import Image
 import bld_core
 from bld_core.data.images import first_images, stack
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.diffusion.process import Codes, DiffusionConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.classifier import Classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
@@ -80,7 +80,7 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
     prior, process = bld_core.load(experiment.folder).prior, experiment.diffusion.make_process()
     assert prior is not None
     held_out = open_latents(f"{experiment.folder}/latents", "validation").read()
-    codes = Codes.numbered(*held_out.part(slice(32), torch.device("cpu")))
+    codes = CodeBatch.numbered(*held_out.part(slice(32), torch.device("cpu")))
     for row in made["rows"]:
         strided = likelihood_bound(prior.network, process, codes, process.schedule.grid(int(row["x"])))
         assert row["bound"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
