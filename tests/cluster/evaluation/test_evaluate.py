@@ -21,6 +21,7 @@ from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
+from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
@@ -150,14 +151,13 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 <= figures["class_accuracy"] <= 1
     assert figures["class_accuracy_real"] > 0.95
     assert "classifier_accuracy" not in figures, "that of the classifier in whose features images are compared"
-    prior, schedule = bld_core.load(finished.folder).prior, finished.diffusion.make_schedule()
+    prior, process = bld_core.load(finished.folder).prior, finished.diffusion.make_process()
     assert prior is not None
-    codes, labels = (
-        open_latents(f"{finished.folder}/latents", "validation").read().part(slice(None), torch.device("cpu"))
-    )
-    grid = finished.sampling.times(schedule)
+    held_out = open_latents(f"{finished.folder}/latents", "validation").read()
+    codes = CodeBatch.numbered(*held_out.part(slice(None), torch.device("cpu")))
+    grid = finished.sampling.make_grid(process.schedule)
     assert len(grid) == 5
-    strided = likelihood_bound(prior.network, codes, labels, schedule, grid)
+    strided = likelihood_bound(prior.network, process, codes, grid)
     assert figures["bound_sampling"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
     evaluation = Path(experiment.folder, "evaluation")
