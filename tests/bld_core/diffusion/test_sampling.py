@@ -74,8 +74,11 @@ def test_the_targets_oracles_make_the_same_chain(name: str) -> None:
 def test_the_error_halves_each_time_the_steps_double() -> None:
     for seed in SEEDS:
         p = toy_distribution(seed)
-        chains = (make_schedule("linear", steps) for steps in (16, 32, 64, 128))
-        errors = [total_variation(chain_distribution(p, chain, chain.grid(chain.steps)), p) for chain in chains]
+        chains = (toy_process("linear", steps) for steps in (16, 32, 64, 128))
+        errors = [
+            total_variation(chain_distribution(p, chain, chain.schedule.grid(chain.schedule.steps)), p)
+            for chain in chains
+        ]
         for coarse, fine in itertools.pairwise(errors):
             assert fine / coarse == pytest.approx(0.5, rel=0.2)
 
