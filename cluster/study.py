@@ -15,6 +15,7 @@ from bld_core.images import check_shards
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.pictures import png
 from bld_core.sampling import SamplingConfig
+from bld_core.schedule import ScheduleName
 from cluster.evaluator import Look, Reconstruct, Reconstructions
 from cluster.examiner import Examine, Examiner
 from cluster.experiment import Experiment
@@ -27,6 +28,7 @@ from cluster.train import train_prior
 
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
+_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 _REMADE = "rows/remade.json"
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
@@ -116,7 +118,7 @@ def _samplers(experiment: Experiment) -> list[Row]:
 def _schedule(experiment: Experiment) -> list[Row]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
     rows: list[Row] = []
-    for schedule in experiment.study.schedules:
+    for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
         for spacing in ("k", "t"):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
+from bld_core.baselines.vector import VectorBottleneck
 from bld_core.images import stack
 from bld_core.losses import LossConfig
 from bld_core.objectives import AutoencoderObjective
@@ -82,6 +84,22 @@ def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
     for name, parameter in autoencoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_codes_are_drawn_in_training_or_taken_by_the_mode() -> None:
+    x, generator = to_float(stack(toy_images(4))), torch.Generator().manual_seed(0)
+    u, other = (torch.rand(4, 2 * 2 * 8, generator=generator) for _ in range(2))
+    drawn, mode = tiny_autoencoder(), Autoencoder(replace(TINY_AUTOENCODER, codes="mode"), 1)
+    mode.load_state_dict(drawn.state_dict())
+    assert not torch.equal(drawn(x, u)[0], drawn(x, other)[0])
+    assert torch.equal(mode(x, u)[0], mode(x, other)[0])
+    assert torch.equal(mode(x, u)[0], drawn(x)[0])
+
+
+def test_a_codebook_has_the_entries_asked_for() -> None:
+    bottleneck = Autoencoder(replace(TINY_AUTOENCODER, latent="vector", entries=5), 1).bottleneck
+    assert isinstance(bottleneck, VectorBottleneck)
+    assert bottleneck.codebook.shape == (5, TINY_AUTOENCODER.bits)
 
 
 def test_training_reduces_the_loss() -> None:
