@@ -22,8 +22,8 @@ import ray
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
-from bld_core.generator import PRIOR
 from bld_core.storage import files
+from bld_core.trained import PRIOR
 from bld_core.training.checkpoint import read_model_config
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, Look

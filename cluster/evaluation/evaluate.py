@@ -16,11 +16,11 @@ from bld_core.data.images import check_shards, first_images, stack
 from bld_core.data.pictures import fitting, grid, png, reconstruction_grid
 from bld_core.diffusion.bound import Bound, merge_bounds
 from bld_core.errors import MissingError, UserError
-from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.latents.reader import open_latents
 from bld_core.prior.model import trained_model
 from bld_core.storage import files
 from bld_core.storage.weights import VGG16
+from bld_core.trained import AUTOENCODER, PRIOR
 from bld_core.training.checkpoint import CONFIG, read_model_config
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, Look, Reconstruct, Reconstructions

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bld_core.diffusion.bound import Bound
-from bld_core.generator import Generator, load_prior
+from bld_core.generator import Generator
+from bld_core.trained import load_prior
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import Drawn, Evaluator, Look, Reconstruct, Reconstructions
 from cluster.evaluation.references import Space

@@ -16,8 +16,8 @@ from mlflow.entities import Run as RecordedRun
 from PIL import Image
 
 from bld_core.data.pictures import png
-from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER, PRIOR
 from bld_core.training.checkpoint import CONFIG, read_model_config
 from cluster.config.experiment import Experiment
 from cluster.evaluation.evaluate import read_report

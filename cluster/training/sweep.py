@@ -11,10 +11,9 @@ import yaml
 from ray.tune import RunConfig, TuneConfig, Tuner
 
 from bld_core.errors import UserError
-from bld_core.generator import AUTOENCODER
-from bld_core.latents.reader import open_latents
 from bld_core.storage import files
 from bld_core.training.checkpoint import read_model_config
+from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.runtime import connect
 from cluster.storage import run_storage
@@ -42,9 +41,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
             f"prior.model is {experiment.prior.model}, but lambda and the schedule are those of binary "
             "diffusion: sweep with prior.model binary"
         )
-    read_model_config(files.join(experiment.folder, AUTOENCODER))
-    for split in ("train", "validation"):
-        open_latents(files.join(experiment.folder, "latents"), split)
+    open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
     connect(experiment.cluster)
 

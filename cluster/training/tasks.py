@@ -23,13 +23,13 @@ from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
 from bld_core.diffusion.bound import Bound
 from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.generator import load_autoencoder
 from bld_core.latents.loader import latent_batches
-from bld_core.latents.reader import open_latents
 from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
 from bld_core.prior.model import make_model
 from bld_core.storage import files
+from bld_core.trained import load_autoencoder
 from bld_core.training.loop import Batch, Objective, TrainingConfig
+from cluster.config.artifacts import Codes
 from cluster.config.experiment import Experiment
 from cluster.data.ingest import Position, image_batches, resume_position
 from cluster.plots import bit_usage_plot, profile_plot
@@ -178,12 +178,11 @@ class AutoencoderTask(Task):
 class PriorTask(Task):
     """Stage 2."""
 
-    def __init__(self, experiment: Experiment, source: str) -> None:
+    def __init__(self, experiment: Experiment, source: str, codes: Codes) -> None:
         self.experiment = experiment
         self.training = experiment.prior_training
-        self._latents = files.join(source, "latents")
         self.skipped = Skipped()
-        self.source = source
+        self.source, self.codes = source, codes
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
         self._held_out: tuple[Tensor, Tensor] | None = None
@@ -195,13 +194,13 @@ class PriorTask(Task):
         return self.model.objective(self.experiment.seed)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        experiment, latents = self.experiment, open_latents(self._latents)
+        experiment, latents = self.experiment, self.codes.train
         memory_gb, device = experiment.cluster.latents_gb, place.device
         return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:
-            self._held_out = open_latents(self._latents, "validation").read().part(slice(_VALIDATION_CODES), device)
+            self._held_out = self.codes.held_out.read().part(slice(_VALIDATION_CODES), device)
         return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:

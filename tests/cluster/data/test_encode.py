@@ -17,13 +17,13 @@ import ray
 import torch
 
 from bld_core.data.images import first_images, stack, to_float
-from bld_core.generator import load_autoencoder
 from bld_core.latents.bits import unpack_bits
 from bld_core.latents.reader import open_latents
 from bld_core.latents.writer import LatentConfig, encode_images
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
 from bld_core.storage.files import read_json
+from bld_core.trained import load_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents, verify_latents
 from cluster.tracking import Run

@@ -26,13 +26,13 @@ from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.generator import AUTOENCODER
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import Drawn, Evaluator, Look
