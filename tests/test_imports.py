@@ -30,7 +30,7 @@ CLUSTER = CORE | {
     "pydantic",
     "sqlalchemy",
 }
-PIPELINES = {"pipelines", "cluster", "jsonargparse"}
+PIPELINES = {"pipelines", "cluster", "jsonargparse", "yaml"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
 
 # The rooms and wings of each ring, the lowest first: each imports from those that stand before it and that it names.

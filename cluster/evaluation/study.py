@@ -12,6 +12,7 @@ from PIL.Image import Image
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.schedule import ScheduleName
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
@@ -29,6 +30,7 @@ from cluster.training.train import train_prior
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
 _RECONSTRUCTIONS = "rows/reconstructions.json"
+_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
 _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -117,7 +119,7 @@ def _samplers(experiment: Experiment) -> list[Row]:
 def _schedule(experiment: Experiment) -> list[Row]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
     rows: list[Row] = []
-    for schedule in experiment.study.schedules:
+    for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
         for spacing in ("k", "t"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import vgg16
 
 import bld_core
 from bld_core.autoencoder.baselines.vector import VectorBottleneck
+from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.perceptual import load_perceptual
 from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
@@ -47,6 +52,7 @@ from cluster.training.sweep import table as table_of_trials
 from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
+from tests.cluster.evaluation.test_exactness import small_file
 from tests.conftest import copy_of
 from tests.console import unknown
 
@@ -355,17 +361,29 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
         "channels": 1,
     }
     save_model(str(Path(experiment.folder, AUTOENCODER)), network.state_dict(), config)
+    images = stack(first_images(experiment.data.validation, experiment.data, 24))
+    shard = str(tmp_path / "held-out.tar")
+    write_shard(shard, [Sample(str(i), "png", png(picture(pixels)), 0) for i, pixels in enumerate(images)])
+    with torch.device("meta"):
+        vgg = nn.Sequential(OrderedDict(features=vgg16().features))
+    weights, sha256 = small_file(vgg, tmp_path / "vgg.pth")
+    loss = LossConfig(vgg_weights=weights, vgg_sha256=sha256)
+    data, asked = replace(experiment.data, validation=shard), replace(experiment.evaluation, lpips=True)
+    experiment = replace(experiment, data=data, loss=loss, evaluation=asked)
     report = evaluate(experiment)
-    images = stack(first_images(experiment.data.validation, experiment.data, 1000))
     generator = bld_core.load(experiment.folder)
     quality = ReconstructionQuality()
-    quality.update(images, generator.reconstruct(images))
+    reconstructions = generator.reconstruct(images)
+    quality.update(images, reconstructions)
+    distance = load_perceptual(loss, torch.device("cpu"))(to_float(images), to_float(reconstructions))
     assert report["figures"] == pytest.approx(
         {
             "psnr": quality.psnr.mean,
             "psnr_std": quality.psnr.deviation,
             "ssim": quality.ssim.mean,
             "ssim_std": quality.ssim.deviation,
+            f"lpips_{sha256[:8]}": float(distance.mean()),
+            f"lpips_{sha256[:8]}_std": float(distance.std()),
         },
         rel=1e-4,  # another batch size
     )

@@ -97,7 +97,9 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
 
 
 def test_what_each_study_compares() -> None:
-    experiment = Experiment(diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7))
+    experiment = Experiment(
+        diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7, temperatures=[0.5, 1.2])
+    )
     rows = {name: make_rows(experiment) for name, (_, make_rows) in study._STUDIES.items()}
     names: dict[StudyName, list[str]] = {
         "lambda": ["lambda0", "lambda0.01", "own", "lambda1"],
@@ -115,6 +117,7 @@ def test_what_each_study_compares() -> None:
     assert [(row.sampling.steps, row.sampling.temperature) for row in rows["steps"]] == [
         (n, 1.0) for n in (4, 8, 16, 32)
     ]
+    assert [row.sampling.temperature for row in rows["temperature"]] == [0.5, 1.2]
     for name in ("steps", "temperature"):
         assert all(row.experiment == experiment for row in rows[name])
 
