@@ -144,6 +144,7 @@ def test_bfloat16_is_the_precision_of_the_forward_pass_alone() -> None:
     assert {gradient.dtype for gradient in first_gradient(config).values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_compiled_step_and_a_plain_one_load_each_others_checkpoints(tmp_path: Path) -> None:
     states: dict[bool, TrainState] = {}
     gradients: list[Tensor] = []

@@ -279,6 +279,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
         evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
 
 
+@pytest.mark.long
 def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
     finished: Experiment, inception_weights: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,6 +437,7 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
             inpaint(experiment, InpaintConfig(samples=[0]))
 
 
+@pytest.mark.long
 def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
     rows = sweep_prior(experiment)

@@ -34,6 +34,7 @@ def experiment(encoded: Experiment) -> Experiment:
     return replace(encoded, study=SMALL)
 
 
+@pytest.mark.long
 def test_a_study_trains_what_is_missing_and_measures_every_row(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ class DyingTask(AutoencoderTask):
             yield batch
 
 
+@pytest.mark.long
 def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ class SpoiledTask(AutoencoderTask):
             yield batch._replace(data=data)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
