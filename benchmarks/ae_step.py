@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from timing import matrix_rate
 
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig
-from bld_core.losses import LossConfig
-from bld_core.objectives import AutoencoderObjective
-from bld_core.training import Batch, TrainingConfig, make_state, train
+from bld_core.autoencoder.losses import LossConfig
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.autoencoder.objective import AutoencoderObjective
+from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 
 SIZE = 256
 GMAC = 69.5 + 94.9  # of encoder and decoder, one image forward
@@ -49,7 +50,7 @@ def seconds_a_step(mode: str, batch_size: int, steps: int) -> float:
     config = AutoencoderConfig()
     training = TrainingConfig(steps=steps + 2, batch_size=batch_size, **MODES[mode])
     torch.manual_seed(0)
-    state = make_state(Autoencoder(config, 3), training)
+    state = make_state(make_autoencoder(config, 3), training)
     objective = AutoencoderObjective(LossConfig(), config.code_shape(SIZE), seed=0)
     times: list[float] = []
     began = time.perf_counter()

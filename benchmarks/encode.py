@@ -37,15 +37,16 @@ import ray
 import torch
 from PIL import Image
 
-from bld_core import files
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float
-from bld_core.checkpoint import save_model
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.data.images import ImageConfig, LabelledImage, read_images, stack, to_float
+from bld_core.data.shards import Sample, write_shard
+from bld_core.data.skipped import Skipped
 from bld_core.generator import AUTOENCODER, load_autoencoder
-from bld_core.images import ImageConfig, LabelledImage, read_images, stack
-from bld_core.samples import Sample, write_shard
-from bld_core.skipped import Skipped
-from cluster.encode import encode_latents
-from cluster.experiment import Experiment
+from bld_core.storage import files
+from bld_core.training.checkpoint import save_model
+from cluster.config.experiment import Experiment
+from cluster.data.encode import encode_latents
 from cluster.runtime import ClusterConfig
 
 PHOTOGRAPHS = "imagenet-160/imagenet1k-160-*.tar"
@@ -72,7 +73,7 @@ def make_experiment(root: str, name: str, train: str, config: AutoencoderConfig,
         "image_size": size,
         "channels": experiment.data.channels,
     }
-    save_model(files.join(experiment.folder, AUTOENCODER), Autoencoder(config, 3).state_dict(), facts)
+    save_model(files.join(experiment.folder, AUTOENCODER), make_autoencoder(config, 3).state_dict(), facts)
     return experiment
 
 

@@ -22,15 +22,15 @@ import ray
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
-from bld_core import files
-from bld_core.checkpoint import read_model_config
 from bld_core.generator import PRIOR
-from cluster.evaluator import CALLS, Evaluator, Look
-from cluster.experiment import Experiment
-from cluster.reference import make_references
+from bld_core.storage import files
+from bld_core.training.checkpoint import read_model_config
+from cluster.config.experiment import Experiment
+from cluster.evaluation.actors import CALLS, Evaluator, Look
+from cluster.evaluation.references import make_references
+from cluster.evaluation.sample_metrics import Samples
 from cluster.runtime import connect, map_on_actors
-from cluster.sample_figures import Samples
-from cluster.sampler import balanced_labels, draws
+from cluster.sampling.sampler import balanced_labels, draws
 from pipelines.command import command
 
 REPEATS = 3

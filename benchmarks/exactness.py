@@ -30,12 +30,12 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from bld_core.images import EXTENSIONS, ImageConfig, first_images, stack
+from bld_core.data.images import EXTENSIONS, ImageConfig, first_images, stack
 from bld_core.metrics.frechet import FeatureMoments
-from cluster.features import Inception
-from cluster.measures import EvaluationConfig
-from cluster.reference import Reference, Space
-from cluster.sample_figures import SampleFigures
+from cluster.evaluation.config import EvaluationConfig
+from cluster.evaluation.extractors import Inception
+from cluster.evaluation.references import Reference, Space
+from cluster.evaluation.sample_metrics import SampleFigures
 
 NAMES = {
     "fd": "frechet_inception_distance",

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 from webdataset.compat import WebDataset, WebLoader
 
-from bld_core import files
-from bld_core.images import ImageConfig, decode
-from bld_core.samples import read_shard, write_shard
-from bld_core.skipped import Skipped
-from bld_core.training import TrainingConfig
-from cluster.experiment import Experiment
-from cluster.ingest import Position, image_batches
+from bld_core.data.images import ImageConfig, decode
+from bld_core.data.shards import read_shard, write_shard
+from bld_core.data.skipped import Skipped
+from bld_core.storage import files
+from bld_core.training.loop import TrainingConfig
+from cluster.config.experiment import Experiment
+from cluster.data.ingest import Position, image_batches
 from cluster.runtime import ClusterConfig, connect
 
 SHARDS, SIZE, BATCH, PROCESSES = 8, 128, 64, 2

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bld_core import files
-from bld_core.epochs import latent_batches
-from bld_core.latent_shards import FORMAT_VERSION, MANIFEST, LatentRows, latent_shard_bytes, manifest_entry
-from bld_core.latents import Latents, open_latents
-from bld_core.training import TrainingConfig
+from bld_core.latents.loader import latent_batches
+from bld_core.latents.reader import Latents, open_latents
+from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentRows, latent_shard_bytes, manifest_entry
+from bld_core.storage import files
+from bld_core.training.loop import TrainingConfig
 
 SHAPE = (16, 16, 32)
 WIDTH = 1024

@@ -20,12 +20,12 @@ import torch
 from latents_read import write_data_set  # pyright: ignore[reportImplicitRelativeImport]
 from timing import matrix_rate, seconds  # pyright: ignore[reportImplicitRelativeImport]
 
-from bld_core.diffusion import DiffusionConfig
-from bld_core.epochs import latent_batches
-from bld_core.latents import Latents, open_latents
-from bld_core.objectives import PriorObjective
-from bld_core.prior import Prior, PriorConfig
-from bld_core.training import TrainingConfig, make_state, train
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.latents.loader import latent_batches
+from bld_core.latents.reader import Latents, open_latents
+from bld_core.prior.binary import PriorObjective
+from bld_core.prior.transformer import Prior, PriorConfig
+from bld_core.training.loop import TrainingConfig, make_state, train
 
 GMAC = 45.9  # of one code forward
 MODES: dict[str, dict[str, Any]] = {

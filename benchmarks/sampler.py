@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig
-from bld_core.diffusion import DiffusionConfig
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.generator import Generator, TrainedAutoencoder, TrainedPrior
-from bld_core.models import make_model
-from bld_core.prior import PriorConfig
-from bld_core.sampling import SamplingConfig
+from bld_core.prior.model import make_model
+from bld_core.prior.transformer import PriorConfig
 
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -41,7 +42,7 @@ def paper_size(device: str) -> Generator:
     model = make_model(prior, diffusion, shape[0] * shape[1], shape[2])
     config = {"prior": asdict(prior), "diffusion": asdict(diffusion), "sampling": asdict(SamplingConfig())}
     pair = TrainedAutoencoder(
-        Autoencoder(autoencoder, 3).to(device).eval(), {"code_shape": shape, "image_size": 256, "channels": 3}
+        make_autoencoder(autoencoder, 3).to(device).eval(), {"code_shape": shape, "image_size": 256, "channels": 3}
     )
     return Generator(pair, TrainedPrior(model.network().to(device).eval(), config, model), device)
 

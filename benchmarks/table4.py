@@ -21,14 +21,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
-from bld_core.images import ImageConfig, first_images, stack
-from bld_core.losses import LossConfig
+from bld_core.autoencoder.losses import LossConfig
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
+from bld_core.autoencoder.objective import AutoencoderObjective
+from bld_core.autoencoder.quantizer import CodeHealth
+from bld_core.data.images import ImageConfig, first_images, stack, to_float, to_uint8
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.noise import key_of, permutation
-from bld_core.objectives import AutoencoderObjective
-from bld_core.quantizer import CodeHealth
-from bld_core.training import Batch, TrainingConfig, make_state, train
+from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 
 BITS = {8: 32, 4: 128}
 MULTIPLIERS = {8: [1, 2, 4, 8], 4: [1, 2, 4, 8, 8]}
@@ -99,7 +100,7 @@ def row(
         attention=[],
     )
     torch.manual_seed(key_of(0, "initial weights"))
-    state = make_state(Autoencoder(config, 3), training)
+    state = make_state(make_autoencoder(config, 3), training)
     objective = AutoencoderObjective(LossConfig(), config.code_shape(64), seed=0)
     began = time.perf_counter()
     for report in train(state, batches(images, training.batch_size), objective, training):

@@ -27,21 +27,21 @@ import ray
 import torch
 import yaml
 
-from bld_core import files
-from bld_core.autoencoder import AutoencoderConfig
-from bld_core.epochs import latent_batches
-from bld_core.images import ImageConfig, first_images, stack
-from bld_core.latents import open_latents
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.latents.loader import latent_batches
+from bld_core.latents.reader import open_latents
 from bld_core.noise import permutation
-from bld_core.prior import PriorConfig
-from bld_core.training import Batch, TrainingConfig, make_state, train
-from cluster.encode import encode_latents
-from cluster.experiment import Experiment
+from bld_core.prior.transformer import PriorConfig
+from bld_core.storage import files
+from bld_core.training.loop import Batch, TrainingConfig, make_state, train
+from cluster.config.experiment import Experiment
+from cluster.data.encode import encode_latents
+from cluster.data.shards import ShardConfig, make_shards
 from cluster.runtime import ClusterConfig
-from cluster.shards import ShardConfig, make_shards
-from cluster.tasks import AutoencoderTask, Place, PriorTask
 from cluster.tracking import Run
-from cluster.train import train_autoencoder, train_prior
+from cluster.training.tasks import AutoencoderTask, Place, PriorTask
+from cluster.training.train import train_autoencoder, train_prior
 
 WARM_STEPS = {"prior": 40, "autoencoder": 160}
 STEPS = {"prior": 300, "autoencoder": 400}

@@ -24,8 +24,8 @@ def load(folder: str, device: str = "cpu") -> Generator:
         device: where the networks run, for example "cpu" or "cuda".
 
     Raises:
-        FileNotFoundError: the folder holds no finished autoencoder.
-        ValueError: prior and autoencoder do not belong together.
+        MissingError: the folder holds no finished autoencoder.
+        UserError: prior and autoencoder do not belong together.
     """
     from bld_core.generator import load_generator
 

@@ -11,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core import files
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig, to_float, to_uint8
-from bld_core.checkpoint import CONFIG, load_weights, read_model_config
-from bld_core.inference import for_inference
-from bld_core.models import BinaryModel, PriorModel, trained_model
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
+from bld_core.autoencoder.quantizer import quantize
+from bld_core.data.images import to_float, to_uint8
+from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.errors import UserError
 from bld_core.noise import key_of
-from bld_core.quantizer import quantize
-from bld_core.sampling import Known, SamplingConfig
-from bld_core.training import Precision
+from bld_core.prior.binary import BinaryModel
+from bld_core.prior.model import PriorModel, trained_model
+from bld_core.storage import files
+from bld_core.training.checkpoint import CONFIG, load_weights, read_model_config
+from bld_core.training.inference import for_inference
+from bld_core.training.loop import Precision
 
 AUTOENCODER = "autoencoder/final"
 PRIOR = "prior/final"
@@ -30,11 +34,11 @@ def check_binary(config: Mapping[str, Any]) -> None:
     """Whether an autoencoder has bits, given its config.json.
 
     Raises:
-        ValueError: its latent is another: it is there for comparison, and can only reconstruct.
+        UserError: its latent is another: it is there for comparison, and can only reconstruct.
     """
     latent = config["autoencoder"]["latent"]
     if latent != "binary":
-        raise ValueError(
+        raise UserError(
             f"the trained autoencoder {config['hash'][:12]} has a {latent} latent, which has no bits: it is there for "
             "comparison, and can only reconstruct; train one with autoencoder.latent binary under another --name"
         )
@@ -89,7 +93,7 @@ def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
     """Open `<folder>/autoencoder/final`, whatever its latent; see `bld_core.load` for the errors."""
     location = files.join(folder, AUTOENCODER)
     config = read_model_config(location)
-    network = Autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
+    network = make_autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
     load_weights(location, network, config["hash"], device)
     return TrainedAutoencoder(network, config)
 
@@ -98,12 +102,12 @@ def load_prior(folder: str, autoencoder: TrainedAutoencoder, device: str = "cpu"
     """Open `<folder>/prior/final`.
 
     Raises:
-        ValueError: it was trained on the codes of another autoencoder.
+        UserError: it was trained on the codes of another autoencoder.
     """
     location = files.join(folder, PRIOR)
     config = read_model_config(location)
     if config["autoencoder_hash"] != autoencoder.config["hash"]:
-        raise ValueError(
+        raise UserError(
             f"the prior in {location!r} was trained on codes of autoencoder {config['autoencoder_hash'][:12]}, but the "
             f"autoencoder there is {autoencoder.config['hash'][:12]}: encode and train the prior again with --fresh"
         )
@@ -148,7 +152,7 @@ class Generator:
     def _check_images(self, images: Tensor) -> None:
         size, channels = self.autoencoder.config["image_size"], self.autoencoder.config["channels"]
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, channels):
-            raise ValueError(
+            raise UserError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; this autoencoder takes uint8 "
                 f"(B, {size}, {size}, {channels})"
             )
@@ -158,7 +162,7 @@ class Generator:
         check_binary(self.autoencoder.config)
         shape = self.autoencoder.code_shape
         if bits.ndim != 4 or tuple(bits.shape[1:]) != shape:
-            raise ValueError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")
+            raise UserError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")
         return self.autoencoder.decode(bits.to(self.device))
 
     def sample(
@@ -186,12 +190,12 @@ class Generator:
             uint8 (count, H, W, channels).
 
         Raises:
-            ValueError: no prior, an unknown class, or a setting out of bounds.
+            UserError: no prior, an unknown class, or a setting out of bounds.
         """
         count = len(labels) if count is None and labels is not None else count
         if count is None or count < 1 or (labels is not None and len(labels) != count):
             given = None if labels is None else len(labels)
-            raise ValueError(f"count is {count} with {given} labels; ask for at least 1 image, and one label for each")
+            raise UserError(f"count is {count} with {given} labels; ask for at least 1 image, and one label for each")
         index = first_index + torch.arange(count)
         return self._draw(index, labels, None, seed, batch_size, settings)
 
@@ -227,17 +231,17 @@ class Generator:
             uint8 (B, count, H, W, channels), the known pixels byte for byte as they were.
 
         Raises:
-            ValueError: no prior or an autoregressive one, an unknown class, images or a mask of another shape, or a
+            UserError: no prior or an autoregressive one, an unknown class, images or a mask of another shape, or a
                 setting out of bounds.
         """
         h, w, _ = self.autoencoder.code_shape
         if mask.dtype != torch.bool or mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
-            raise ValueError(
+            raise UserError(
                 f"the mask is {mask.dtype} of shape {tuple(mask.shape)} for images {tuple(images.shape)}; it must be "
                 "torch.bool of shape (B, H, W), or (1, H, W) for all images, True where a pixel is known"
             )
         if count < 1 or (labels is not None and len(labels) != len(images)):
-            raise ValueError(
+            raise UserError(
                 f"count is {count}, with {None if labels is None else len(labels)} labels for {len(images)} images; "
                 "ask for at least 1 completion, and give one label for each image"
             )
@@ -269,11 +273,11 @@ class Generator:
             uint8 (B, H, width, channels), whose left side is `images`, byte for byte.
 
         Raises:
-            ValueError: as in `inpaint`, or images that are already as wide or narrower than one window.
+            UserError: as in `inpaint`, or images that are already as wide or narrower than one window.
         """
         size, done = self.autoencoder.config["image_size"], images.shape[2]
         if not size <= done < width:
-            raise ValueError(
+            raise UserError(
                 f"images are {done} pixels wide and the result is to be {width}; images must be at least {size} wide, "
                 "the autoencoder's own size, and less than the result"
             )
@@ -304,12 +308,12 @@ class Generator:
             uint8 (B, states, H, W, channels).
 
         Raises:
-            ValueError: as in `sample`, fewer than 2 states, or a prior that is no binary diffusion.
+            UserError: as in `sample`, fewer than 2 states, or a prior that is no binary diffusion.
         """
         prior, config = self._settle(labels, settings)
         model = prior.model
         if not isinstance(model, BinaryModel) or states < 2:
-            raise ValueError(
+            raise UserError(
                 f"{states} states of the process asked for, of a prior whose prior.model is "
                 f"{prior.config['prior']['model']}; ask for at least 2, of a binary one"
             )
@@ -326,11 +330,11 @@ class Generator:
     def _settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> tuple[TrainedPrior, SamplingConfig]:
         """The prior, and how it is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
         if self.prior is None:
-            raise ValueError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
+            raise UserError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
         for label in labels or []:
             if not -1 <= label < self.classes:
                 classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"
-                raise ValueError(f"class {label} asked for; the classes of this prior: {classes}")
+                raise UserError(f"class {label} asked for; the classes of this prior: {classes}")
         if settings.keys() & {"steps", "spacing"}:
             settings = {"grid": [], **settings}
         return self.prior, replace(SamplingConfig(**self.prior.config["sampling"]), **settings)

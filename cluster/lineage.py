@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bld_core.secrets import without_secrets
+from cluster.secrets import without_secrets
 
 COMMIT = "mlflow.source.git.commit"
 """Tag of a run or a version: the commit of this code."""

@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from bld_core.errors import UserError
+
 _DEAD_BELOW = 0.01
 _FAIR = 0.5
 _DEAD, _ALIVE, _LINE = "#d62728", "#4c78a8", "#888888"
@@ -33,11 +35,11 @@ def bit_usage_figure(usage: Tensor, inches: tuple[float, float] = (9.6, 3.6)) ->
         inches: width and height, 100 pixels each.
 
     Raises:
-        ValueError: not a share for each channel.
+        UserError: not a share for each channel.
     """
     share = usage.detach().cpu().double().numpy()
     if share.ndim != 1 or not len(share) or not ((share >= 0) & (share <= 1)).all():
-        raise ValueError(
+        raise UserError(
             f"bit usage has shape {tuple(share.shape)} and values {share.flatten()[:4].tolist()}...; it must be (c,), "
             "shares in [0, 1]: take the mean of the codes over images and positions"
         )

@@ -14,7 +14,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.progress import Progress
+from bld_core.errors import UserError
+from cluster.console import Progress
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
@@ -54,20 +55,20 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ValueError(
+            raise UserError(
                 f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in the command's own process"
             )
         if self.decode_tasks < 1:
-            raise ValueError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
+            raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.read_ahead < _LEAST_READ_AHEAD:
-            raise ValueError(
+            raise UserError(
                 f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with half of "
                 "that, images come half as fast, for blocks wait for memory; to save memory, lower cluster.decode_tasks"
             )
         if self.cpus_per_worker <= 0:
-            raise ValueError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+            raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if self.latents_gb <= 0:
-            raise ValueError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
+            raise UserError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
     @property
     def blocks(self) -> int:
@@ -93,7 +94,7 @@ def connect(config: ClusterConfig) -> None:
     """Connect to Ray once a process, and check that the cluster can hold the work.
 
     Raises:
-        ValueError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
+        UserError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
@@ -108,13 +109,13 @@ def connect(config: ClusterConfig) -> None:
     have = ray.cluster_resources()
     need = config.replicas * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
-        raise ValueError(
+        raise UserError(
             f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
             f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )
     if config.gpu and config.replicas > have.get("GPU", 0):
-        raise ValueError(
+        raise UserError(
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )

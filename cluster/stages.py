@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bld_core import files
-from bld_core.secrets import without_secrets
-from cluster.experiment import Experiment
+from bld_core.errors import UserError
+from bld_core.storage import files
+from cluster.config.experiment import Experiment
 from cluster.runtime import connect
+from cluster.secrets import without_secrets
 
 if TYPE_CHECKING:
     from cluster.tracking import Run
@@ -75,7 +76,7 @@ def open_stage(
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
 
     Raises:
-        ValueError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
+        UserError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
             is too small for the work. Nothing is deleted then.
     """
     # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
@@ -90,10 +91,10 @@ def open_stage(
         outdated = fresh
         if record is not None and (before := _public(record["fingerprint"])) != fingerprint:
             if on_change == "refuse":
-                raise ValueError(_changes(folder, name, before, fingerprint))
+                raise UserError(_changes(folder, name, before, fingerprint))
             record, outdated = None, True
         elif record is None and not fresh and files.exists(folder) and files.listing(folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder!r} holds files but no {RECORD}, so it was not made here: move them away, choose another "
                 f"--name, or delete them with {_anew(name)}"
             )
@@ -155,7 +156,7 @@ def _lock(folder: str) -> Generator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{folder!r} is in use by process {file.read().strip() or '?'}: wait for it, stop it, "
                 "or choose another --name"
             ) from error

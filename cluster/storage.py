@@ -8,8 +8,8 @@ from typing import Any
 from pyarrow import PythonFile
 from pyarrow.fs import FileInfo, FileSelector, FSSpecHandler, PyFileSystem
 
-from bld_core import files
-from bld_core.patience import persist
+from bld_core.storage import files
+from bld_core.storage.patience import persist
 
 
 def run_storage(folder: str) -> dict[str, Any]:

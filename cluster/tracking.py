@@ -23,12 +23,13 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from PIL.Image import Image
 from sqlalchemy.exc import SQLAlchemyError
 
-from bld_core import files
-from bld_core.secrets import without_secrets
+from bld_core.errors import UserError
+from bld_core.storage import files
 from cluster.lineage import COMMIT, command_line, git_commit
+from cluster.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from cluster.experiment import Experiment
+    from cluster.config.experiment import Experiment
 
 STARTS = "bld.starts"
 """Tag of a run: a line for each start of it, with the time, the commit and the command."""
@@ -47,7 +48,7 @@ def connect(uri: str) -> MlflowClient:
     """A client of a tracking server that outlasts a server which is away for some minutes; also of its registry.
 
     Raises:
-        ValueError: a database that cannot be opened. A server is asked for nothing yet.
+        UserError: a database that cannot be opened. A server is asked for nothing yet.
     """
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -59,7 +60,7 @@ def connect(uri: str) -> MlflowClient:
 
 @contextlib.contextmanager
 def plain_errors(uri: str) -> Generator[None]:
-    """What MLflow refuses, or cannot do because its server stays away, is a ValueError that says where, why, what now.
+    """What MLflow refuses, or cannot do because its server stays away, is a UserError that says where, why, what now.
 
     Args:
         uri: tracking URI.
@@ -70,8 +71,8 @@ def plain_errors(uri: str) -> Generator[None]:
         raise _refusal(uri, error) from error
 
 
-def _refusal(uri: str, error: Exception) -> ValueError:
-    return ValueError(
+def _refusal(uri: str, error: Exception) -> UserError:
+    return UserError(
         f"MLflow at {without_secrets(uri)} refused or was away: {without_secrets(str(error))}; check the settings of "
         "`tracking`, that the server or database is there, and the variables MLFLOW_TRACKING_*, which hold credentials"
     )
@@ -181,7 +182,7 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
 
     Raises:
-        ValueError: MLflow refuses it, or is away for longer than `connect` waits; or its experiment was deleted.
+        UserError: MLflow refuses it, or is away for longer than `connect` waits; or its experiment was deleted.
     """
     uri = experiment.tracking.resolve(experiment.root)
     with plain_errors(uri):
@@ -224,7 +225,7 @@ def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:
     name = experiment.tracking.experiment or experiment.name
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise ValueError(
+        raise UserError(
             f"the MLflow experiment {name!r} was deleted: restore it by `mlflow experiments restore --experiment-id "
             f"{found.experiment_id}`, or set tracking.experiment to another name"
         )

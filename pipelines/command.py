@@ -5,18 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cluster.experiment import Experiment
-from cluster.lineage import command_line, without_secrets
-
-_PROJECT = Path(__file__).parents[1]
+from cluster.config.experiment import Experiment
+from cluster.console import user_errors_answered
+from cluster.lineage import command_line
 
 
 class Parser(ArgumentParser):
@@ -41,8 +38,7 @@ def command(
 ) -> None:
     """Parse the command line, do the work; a user's mistake ends in one message and exit code 2, not a traceback.
 
-    So does storage that cannot be reached. A ValueError is a user's mistake where this project raised it; one of a
-    library is a fault, and keeps its traceback.
+    So does storage that cannot be reached. Any other error is a fault, and keeps its traceback.
 
     Args:
         description: what --help says first.
@@ -55,20 +51,9 @@ def command(
     made.add_argument("--config", action="config", help="settings file; flags after it override its fields")
     made.add_class_arguments(settings)
     extras(made)
-    try:
+    with user_errors_answered():
         flags = made.instantiate(made.parse_args())
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
-    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError) as error:
-        if not _is_ours(error):
-            raise
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this project found the mistake, or a file that the user named is missing."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return isinstance(error, FileNotFoundError) or raised_in.is_relative_to(_PROJECT)
 
 
 def fresh_flag(made: Parser) -> None:

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.encode import encode_latents, verify_latents
-from cluster.experiment import Experiment
+from cluster.config.experiment import Experiment
+from cluster.data.encode import encode_latents, verify_latents
 from pipelines.command import Parser, command, fresh_flag, next_command
 
 

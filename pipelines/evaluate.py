@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 
-from cluster.evaluate import evaluate
-from cluster.experiment import Experiment
-from cluster.figures import table
-from cluster.report import write_report
+from cluster.config.experiment import Experiment
+from cluster.evaluation.evaluate import evaluate
+from cluster.report.page import write_report
+from cluster.report.tables import table
 from pipelines.command import command, fresh_flag, next_command
 
 

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.inpaint import InpaintConfig, inpaint
+from cluster.config.experiment import Experiment
+from cluster.sampling.inpainting import InpaintConfig, inpaint
 from pipelines.command import Parser, command, fresh_flag
 
 

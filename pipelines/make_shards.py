@@ -3,7 +3,7 @@
 import shlex
 from argparse import Namespace
 
-from cluster.shards import ShardConfig, make_shards
+from cluster.data.shards import ShardConfig, make_shards
 from pipelines.command import command
 
 

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.reference import make_references
+from cluster.config.experiment import Experiment
+from cluster.evaluation.references import make_references
 from pipelines.command import command, next_command
 
 

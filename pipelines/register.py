@@ -3,8 +3,8 @@
 import shlex
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.registry import register
+from cluster.config.experiment import Experiment
+from cluster.registry.registry import register
 from pipelines.command import command
 
 

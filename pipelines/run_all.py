@@ -2,13 +2,13 @@
 
 from argparse import Namespace
 
-from cluster.encode import encode_latents
-from cluster.evaluate import evaluate
-from cluster.experiment import Experiment
-from cluster.figures import table
-from cluster.report import write_report
-from cluster.sample import GridConfig, draw_grid
-from cluster.train import train_autoencoder, train_prior
+from cluster.config.experiment import Experiment
+from cluster.data.encode import encode_latents
+from cluster.evaluation.evaluate import evaluate
+from cluster.report.page import write_report
+from cluster.report.tables import table
+from cluster.sampling.grids import GridConfig, draw_grid
+from cluster.training.train import train_autoencoder, train_prior
 from pipelines.command import command, next_command
 
 

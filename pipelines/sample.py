@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.sample import GridConfig, draw_grid
+from cluster.config.experiment import Experiment
+from cluster.sampling.grids import GridConfig, draw_grid
 from pipelines.command import Parser, command, fresh_flag, next_command
 
 

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.train import train_prior
+from cluster.config.experiment import Experiment
+from cluster.training.train import train_prior
 from pipelines.command import command, fresh_flag, next_command
 
 

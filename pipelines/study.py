@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.study import StudyName, run_study, table
+from cluster.config.experiment import Experiment
+from cluster.evaluation.study import StudyName, run_study, table
 from pipelines.command import Parser, command, fresh_flag
 
 

@@ -2,8 +2,8 @@
 
 from argparse import Namespace
 
-from cluster.experiment import Experiment
-from cluster.sweep import sweep_prior, table
+from cluster.config.experiment import Experiment
+from cluster.training.sweep import sweep_prior, table
 from pipelines.command import command, fresh_flag, next_command
 
 

@@ -17,21 +17,24 @@ import ray
 import torch
 from torch import nn
 
-from bld_core import files
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig
-from bld_core.checkpoint import save_model
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.data.images import ImageConfig
+from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.images import ImageConfig
-from bld_core.latent_shards import LatentConfig
-from bld_core.prior import Prior, PriorConfig
-from bld_core.sampling import SamplingConfig
-from bld_core.training import TrainingConfig
-from cluster.encode import encode_latents
-from cluster.experiment import Experiment, SweepConfig, TrackingConfig
-from cluster.measures import EvaluationConfig
+from bld_core.latents.writer import LatentConfig
+from bld_core.prior.transformer import Prior, PriorConfig
+from bld_core.storage import files
+from bld_core.training.checkpoint import save_model
+from bld_core.training.loop import TrainingConfig
+from cluster.config.experiment import Experiment
+from cluster.config.tracking import TrackingConfig
+from cluster.data.encode import encode_latents
+from cluster.data.shards import ShardConfig, make_shards
+from cluster.evaluation.config import EvaluationConfig
 from cluster.runtime import ClusterConfig
-from cluster.shards import ShardConfig, make_shards
-from cluster.train import train_autoencoder, train_prior
+from cluster.training.config import SweepConfig
+from cluster.training.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
 
 STORAGE_SECONDS = 25  # Ray's workers have it from the session's environment
@@ -192,7 +195,7 @@ def random_pair(
         (
             AUTOENCODER,
             autoencoder,
-            Autoencoder(experiment.autoencoder, 1),
+            make_autoencoder(experiment.autoencoder, 1),
             {
                 "autoencoder": asdict(experiment.autoencoder),
                 "code_shape": (h, w, c),

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.autoencoder import to_float
+from bld_core.data.images import to_float
 from bld_core.noise import key_of, permutation
-from bld_core.training import Batch, TrainingConfig, TrainState, make_state, train
+from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
 
 _WIDTHS = (32, 64, 128)
 _SIDE = 4  # pixels of the last feature map, over which features are averaged

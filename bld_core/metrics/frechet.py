@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bld_core.errors import UserError
+
 
 def _nothing() -> Tensor:
     return torch.zeros(0, dtype=torch.float64)
@@ -37,10 +39,10 @@ class FeatureMoments:
             features: (B, F), any device and any real type; B may be 0.
 
         Raises:
-            ValueError: not (B, F), a number of features other than before, or a value that is not finite.
+            UserError: not (B, F), a number of features other than before, or a value that is not finite.
         """
         if features.ndim != 2:
-            raise ValueError(
+            raise UserError(
                 f"features have shape {tuple(features.shape)}; it must be (B, F), a row for each image: flatten each "
                 "image's features, or average them over positions"
             )
@@ -49,7 +51,7 @@ class FeatureMoments:
         x_BF = features.detach().cpu().double()
         if not x_BF.isfinite().all():
             wrong = int((~x_BF.isfinite()).any(1).sum())
-            raise ValueError(
+            raise UserError(
                 f"{wrong} of {len(x_BF)} feature vectors hold NaN or infinity, and a moment would too: look for the "
                 "images or the precision that the extractor cannot take"
             )
@@ -61,7 +63,7 @@ class FeatureMoments:
         """Add another worker's part.
 
         Raises:
-            ValueError: another number of features.
+            UserError: another number of features.
         """
         if not other.count:
             return
@@ -80,10 +82,10 @@ class FeatureMoments:
         """The covariance (n - 1), float64 (F, F).
 
         Raises:
-            ValueError: fewer than 2 vectors.
+            UserError: fewer than 2 vectors.
         """
         if self.count < 2:
-            raise ValueError(f"{self.count} feature vectors; a covariance needs at least 2: add images")
+            raise UserError(f"{self.count} feature vectors; a covariance needs at least 2: add images")
         return self.scatter / (self.count - 1)
 
 
@@ -104,7 +106,7 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
         The distance, finite and at least 0, in squared units of the features.
 
     Raises:
-        ValueError: fewer than 2 vectors, or feature vectors of different lengths.
+        UserError: fewer than 2 vectors, or feature vectors of different lengths.
     """
     covariances = a.covariance, b.covariance
     _check_sizes(a, b)
@@ -123,7 +125,7 @@ def _factor(covariance: Tensor) -> Tensor:
 
 def _check_sizes(a: FeatureMoments, b: FeatureMoments) -> None:
     if len(a.mean) != len(b.mean):
-        raise ValueError(
+        raise UserError(
             f"feature vectors of lengths {len(a.mean)} and {len(b.mean)}; they must be equal: take both sets from the "
             "same layer of the same extractor"
         )

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bld_core.errors import UserError
+
 _SHUFFLE = 2020
 
 
@@ -13,10 +15,10 @@ def split_of_samples(count: int, splits: int = 10) -> Tensor:
     """Which split each of `count` samples falls into, int64 (count,): torch-fidelity's shuffle and cuts.
 
     Raises:
-        ValueError: fewer samples than splits, one of which would be empty.
+        UserError: fewer samples than splits, one of which would be empty.
     """
     if count < splits:
-        raise ValueError(f"{count} samples for an Inception score of {splits} splits; it needs one for each: draw more")
+        raise UserError(f"{count} samples for an Inception score of {splits} splits; it needs one for each: draw more")
     order = torch.from_numpy(np.random.RandomState(_SHUFFLE).permutation(count))
     ends = torch.tensor([(split + 1) * count // splits for split in range(splits)])
     found = torch.empty(count, dtype=torch.int64)
@@ -32,7 +34,7 @@ class InceptionScore:
         splits: parts that are scored by themselves.
 
     Raises:
-        ValueError: fewer samples than splits.
+        UserError: fewer samples than splits.
     """
 
     def __init__(self, count: int, splits: int = 10) -> None:
@@ -55,10 +57,10 @@ class InceptionScore:
         """The score of each split, float64 (splits,), from 1 to the number of classes; report their mean.
 
         Raises:
-            ValueError: not every sample was seen, once.
+            UserError: not every sample was seen, once.
         """
         if not torch.equal(self._seen, torch.bincount(self._split, minlength=self._splits)):
-            raise ValueError(
+            raise UserError(
                 f"{int(self._seen.sum())} of {len(self._split)} samples were seen; the score is one of all, each once"
             )
         p_y = self._probabilities / self._seen[:, None]

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 import bld_core
-from bld_core.autoencoder import to_float, to_uint8
-from bld_core.checkpoint import save_model
-from bld_core.diffusion import DiffusionConfig, Target
+from bld_core.data.images import stack, to_float, to_uint8
+from bld_core.diffusion.process import DiffusionConfig, Target
+from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.generator import Generator, known_tokens
-from bld_core.images import stack
-from bld_core.models import make_model
 from bld_core.noise import uniform
-from bld_core.prior import ModelName, PriorConfig
-from bld_core.sampling import SamplingConfig
+from bld_core.prior.model import make_model
+from bld_core.prior.transformer import ModelName, PriorConfig
+from bld_core.training.checkpoint import save_model
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
 
 CLASSES = 3

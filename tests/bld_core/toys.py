@@ -17,19 +17,28 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bld_core import files
-from bld_core.autoencoder import Autoencoder, AutoencoderConfig
-from bld_core.bits import pack_bits
-from bld_core.diffusion import Denoiser, Target, calibrate, reverse_flip_probability, to_evidence, transition, vlb_loss
-from bld_core.epochs import latent_batches
-from bld_core.images import LabelledImage
-from bld_core.latent_shards import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
-from bld_core.latents import Latents, open_latents
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
+from bld_core.data.images import LabelledImage
+from bld_core.data.shards import Sample
+from bld_core.diffusion.process import (
+    Denoiser,
+    Target,
+    calibrate,
+    reverse_flip_probability,
+    to_evidence,
+    transition,
+    vlb_loss,
+)
+from bld_core.diffusion.schedule import NoiseSchedule
+from bld_core.latents.bits import pack_bits
+from bld_core.latents.loader import latent_batches
+from bld_core.latents.reader import Latents, open_latents
+from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
 from bld_core.noise import uniform
-from bld_core.prior import Prior, PriorConfig
-from bld_core.samples import Sample
-from bld_core.schedule import NoiseSchedule
-from bld_core.training import Batch, TrainingConfig
+from bld_core.prior.transformer import Prior, PriorConfig
+from bld_core.storage import files
+from bld_core.training.loop import Batch, TrainingConfig
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
 TARGETS: tuple[Target, ...] = ("flip", "z0", "z_prev")
@@ -237,7 +246,7 @@ TINY_AUTOENCODER = AutoencoderConfig(bits=8, channels=8, multipliers=[1, 1, 2], 
 
 def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
     torch.manual_seed(seed)
-    return Autoencoder(TINY_AUTOENCODER, channels).eval()
+    return make_autoencoder(TINY_AUTOENCODER, channels).eval()
 
 
 def write_latents(folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,)) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 import bld_core
-from bld_core import files
-from bld_core.checkpoint import CONFIG, WEIGHTS
 from bld_core.generator import AUTOENCODER
-from bld_core.patience import StorageError
-from cluster.encode import encode_latents, verify_latents
-from cluster.evaluate import evaluate
-from cluster.experiment import Experiment, TrackingConfig
-from cluster.sample import GridConfig, draw_grid
-from cluster.train import train_autoencoder, train_prior
+from bld_core.storage import files
+from bld_core.storage.patience import StorageError
+from bld_core.training.checkpoint import CONFIG, WEIGHTS
+from cluster.config.experiment import Experiment
+from cluster.config.tracking import TrackingConfig
+from cluster.data.encode import encode_latents, verify_latents
+from cluster.evaluation.evaluate import evaluate
+from cluster.sampling.grids import GridConfig, draw_grid
+from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import STORAGE_SECONDS, small_experiment, small_training
 from tests.servers import S3Server
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import ray
 
-from bld_core.autoencoder import AutoencoderConfig
-from bld_core.diffusion import DiffusionConfig
-from bld_core.images import AugmentationConfig, ImageConfig
-from bld_core.sampling import SamplingConfig
-from cluster.encode import encode_latents
-from cluster.experiment import Experiment
+from bld_core.autoencoder.network import AutoencoderConfig
+from bld_core.data.images import AugmentationConfig, ImageConfig
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.sampling import SamplingConfig
+from cluster.config.experiment import Experiment
+from cluster.data.encode import encode_latents
 from cluster.runtime import ClusterConfig, connect
 from cluster.stages import open_stage
 from cluster.tracking import Run, start_run
-from cluster.train import train_autoencoder, train_prior
+from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import copy_of, small_experiment
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 import cluster.lineage as lineage_module
-from bld_core.images import ImageConfig
-from bld_core.secrets import without_secrets
-from cluster.experiment import Experiment, TrackingConfig
+from bld_core.data.images import ImageConfig
+from cluster.config.experiment import Experiment
+from cluster.config.tracking import TrackingConfig
+from cluster.data.shards import ShardConfig
 from cluster.lineage import COMMIT, lineage
-from cluster.shards import ShardConfig
+from cluster.secrets import without_secrets
 from cluster.tracking import STARTS, Run, SystemLoad, connect, start_run
 from tests.conftest import small_experiment
 from tests.servers import MlflowServer, free_port

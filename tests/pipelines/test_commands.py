@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from bld_core.samples import read_shard, write_shard
+from bld_core.data.shards import read_shard, write_shard
 from pipelines.command import command, next_command
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"

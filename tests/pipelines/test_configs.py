@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bld_core.autoencoder import Autoencoder
-from bld_core.losses import PatchCritic
-from bld_core.prior import Prior
-from cluster.experiment import Experiment
+from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.prior.transformer import Prior
+from cluster.config.experiment import Experiment
 from pipelines.command import command
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).parents[2].glob("configs/*.yaml"))}
@@ -75,7 +75,7 @@ def networks(experiment: Experiment) -> dict[str, tuple[Size, tuple[int, ...]]]:
     """Every network on the meta device: its size, and the shape that one image or code leaves it in."""
     data, (h, w, c) = experiment.data, experiment.code_shape
     with torch.device("meta"):
-        autoencoder = Autoencoder(experiment.autoencoder, data.channels)
+        autoencoder = make_autoencoder(experiment.autoencoder, data.channels)
         critic = PatchCritic(experiment.loss, data.channels)
         prior = Prior(experiment.prior, h * w, c)
         x, z = torch.zeros(1, data.channels, data.image_size, data.image_size), torch.zeros(1, c, h, w)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bld_core.files import expand
-from bld_core.images import ImageConfig, first_images
-from cluster.experiment import Experiment
+from bld_core.data.images import ImageConfig, first_images
+from bld_core.storage.files import expand
+from cluster.config.experiment import Experiment
 from tests.pipelines.test_commands import run
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""The binary autoencoder (Section 3): images to bits and back."""

@@ -1,0 +1,1 @@
+"""The latents that Table 4 compares binary codes with."""

@@ -1,0 +1,109 @@
+"""The terms of Eq. 2 beside plain reconstruction error: perceptual, adversarial, and the adaptive weight between them.
+
+Shapes: x_BCHW images, y_BCHW reconstructions, both in [-1, 1] (y only about); a critic's map is (B, 1, h, w) of logits.
+
+The perceptual term needs the packages lpips and torchvision, which are imported only when it is built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bld_core.errors import UserError
+from bld_core.storage.weights import VGG16
+from bld_core.training.replicas import place, sum_over_replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Eq. 2 as a weighted collection; a term of weight 0 is not computed, and what it needs is not loaded.
+
+    Args:
+        l1: weight of the mean absolute error.
+        mse: weight of the mean squared error.
+        perceptual: weight of LPIPS (VGG16).
+        vgg_weights: local file of torchvision's VGG16 ImageNet weights; empty downloads it.
+        vgg_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8.
+        adversarial: weight of the generator's hinge loss, beside its adaptive weight.
+        adversarial_start: step from which the adversarial term counts; before it the weight is 0.
+        adversarial_limit: upper clamp of the adaptive weight.
+        critic_channels: feature channels of the critic's first layer.
+        critic_layers: convolutions of the critic that halve the resolution; 3 judge patches of 70 x 70 pixels.
+        critic_learning_rate: step size of the critic's optimizer.
+        entropy: weight of the quantizer's entropy regulariser: surer bits, each of them used half of the time.
+    """
+
+    l1: float = 1.0
+    mse: float = 0.0
+    perceptual: float = 0.0
+    vgg_weights: str = ""
+    vgg_sha256: str = VGG16.sha256
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    adversarial_limit: float = 1e4
+    critic_channels: int = 64
+    critic_layers: int = 3
+    critic_learning_rate: float = 2e-4
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "mse", "perceptual", "adversarial", "adversarial_start", "entropy"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be 0 or more, and finite")
+        for name in ("adversarial_limit", "critic_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be above 0, and finite")
+        for name in ("critic_channels", "critic_layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.l1 == self.mse == 0:
+            raise UserError("loss.l1 and loss.mse are both 0; one must be above 0, or nothing ties pixels to the image")
+        VGG16.check_settings(self.vgg_weights, self.vgg_sha256)
+
+
+# --- The perceptual term --------------------------------------------------------------------------------------------
+
+
+# --- The adversarial term -------------------------------------------------------------------------------------------
+
+
+def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Eq. 2, what the critic minimises: (E[max(0, 1 - real)] + E[max(0, 1 + fake)]) / 2; a scalar."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Eq. 2, the adversarial term of the autoencoder: -E[fake]; a scalar."""
+    return -fake_logits.mean()
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limit: float) -> Tensor:
+    """The adversarial weight: ||d rec / d last|| / (||d adv / d last|| + 1e-4), clamped to [0, limit].
+
+    Where torch.distributed runs with several workers, both gradients are first averaged over all of them, so every
+    replica uses the weight of the global batch. It is then a collective call: every worker makes it, at the same step.
+
+    Args:
+        reconstruction_loss: scalar, the mean over this worker's share of the batch; all terms but the adversarial one.
+        adversarial_loss: scalar, likewise: `hinge_generator_loss`, before any weight.
+        last_layer: weight of the decoder's last layer, on which both losses depend.
+        limit: upper clamp.
+
+    Returns:
+        Scalar without gradient. Both graphs are kept for the backward pass, and no `.grad` is touched. It costs a
+        backward pass through the perceptual network and one through the critic, beside those of the step itself.
+    """
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+            for loss in (reconstruction_loss, adversarial_loss)
+        ]
+    )
+    gradients = sum_over_replicas(gradients) / place()[1]
+    reconstruction, adversarial = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return (reconstruction / (adversarial + 1e-4)).clamp(0, limit).detach()

@@ -1,0 +1,67 @@
+"""The two objectives: what stage 1 and stage 2 minimise, as functions of (state, batch)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bld_core.autoencoder.losses import LossConfig, adaptive_weight, hinge_critic_loss, hinge_generator_loss
+from bld_core.autoencoder.network import Autoencoder
+from bld_core.autoencoder.perceptual import Perceptual
+from bld_core.data.images import to_float
+from bld_core.noise import uniform
+from bld_core.training.loop import Batch, TrainState
+
+
+class AutoencoderObjective:
+    """Eq. 2 through drawn bits: a weighted sum of reconstruction, perceptual and adversarial terms."""
+
+    def __init__(
+        self, losses: LossConfig, code_shape: tuple[int, int, int], seed: int, perceptual: Perceptual | None = None
+    ) -> None:
+        """The draws are keyed on (seed, global sample index); `perceptual` is there where `losses` weighs it."""
+        self.losses = losses
+        self.code_size = math.prod(code_shape)
+        self.seed = seed
+        self.perceptual = perceptual
+
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+        """The terms and "loss", their weighted sum; "critic" is the critic's own loss.
+
+        Terms come without their weights, except those of the bottleneck, which weighs its own.
+        """
+        losses = self.losses
+        x = to_float(batch.data)
+        u = uniform(self.seed, "autoencoder draw", batch.sample_index, self.code_size)
+        x_hat, latent_terms = state(x, u)
+        x_hat = x_hat.float()
+        terms: dict[str, Tensor] = {}
+        loss = x_hat.new_zeros(())
+        if losses.l1:
+            terms["l1"] = F.l1_loss(x_hat, x)
+            loss = loss + losses.l1 * terms["l1"]
+        if losses.mse:
+            terms["mse"] = F.mse_loss(x_hat, x)
+            loss = loss + losses.mse * terms["mse"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x, x_hat).mean()
+            loss = loss + losses.perceptual * terms["perceptual"]
+        if state.critic is not None and state.step >= losses.adversarial_start:
+            loss = loss + self._adversarial(state, state.critic, x, x_hat, loss, terms)
+        loss = loss + sum(latent_terms.values())
+        return {"loss": loss, **terms, **latent_terms}
+
+    def _adversarial(
+        self, state: TrainState, critic: TrainState, x: Tensor, x_hat: Tensor, loss: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """The weighted adversarial term; adds it, its weight and the critic's loss to `terms`."""
+        terms["adversarial"] = hinge_generator_loss(critic.judge(x_hat).float())
+        assert isinstance(state.module, Autoencoder), "stage 1 trains an autoencoder"
+        limit = self.losses.adversarial_limit
+        terms["adaptive"] = adaptive_weight(loss, terms["adversarial"], state.module.last_layer, limit)
+        real, fake = critic(torch.cat([x, x_hat.detach()])).float().chunk(2)
+        terms["critic"] = hinge_critic_loss(real, fake)
+        return self.losses.adversarial * terms["adaptive"] * terms["adversarial"]

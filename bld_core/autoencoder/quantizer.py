@@ -1,0 +1,171 @@
+"""Bernoulli quantizer (Section 3.1): logits to bits, with a straight-through gradient; how healthy the bits are.
+
+Shapes: B images, c bits, an H x W grid. logits_BCHW are log-odds of a 1; y their sigmoid; z the bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bld_core.errors import UserError
+from bld_core.training.replicas import place, sum_over_replicas
+
+_ENTROPY_STEPS = 2.0**24  # entropies are summed as multiples of 2^-24 bits: exact, in any order, up to 2^29 positions
+
+
+def quantize(logits: Tensor, u: Tensor | None = None) -> Tensor:
+    """Eq. 1: z ~ Bernoulli(y), y = sigmoid(logits); z_st = stop_gradient(z) + y - stop_gradient(y).
+
+    Args:
+        logits: any shape.
+        u: uniforms in [0, 1) of the same shape, which decide the draw; None takes the mode, y > 1/2.
+
+    Returns:
+        Bits, exactly 0.0 or 1.0, shaped like logits; their gradient is that of y.
+    """
+    y = torch.sigmoid(logits)
+    z = (y > 0.5 if u is None else u < y).to(y.dtype)
+    return z + (y - y.detach())  # the bracket is exactly 0, so the value stays binary
+
+
+def entropy_term(logits_BCHW: Tensor, *, synchronize: bool = False) -> Tensor:
+    """Mean H(y) - mean over channels of H(mean y), in nats: bits that are sure of each image and balanced over images.
+
+    Args:
+        logits_BCHW: float32.
+        synchronize: take "mean y" over the equal batches of all replicas; the mean of their gradients is then that of
+            the whole batch.
+
+    Returns:
+        A scalar in [-ln 2, 0]: -ln 2 where every bit is sure and balanced, 0 where it says nothing of its image.
+    """
+    y = torch.sigmoid(logits_BCHW)
+    each = y * nn.functional.softplus(-logits_BCHW) + (1 - y) * nn.functional.softplus(logits_BCHW)
+    usage = y.mean((0, 2, 3))
+    if synchronize:
+        whole = sum_over_replicas(usage.detach().clone()) / place()[1]
+        usage = whole + (usage - usage.detach())
+    usage = usage.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the slope of the entropy is infinite
+    return each.mean() - (torch.special.entr(usage) + torch.special.entr(1 - usage)).mean()
+
+
+class Bottleneck(nn.Module):
+    """What stands between encoder and decoder: (features_BCHW, u or None) -> (latent_BCHW, its weighted loss terms).
+
+    Attributes:
+        inputs: channels that it takes.
+        outputs: channels that it gives.
+    """
+
+    inputs: int
+    outputs: int
+
+
+class BernoulliBottleneck(Bottleneck):
+    """Bits: drawn with the uniforms u, or the mode without them (Eq. 1).
+
+    With `entropy` > 0 there is a loss term "entropy" = entropy * `entropy_term`: the entropy penalty of lookup-free
+    quantization (Yu et al. 2024, MAGVIT-v2), bit by bit.
+
+    Args:
+        bits: c, channels in and out.
+        entropy: weight of the entropy term; 0 computes none.
+        draw: whether uniforms decide the bits; without, the mode is taken all the same.
+    """
+
+    def __init__(self, bits: int, entropy: float = 0.0, *, draw: bool = True) -> None:
+        super().__init__()
+        if entropy < 0:
+            raise UserError(
+                f"entropy of a Bernoulli bottleneck is {entropy}; a weight must be 0 (no such term) or more"
+            )
+        self.inputs = self.outputs = bits
+        self.entropy = entropy
+        self.draw = draw
+
+    def forward(self, features_BCHW: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, c, H, W) -> bits of the same shape and dtype, 0 or 1, and the entropy term if it has a weight."""
+        logits = features_BCHW.float()
+        z = quantize(logits, u if self.draw else None).to(features_BCHW.dtype)
+        if self.entropy == 0:
+            return z, {}
+        synchronize = self.training and torch.is_grad_enabled()
+        return z, {"entropy": self.entropy * entropy_term(logits, synchronize=synchronize)}
+
+
+def _nothing() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+@dataclass
+class CodeHealth:
+    """How the bits of a code are used, from sums that merge: the same to the last digit however the work is split.
+
+    Attributes:
+        count: positions seen, over all images.
+        ones: float64 (c,): positions where the mode of each bit is 1.
+        pairs: float64 (c, c): positions where both bits are 1.
+        entropy: float64 (c,): sum of H(y), in units of 2^-24 bits.
+    """
+
+    count: int = 0
+    ones: Tensor = field(default_factory=_nothing)
+    pairs: Tensor = field(default_factory=_nothing)
+    entropy: Tensor = field(default_factory=_nothing)
+
+    @torch.no_grad()
+    def update(self, logits_BCHW: Tensor) -> None:
+        """Add the logits of some images, (B, c, H, W)."""
+        logits_CN = logits_BCHW.float().transpose(0, 1).flatten(1)
+        z, y = quantize(logits_CN).double(), logits_CN.double().sigmoid()
+        bits = (torch.special.entr(y) + torch.special.entr(1 - y)) / math.log(2)
+        entropy = bits.mul(_ENTROPY_STEPS).round().sum(1)
+        self.merge(CodeHealth(z.shape[1], z.sum(1).cpu(), (z @ z.T).cpu(), entropy.cpu()))
+
+    def merge(self, other: CodeHealth) -> None:
+        """Add another worker's part."""
+        self.count += other.count
+        self.ones = self.ones + other.ones
+        self.pairs = self.pairs + other.pairs
+        self.entropy = self.entropy + other.entropy
+
+    @property
+    def usage(self) -> Tensor:
+        """float64 (c,): the share of positions where the mode of each bit is 1."""
+        return self.ones / self.count
+
+    @property
+    def correlation(self) -> float:
+        """Mean |Pearson correlation| between different bits; stuck bits have none and are left out; 0 below two."""
+        covariance = self.count * self.pairs - torch.outer(self.ones, self.ones)  # times count^2: whole numbers, exact
+        alive = covariance.diagonal() > 0
+        n = int(alive.sum())
+        if n < 2:
+            return 0.0
+        covariance = covariance[alive][:, alive]
+        variance = covariance.diagonal()
+        correlation = (covariance / torch.outer(variance, variance).sqrt()).abs().fill_diagonal_(0)
+        return float(correlation.sum()) / (n * (n - 1))
+
+    def figures(self) -> dict[str, float]:
+        """Four figures; NaN over nothing.
+
+        Returns:
+            bit_entropy: mean of H(y), 0..1 bits: 0 where the encoder is sure of every bit.
+            bit_usage_mean: mean of `usage`; 1/2 is balanced.
+            dead_bits: share of bits whose usage is below 0.01 or above 0.99.
+            bit_correlation: `correlation`; 0 where the bits say different things, as far as pairs can tell.
+        """
+        if self.count == 0:
+            return dict.fromkeys(("bit_entropy", "bit_usage_mean", "dead_bits", "bit_correlation"), math.nan)
+        usage = self.usage
+        return {
+            "bit_entropy": float(self.entropy.mean()) / (_ENTROPY_STEPS * self.count),
+            "bit_usage_mean": float(usage.mean()),
+            "dead_bits": float(((usage < 0.01) | (usage > 0.99)).double().mean()),
+            "bit_correlation": self.correlation,
+        }

@@ -1,0 +1,1 @@
+"""Image shards: tar files, samples, images; what is left out of them, and why."""

@@ -1,0 +1,292 @@
+"""Image files of any kind -> upright uint8 images of one form; how they vary in training."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from bld_core.data.shards import Sample, read_shard
+from bld_core.data.skipped import Left, Reason, Skipped
+from bld_core.errors import UserError
+from bld_core.noise import key_of, uniform
+from bld_core.storage import files
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_FORMATS = ("JPEG", "PNG", "WEBP")  # by their content; what else Pillow can open has no business in a shard
+_MOST_PIXELS = 178_956_970  # Pillow's own limit
+_PROBED_BYTES = 16 << 20
+_SHARDS_PROBED = 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """The images: WebDataset shards and the form that they are brought into.
+
+    Args:
+        train: training shards: a path or URL with {0000..0003} braces or * globs.
+        validation: held-out shards, in the same form; they are never trained on.
+        image_size: side of the square images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        fit: how other sizes become that square: "crop" scales the short side and cuts out the centre, "pad" centres
+            the image, unscaled, on black.
+        extensions: file extensions that are images, in lower case: of jpg, jpeg, png and webp.
+        draft: decode a JPEG that is at least four times as large as needed at 1/2, 1/4 or 1/8 of its size, of which at
+            least twice the size needed is left to scale down: 2 to 2.5 times as fast, 44 to 51 dB from the full decode.
+        max_pixels: a larger image (width times height) is left out before it is decoded.
+        max_skipped: share of the samples that may be left out as damaged or unusable; above it the job fails with a
+            report of the reasons and the first few names.
+    """
+
+    train: str = ""
+    validation: str = ""
+    image_size: int = 256
+    channels: Literal[1, 3] = 3
+    fit: Literal["crop", "pad"] = "crop"
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    draft: bool = False
+    max_pixels: int = 1 << 26
+    max_skipped: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
+        if not self.extensions:
+            raise UserError("data.extensions is empty; name at least one, for example [png]")
+        if unknown := sorted({*self.extensions} - {*EXTENSIONS}):
+            raise UserError(f"data.extensions names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case")
+        if not 1 <= self.max_pixels <= _MOST_PIXELS:
+            raise UserError(f"data.max_pixels is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit")
+        if not 0 <= self.max_skipped <= 1:
+            raise UserError(f"data.max_skipped is {self.max_skipped}; it is a share and must lie in [0, 1]")
+
+
+class View(NamedTuple):
+    """How an image is shown once.
+
+    Attributes:
+        resize: its short side becomes this many times image_size.
+        left: of the square, as a share of the places that it can have, in [0, 1); unused where resize is 1.
+        top: the same, downwards.
+        mirrored: left to right, after the cut.
+    """
+
+    resize: float
+    left: float
+    top: float
+    mirrored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How the images of autoencoder training vary from epoch to epoch; validation and encoding take them as they are.
+
+    Args:
+        resize: the short side is scaled to this many times image_size, then a square is cut out at random; the paper
+            uses 1.05. At 1 the centre is cut out, as without augmentation.
+        flip: mirror each image left to right with probability 1/2.
+    """
+
+    resize: float = 1.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.resize <= 2:
+            raise UserError(
+                f"augmentation.resize is {self.resize}; it must be in [1, 2]: below 1 no square fits, above 2 less "
+                "than a quarter of the image is left; the paper uses 1.05"
+            )
+
+    def view(self, seed: int, epoch: int, key: str) -> View | None:
+        """How the sample of this key looks in an epoch: a function of (seed, epoch, key); None: as it is."""
+        if self.resize == 1 and not self.flip:
+            return None
+        index = torch.tensor([key_of(key)])
+        left, top, flip = uniform(seed, f"augmentation {epoch}", index, 3)[0].tolist()
+        return View(self.resize, left, top, self.flip and flip < 0.5)
+
+
+class LabelledImage(NamedTuple):
+    """One decoded image: pixels uint8 (H, W, channels)."""
+
+    key: str
+    pixels: NDArray[np.uint8]
+    label: int
+
+
+class BadImage(OSError):  # noqa: N818  # as OSError's own children are named
+    """An image file that is of no use.
+
+    Attributes:
+        reason: why.
+    """
+
+    def __init__(self, reason: Reason, detail: object) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def decode(data: bytes | memoryview, config: ImageConfig, view: View | None = None) -> NDArray[np.uint8]:
+    """Bytes of an image file -> uint8 (image_size, image_size, channels), in one view of it or as it is.
+
+    The image is turned upright as its EXIF orientation says; transparent parts show white; of 16 bits the upper 8 are
+    kept.
+
+    Raises:
+        BadImage: the bytes are not a whole image, or it is larger than the configuration allows.
+        UserError: `fit: pad`, and the image is larger than the square.
+    """
+    size = config.image_size
+    varied = view is not None and view.resize > 1
+    assert not (varied and config.fit == "pad"), "refused where the configurations meet"
+    short = round(size * view.resize) if view is not None else size
+    image = _open(data, config, short)
+    if image.size != (size, size) or varied:
+        image = _pad(image, size) if config.fit == "pad" else _crop(image, size, short, view, config.max_pixels)
+    pixels = np.asarray(image, dtype=np.uint8).reshape(size, size, config.channels)
+    return np.ascontiguousarray(pixels[:, ::-1]) if view is not None and view.mirrored else pixels
+
+
+def _open(data: bytes | memoryview, config: ImageConfig, short: int) -> Image.Image:
+    """A whole image, upright, of which the short side is to become `short`; mode L or RGB."""
+    if not len(data):
+        raise BadImage(Reason.EMPTY, "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        pixels = image.width * image.height
+        if pixels <= config.max_pixels:
+            if config.draft and config.fit == "crop":
+                image.draft(None, (2 * short, 2 * short))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image).convert("L" if config.channels == 1 else "RGB")
+    except Image.DecompressionBombError as error:
+        raise BadImage(Reason.TOO_LARGE, error) from error
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+        raise BadImage(Reason.UNREADABLE, error) from error  # Pillow's decoders say all of these of damaged files
+    raise BadImage(Reason.TOO_LARGE, f"{pixels} pixels")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The same image, opaque, with 8 bits a channel."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+def _crop(image: Image.Image, size: int, short: int, view: View | None, most: int) -> Image.Image:
+    scale = short / min(image.size)
+    width, height = (max(short, round(side * scale)) for side in image.size)
+    if width * height > most:
+        raise BadImage(Reason.TOO_LARGE, f"{image.size} pixels, scaled to {(width, height)}")
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    if view is not None and view.resize > 1:
+        left, top = int(view.left * (width - size + 1)), int(view.top * (height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    if max(image.size) > size:
+        raise UserError(f"an image of {image.size} pixels does not fit data.image_size {size}; set data.fit to crop")
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(image, ((size - image.size[0]) // 2, (size - image.size[1]) // 2))
+    return canvas
+
+
+def _as_is(key: str) -> None:
+    """The view of validation and encoding."""
+
+
+def decode_samples(
+    shard: str,
+    samples: Iterable[Sample],
+    config: ImageConfig,
+    skipped: Skipped,
+    view: Callable[[str], View | None] = _as_is,
+) -> Iterator[LabelledImage]:
+    """Decode samples of a shard in order, each in the view of its key; what is of no use is counted in `skipped`."""
+    for sample in samples:
+        try:
+            pixels = decode(sample.data, config, view(sample.key))
+        except BadImage as error:
+            skipped.add(shard, Left(error.reason, sample.key))
+            continue
+        skipped.seen += 1
+        yield LabelledImage(sample.key, pixels, sample.label)
+
+
+def read_images(url: str, config: ImageConfig, skipped: Skipped) -> Iterator[LabelledImage]:
+    """The decoded images of a shard, as they are, in the order of the tar file; everything else goes to `skipped`."""
+    name, shard = files.name(url), read_shard(url, config.extensions)
+    skipped.add(name, *shard.left)
+    return decode_samples(name, shard.samples, config, skipped)
+
+
+def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
+    """The shards of a split, after a look at the first image of each (of the first 64).
+
+    Raises:
+        UserError: none configured, a shard without an image of the configured extensions, or an image that the
+            configuration cannot take.
+        MissingError: a shard is missing.
+    """
+    pattern = config.train if split == "train" else config.validation
+    if not pattern:
+        raise UserError(f"data.{split} is empty; give shards, for example data/{split}-{{0000..0003}}.tar")
+    urls = files.expand(pattern)
+    for url in urls[:_SHARDS_PROBED]:
+        _check_shard(url, config)
+    return urls
+
+
+def _check_shard(url: str, config: ImageConfig) -> None:
+    shard = read_shard(url, config.extensions, _PROBED_BYTES)
+    if not shard.samples:
+        shard = read_shard(url, config.extensions)
+    if shard.samples:
+        try:
+            decode(shard.samples[0].data, config)
+        except BadImage as error:
+            _log.warning("shard %s: its first image cannot be used (%s)", url, error)
+    elif {reason for reason, _ in shard.left} == {Reason.NO_IMAGE}:
+        raise UserError(
+            f"shard {url!r} holds no image: looked for {', '.join(config.extensions)}, found "
+            f"{', '.join(sorted(shard.others)) or 'nothing'}; set data.extensions"
+        )
+    else:
+        _log.warning("shard %s holds no image that can be used: %s, ...", url, shard.left[0].reason)
+
+
+def stack(images: Sequence[LabelledImage]) -> Tensor:
+    """The pixels of images as one tensor, uint8 (B, H, W, channels)."""
+    return torch.from_numpy(np.stack([image.pixels for image in images]))
+
+
+def first_images(pattern: str, config: ImageConfig, limit: int) -> list[LabelledImage]:
+    """The first `limit` images of a shard pattern, for pictures and validation."""
+    urls = files.expand(pattern)
+    images = itertools.chain.from_iterable(read_images(url, config, Skipped()) for url in urls)
+    return list(itertools.islice(images, limit))
+
+
+def to_float(images_BHWC: Tensor) -> Tensor:
+    """uint8 (B, H, W, channels) -> float32 (B, channels, H, W) in [-1, 1]."""
+    return images_BHWC.permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
+
+
+def to_uint8(x_BCHW: Tensor) -> Tensor:
+    """Float (B, channels, H, W) in [-1, 1] -> uint8 (B, H, W, channels): clamped, then rounded."""
+    return x_BCHW.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,182 @@
+"""Packed latent shards, written: the whole data set as bits, readable by anything that reads Parquet.
+
+One Parquet file for each image shard (no compression, no dictionary) and a manifest.json, written last. Bits are in
+row-major (h, w, c) order, most significant first, as numpy.packbits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from bld_core.autoencoder.network import Autoencoder
+from bld_core.autoencoder.quantizer import quantize
+from bld_core.data.images import LabelledImage, stack, to_float
+from bld_core.errors import UserError
+from bld_core.latents.bits import pack_bits
+from bld_core.noise import key_of, uniform
+from bld_core.storage import files
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The encoded data set.
+
+    Args:
+        draws: codes drawn for each image, z ~ Bernoulli(y); 0 stores the mode.
+        mirror: also encode each image mirrored left to right.
+        batch_size: images in one pass of the encoder; padded to this size, so that results never depend on a batch.
+    """
+
+    draws: int = 1
+    mirror: bool = False
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.draws <= 127:
+            raise UserError(f"latents.draws is {self.draws}; it must be 0 (the mode) to 127")
+        if self.batch_size < 1:
+            raise UserError(f"latents.batch_size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass
+class LatentRows:
+    """Rows of a latent shard: parallel columns, `bits` being (rows, h*w*c/8) uint8."""
+
+    key: list[str]
+    label: list[int]
+    draw: list[int]
+    view: list[int]
+    bits: Tensor
+
+
+def encode_images(
+    autoencoder: Autoencoder,
+    images: Iterable[LabelledImage],
+    config: LatentConfig,
+    seed: int,
+    turn: AbstractContextManager[Any] | None = None,
+) -> LatentRows:
+    """Encode the images of one shard, a batch at a time as they come.
+
+    The draw of a code is keyed on (seed, sample key, draw, view), and the encoder always runs at one padded batch
+    size within the shard: the same bytes come out however the work is split.
+
+    Args:
+        autoencoder: its encoder is used.
+        images: of the shard, in order.
+        config: draws, views and the batch size.
+        seed: of the draws.
+        turn: held while a batch is encoded but not while images are waited for, where several shards take turns.
+
+    Raises:
+        UserError: no images.
+    """
+    rows = LatentRows([], [], [], [], torch.empty(0))
+    packed: list[Tensor] = []
+    for batch in _batches(images, config.batch_size):
+        with turn or nullcontext():
+            for view, draw, bits in _encode_batch(autoencoder, batch, config, seed):
+                packed.append(bits)
+                rows.key += [image.key for image in batch]
+                rows.label += [image.label for image in batch]
+                rows.draw += [draw] * len(batch)
+                rows.view += [view] * len(batch)
+    if not packed:
+        raise UserError("none of the shard's images could be read; look at a few of them, or leave the shard out")
+    rows.bits = torch.cat(packed)
+    return rows
+
+
+@torch.no_grad()
+def _encode_batch(
+    autoencoder: Autoencoder, batch: list[LabelledImage], config: LatentConfig, seed: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(view, draw, packed bits) of a batch, for each view and draw."""
+    device = next(autoencoder.parameters()).device
+    pixels = stack(batch)
+    padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
+    x = to_float(torch.cat([pixels, padding]).to(device))
+    index = torch.tensor([key_of(image.key) for image in batch], device=device)
+    for view in (0, 1) if config.mirror else (0,):
+        logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)]
+        for draw in range(max(1, config.draws)):
+            u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
+            z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
+            yield view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()
+
+
+def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
+    batch: list[LabelledImage] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
+    """The Parquet file of one shard; `metadata` (JSON values) goes into the file's own metadata."""
+    width = rows.bits.shape[1]
+    bits = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(rows.key), [None, pa.py_buffer(rows.bits.contiguous().numpy())]
+    )
+    columns = {
+        "key": pa.array(rows.key, pa.string()),
+        "label": pa.array(rows.label, pa.int32()),
+        "draw": pa.array(rows.draw, pa.int8()),
+        "view": pa.array(rows.view, pa.int8()),
+        "bits": bits,
+    }
+    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata}, sort_keys=True)}
+    table = pa.table(columns).replace_schema_metadata(note)
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False)
+    return out.getvalue()
+
+
+def shard_metadata(data: bytes) -> dict[str, Any]:
+    """The metadata that `latent_shard_bytes` wrote.
+
+    Raises:
+        UserError: not a latent shard of this format.
+    """
+    note = (pq.read_schema(io.BytesIO(data)).metadata or {}).get(b"bld_latents")
+    metadata = json.loads(note) if note else {}
+    if metadata.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"not a latent shard of format {FORMAT_VERSION} (format: {metadata.get('format')}); encode the images again"
+        )
+    return metadata
+
+
+def manifest_entry(
+    file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the manifest says of one file; its `classes` are one more than its largest label."""
+    labels = pq.read_table(io.BytesIO(data), columns=["label"])["label"].to_numpy()
+    return {
+        "file": file,
+        "split": split,
+        "rows": rows,
+        "classes": int(labels.max(initial=-1)) + 1,
+        "sha256": files.sha256(data),
+        "source": source,
+        "skipped": dict(sorted(skipped.items())),
+    }

@@ -1,0 +1,1 @@
+"""The priors that Table 5 compares binary diffusion with."""

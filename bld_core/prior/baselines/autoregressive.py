@@ -1,0 +1,163 @@
+"""Autoregressive prior (Table 5): a causal transformer over the tokens of a code, the bits of each token chained.
+
+    p(z) = prod_n prod_j p(z_nj | z_{n,<j}, z_{<n}, y)
+
+Its likelihood is exact. Tokens go in row-major order. A sample takes as many passes as there are tokens, each of one
+token, by a cache of keys and values. `chained.py` says why bits are chained, and what the shapes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bld_core.diffusion.bound import Bound, stratified_bound
+from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.errors import UserError
+from bld_core.noise import uniform
+from bld_core.prior.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
+from bld_core.prior.transformer import Cache, PriorConfig
+from bld_core.training.loop import Objective
+
+
+class AutoregressivePrior(TokenPrior):
+    """Causal transformer: the features of token n are made from the tokens before it, its position and the class."""
+
+    def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
+        super().__init__(config, tokens, bits, causal=True)
+
+    def forward(self, z_BNC: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, N, C) that each bit is 1, given all bits before it and the class.
+
+        Args:
+            z_BNC: codes, float 0/1.
+            labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
+        """
+        start = self.blank.expand(len(z_BNC), 1, -1)
+        h_BND = torch.cat([start, self.embed(2 * z_BNC[:, :-1] - 1)], dim=1)
+        h_BND = h_BND + self.position + self.of_class(labels, len(z_BNC))[:, None]
+        return self.head(self.norm(self.blocks(h_BND)), z_BNC)
+
+    def next_features(self, previous_BC: Tensor, labels: Tensor | None, caches: list[Cache]) -> Tensor:
+        """Features (B, D) of the next token, from the one before it and the caches, one a block, of those before.
+
+        The first token has none before it: `previous_BC` is then not looked at.
+        """
+        n = caches[0].count
+        h_BD = self.embed(2 * previous_BC - 1) if n else self.blank.expand(len(previous_BC), -1)
+        h_BND = (h_BD + self.position[n] + self.of_class(labels, len(previous_BC)))[:, None]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h_BND = block(h_BND, cache)
+        return self.norm(h_BND)[:, 0]
+
+
+def autoregressive_loss(
+    network: Callable[..., Tensor], z_0: Tensor, labels: Tensor | None, index: Tensor, seed: int
+) -> Tensor:
+    """-log p(z), the mean over batch, tokens and bits: in nats a bit. Nothing is drawn: index and seed are not read."""
+    del index, seed
+    return token_nll(network(z_0, labels), z_0).mean()
+
+
+@torch.no_grad()
+def sample_in_order(
+    network: AutoregressivePrior,
+    shape: tuple[int, int],
+    labels: Tensor | None,
+    index: Tensor,
+    config: SamplingConfig,
+    seed: int,
+) -> Tensor:
+    """Draw codes token after token, and each token bit after bit.
+
+        for n = 0, ..., N - 1:
+            h = guided features of token n, from the tokens before it
+            draw the bits of token n, logits divided by tau
+
+    Args:
+        network: the prior.
+        shape: (tokens, bits) of a code.
+        labels: int64 (B,) class indices, -1 for none; or None.
+        index: int64 (B,): sample i is keyed on (seed, index[i], n) and does not depend on its batch.
+        config: temperature and guidance; nothing else of it is read.
+        seed: of the noise.
+
+    Returns:
+        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+    """
+    tokens, bits = shape
+    labels, copies = with_null_class(labels, config.guidance)
+    caches = [Cache(tokens) for _ in network.blocks]
+    token, drawn = torch.zeros(len(index), bits, device=index.device), list[Tensor]()
+    for n in range(tokens):
+        h_MD = network.next_features(token.repeat(copies, 1), labels, caches)
+        u = uniform(seed, f"sampling token {n}", index, bits)
+        token = network.head.draw(h_MD, u, config.temperature, config.guidance)
+        drawn.append(token)
+    return torch.stack(drawn, dim=1)
+
+
+class AutoregressiveModel:
+    """`PriorModel` of prior.model autoregressive."""
+
+    def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
+        self.config, self.shape = config, (tokens, bits)
+
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+        return AutoregressivePrior(self.config, *self.shape)
+
+    def objective(self, seed: int) -> Objective:
+        """The exact negative log-likelihood."""
+        return token_objective(autoregressive_loss, self.config.label_dropout, seed)
+
+    def bound(
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
+    ) -> Bound:
+        """The exact likelihood of held-out codes: one step, no noise; the error is that of the choice of codes."""
+        del seed, sampling
+
+        def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
+            return token_nll(network(z, y), z).mean(1)
+
+        return stratified_bound(term, z_0, labels, count=1, repeats=1, first=first)
+
+    def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
+        """As many as there are tokens, whatever `sampling.steps` is.
+
+        Raises:
+            UserError: it is to complete codes, or settings that only a diffusion has.
+        """
+        if completing:
+            raise UserError(
+                "prior.model is autoregressive: such a prior knows a token only from those before it, and cannot "
+                "complete an image from any part; train one with prior.model binary or absorbing"
+            )
+        if sampling.grid or sampling.final == "mode":
+            raise UserError(
+                f"sampling.grid is {sampling.grid} and sampling.final {sampling.final} with prior.model "
+                "autoregressive, which draws every token once, in order: leave grid empty and final at sample"
+            )
+        return self.shape[0]
+
+    def sample(
+        self,
+        network: nn.Module,
+        labels: Tensor | None,
+        index: Tensor,
+        sampling: SamplingConfig,
+        seed: int,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Draw codes in order; the errors are those of `steps`."""
+        self.steps(sampling, completing=known is not None)
+        assert isinstance(network, AutoregressivePrior), "made by `network`"
+        return sample_in_order(network, self.shape, labels, index, sampling, seed)

@@ -1,0 +1,85 @@
+"""The three priors behind one seam: what differs between binary diffusion and what Table 5 compares it with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from bld_core.diffusion.bound import Bound
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.prior.baselines.absorbing import AbsorbingModel
+from bld_core.prior.baselines.autoregressive import AutoregressiveModel
+from bld_core.prior.binary import BinaryModel
+from bld_core.prior.transformer import PriorConfig
+from bld_core.training.loop import Objective
+
+
+class PriorModel(Protocol):
+    """One way to model codes of N tokens of C bits; `prior.model` names it."""
+
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+        ...
+
+    def objective(self, seed: int) -> Objective:
+        """What stage 2 minimises, in nats a bit."""
+        ...
+
+    def bound(
+        self,
+        network: nn.Module,
+        z_0: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        first: int = 0,
+    ) -> Bound:
+        """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models.
+
+        It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has.
+        `first` is the number of the first code, where they are a part of those that the bound is of.
+        """
+        ...
+
+    def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
+        """How many steps a sample takes; `completing` asks for codes of which a part is known.
+
+        Raises:
+            UserError: settings that this model cannot follow, or it cannot complete codes.
+        """
+        ...
+
+    def sample(
+        self,
+        network: nn.Module,
+        labels: Tensor | None,
+        index: Tensor,
+        sampling: SamplingConfig,
+        seed: int,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Draw codes, float 0/1 (B, N, C), on the device of `index`; sample i is keyed on (seed, index[i]).
+
+        The errors are those of `steps`.
+        """
+        ...
+
+
+def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> PriorModel:
+    """The model that `prior.model` names, for codes of `tokens` tokens of `bits` bits."""
+    match prior.model:
+        case "binary":
+            return BinaryModel(prior, diffusion, tokens, bits)
+        case "autoregressive":
+            return AutoregressiveModel(prior, tokens, bits)
+        case "absorbing":
+            return AbsorbingModel(prior, tokens, bits)
+
+
+def trained_model(config: Mapping[str, Any], code_shape: tuple[int, int, int]) -> PriorModel:
+    """The model of a trained prior, from its config.json and the (h, w, c) of its codes."""
+    h, w, c = code_shape
+    return make_model(PriorConfig(**config["prior"]), DiffusionConfig(**config["diffusion"]), h * w, c)

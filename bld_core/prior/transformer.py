@@ -1,0 +1,237 @@
+"""The transformer prior (Section 4.2): evidence logits e(z_t, t, y) over binary tokens.
+
+Shapes: z_BNC bits; h_BND features of width D. A label of -1 means none, here as in the latent shards.
+The trunk is also that of the priors it is compared with, in `baselines/`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bld_core.errors import UserError
+from bld_core.noise import uniform
+from bld_core.training.layers import Layers
+
+ModelName = Literal["binary", "autoregressive", "absorbing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The transformer prior (Section 4.2).
+
+    Args:
+        model: what the transformer models: "binary", the paper's Bernoulli diffusion; or, with the same trunk on the
+            same codes, what Table 5 compares it with: "autoregressive", one token after the other, or "absorbing",
+            masked tokens unmasked in random order.
+        layers: transformer blocks.
+        width: features a token.
+        heads: attention heads; they divide the width.
+        classes: number of classes; 0 makes an unconditional prior.
+        label_dropout: probability, for each sample, that training hides its class behind the learned null class.
+        known_share: share of the training samples that get a random set of their tokens, of any size, kept clean and
+            marked as known, so that the prior can complete an image exactly; 0 trains without it. For "binary" alone:
+            "absorbing" completes images exactly without it, and "autoregressive" cannot.
+    """
+
+    model: ModelName = "binary"
+    layers: int = 24
+    width: int = 768
+    heads: int = 12
+    classes: int = 0
+    label_dropout: float = 0.1
+    known_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1:
+            raise UserError(f"prior.layers is {self.layers}, prior.heads {self.heads}; both must be at least 1")
+        if self.width < 2 or self.width % self.heads or self.width % 2:
+            raise UserError(
+                f"prior.width is {self.width}; it must be even and a multiple of prior.heads ({self.heads})"
+            )
+        if self.classes < 0:
+            raise UserError(f"prior.classes is {self.classes}; it must be 0 (unconditional) or more")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"prior.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not 0 <= self.known_share <= 1:
+            raise UserError(f"prior.known_share is {self.known_share}; it must lie in [0, 1]")
+        if self.known_share and self.model != "binary":
+            raise UserError(
+                f"prior.known_share is {self.known_share} with prior.model {self.model}, which is not trained with "
+                "known tokens; set it to 0, or model to binary"
+            )
+
+
+class Cache:
+    """Keys and values of the tokens that a causal block has seen, so that each is computed once."""
+
+    def __init__(self, tokens: int) -> None:
+        """Room for `tokens` of them."""
+        self.tokens = tokens
+        self.count = 0
+        self.kept: list[Tensor] = []
+
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        """Keys and values of the next token, each (B, heads, 1, D / heads) -> those of all so far."""
+        if not self.kept:
+            self.kept = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in new]
+        for kept, x in zip(self.kept, new, strict=True):
+            assert x.shape[2] == 1, "tokens come one by one"
+            kept[:, :, self.count] = x[:, :, 0]
+        self.count += 1
+        return [kept[:, :, : self.count] for kept in self.kept]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention by PyTorch's fused kernel, over all tokens, or (causal) over those up to each."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
+        """With a cache, h_BND is the one token that follows those in it."""
+        B, N, D = h_BND.shape
+        q, k, v = self.qkv(h_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
+        return self.out(seen.transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
+        h_BND = h_BND + self.attention(self.norm_1(h_BND), cache)
+        return h_BND + self.mlp(self.norm_2(h_BND))
+
+
+def time_features(time: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t/T in [0, 1] at `width`/2 geometric frequencies from 1 to 1000 radians; (B, width)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000.0), width // 2, device=time.device))
+    angle = time.float()[:, None] * frequencies
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Trunk(nn.Module):
+    """What the networks of all priors share: bits in, a class, a position, transformer blocks, features out."""
+
+    def __init__(
+        self, config: PriorConfig, tokens: int, bits: int, *, timed: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__()
+        width = config.width
+        self.classes = config.classes
+        self.embed = nn.Linear(bits, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        if timed:
+            self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.blocks = Layers(*(Block(width, config.heads, causal) for _ in range(config.layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def initialise(self) -> None:
+        """Draw the weights of all layers, those of a subclass, too: each calls it when it has made its own."""
+        self.apply(_initialise)
+        for block in self.blocks:  # each block adds to the stream; together they keep its scale
+            assert isinstance(block, Block)
+            for linear in (block.attention.out, block.mlp[2]):
+                assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+        if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
+            nn.init.normal_(self.label.weight, std=0.2)
+
+    def of_class(self, labels: Tensor | None, count: int) -> Tensor:
+        """Features (count, D) of int64 labels (count,), -1 or None for the null class; 0 where there are no classes."""
+        if self.label is None:
+            return self.position.new_zeros(count, self.position.shape[1])
+        if labels is None:
+            labels = torch.full((count,), -1, device=self.position.device)
+        return self.label(torch.where(labels < 0, self.classes, labels))
+
+
+class Prior(Trunk):
+    """Bidirectional transformer over the tokens of a code, conditioned on time and, optionally, on a class.
+
+    Time enters as t/T, never as a count of sampling steps, so one model serves every grid.
+    """
+
+    def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
+        super().__init__(config, tokens, bits, timed=True)
+        self.head = nn.Linear(config.width, bits)
+        self.initialise()
+        self.known = nn.Parameter(torch.randn(config.width) * 0.2) if config.known_share else None  # as loud as a label
+        nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
+
+    def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        """Evidence logits (B, N, C) that each bit of z_t is flipped, judged from the other bits.
+
+        Args:
+            z_BNC: z_t, float 0/1.
+            time: t/T in [0, 1], (B,).
+            labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
+            known: bool (B, N), tokens that are clean in z_t, with the learned mark added; None means none.
+
+        Raises:
+            UserError: tokens are marked as known, but the prior was trained without such marks.
+        """
+        h_BND = self.embed(2 * z_BNC - 1) + self.position
+        if known is not None:
+            if self.known is None:
+                raise UserError(
+                    "this prior was trained with prior.known_share 0 and cannot be told which tokens are known: "
+                    "set sampling.inpainting to replacement, or train one with a share above 0"
+                )
+            h_BND = h_BND + known[..., None] * self.known
+        condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))
+        condition = condition + self.of_class(labels, len(z_BNC))
+        h_BND = h_BND + condition[:, None, :]
+        return self.head(self.norm(self.blocks(h_BND)))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def drop_labels(labels: Tensor, index: Tensor, probability: float, seed: int) -> Tensor:
+    """Label dropout for guidance: each *sample*, keyed on its global index, loses its class with `probability`."""
+    dropped = uniform(seed, "label dropout", index, 1)[:, 0] < probability
+    return labels.masked_fill(dropped, -1)
+
+
+def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
+    """The tokens that training shows clean: each *sample*, keyed on its global index, gets some with chance `share`.
+
+    The size of the set is uniform in 1..`tokens` - 1, and every set of that size is equally likely.
+
+    Returns:
+        bool (B, tokens), True for known.
+
+    Raises:
+        UserError: a single token, which leaves nothing to learn once it is known.
+    """
+    if tokens < 2:
+        raise UserError(
+            "prior.known_share is above 0, but a code has only 1 token: set it to 0, or use smaller patches"
+        )
+    u = uniform(seed, "known tokens", index, 2 + tokens)
+    size = 1 + (u[:, 1] * (tokens - 1)).long()
+    rank = u[:, 2:].argsort(dim=1, stable=True).argsort(dim=1)
+    return (u[:, 0] < share)[:, None] & (rank < size[:, None])

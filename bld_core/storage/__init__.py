@@ -1,0 +1,1 @@
+"""Files anywhere, each with a commit point; patience with servers; published weights."""

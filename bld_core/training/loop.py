@@ -1,0 +1,311 @@
+"""The training loop, for both stages: a generator that yields one report per step. No callbacks, no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from bld_core.errors import NonFiniteError, UserError
+from bld_core.training.averages import Ema
+from bld_core.training.layers import Layers
+from bld_core.training.replicas import sum_over_replicas
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training stage.
+
+    Args:
+        steps: optimizer steps in all.
+        batch_size: samples a step, over all workers together.
+        accumulate: passes that a worker's share of the batch is split into, one after the other, to save memory.
+        learning_rate: step size of AdamW, reached after the warm-up.
+        warmup: steps of linear warm-up.
+        decay: "constant" after the warm-up, or "cosine" to 0 at the last step.
+        betas: decay of AdamW's two moments, two values in [0, 1).
+        weight_decay: decoupled weight decay of AdamW; 0 makes it Adam.
+        clip_norm: largest gradient norm; a larger one is scaled down to it.
+        ema_decay: decay a step of the averaged weights, which are the ones evaluated and kept. Of several decays the
+            average with the best likelihood bound on held-out codes is kept (stage 2), or the first (stage 1).
+        non_finite: what a loss or gradient that is not finite does: "stop" with the samples to blame, or "skip" the
+            step and count it.
+        precision: of the forward pass; weights, sums and losses are float32 in any case.
+        compile: compile the network with torch.compile; the first steps take minutes, the others less.
+        channels_last: keep feature maps with their channels innermost, which convolutions like.
+        checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
+        log_every: steps between two reports.
+        evaluate_every: steps between two evaluations on held-out data, with pictures; the last step always has one.
+        checkpoint_every: steps between two checkpoints; the last step always has one.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 256
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    warmup: int = 1000
+    decay: Literal["constant", "cosine"] = "constant"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float | list[float] = 0.9999
+    non_finite: Literal["stop", "skip"] = "stop"
+    precision: Precision = "float32"
+    compile: bool = False
+    channels_last: bool = False
+    checkpointing: bool = False
+    log_every: int = 50
+    evaluate_every: int = 5000
+    checkpoint_every: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of a training stage is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} of a training stage is {getattr(self, name)}; it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas of a training stage are {self.betas}; AdamW takes two values in [0, 1)")
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise UserError(
+                f"ema_decay of a training stage is {self.ema_decay}; it must lie in [0, 1), or be several such values"
+            )
+
+    @property
+    def ema_decays(self) -> list[float]:
+        """The decay of each average of the weights."""
+        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+
+class Batch(NamedTuple):
+    """One worker's share of a global batch.
+
+    data: uint8 images (B, H, W, channels), or codes 0/1 (B, N, C).
+    labels: int64 (B,); -1 is none.
+    sample_index: int64 (B,): global index, step * global batch size + position: what all noise is keyed on.
+    keys: the samples' names in their shards.
+    """
+
+    data: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    keys: Sequence[str]
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` equal parts, in order."""
+        size = len(self.keys) // count
+        return [self.slice(start, start + size) for start in range(0, size * count, size)]
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """The samples `start` to `stop` (exclusive)."""
+        rows = slice(start, stop)
+        return Batch(self.data[rows], self.labels[rows], self.sample_index[rows], self.keys[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return Batch(self.data.to(device), self.labels.to(device), self.sample_index.to(device), self.keys)
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes. Called as a function, it is the network's forward pass in training.
+
+    Attributes:
+        module: the network.
+        replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
+        optimizer: over the network's parameters.
+        averages: averaged weights, one for each decay.
+        learning_rate: of its optimizer at full height; a critic's follows the warm-up and the decay of the stage.
+        step: optimizer steps taken.
+        skipped: steps left out because the loss or a gradient was not finite.
+        precision: of the forward pass; weights and losses are float32.
+        critic: the discriminator that stage 1 is trained against, a state of its own.
+    """
+
+    module: nn.Module
+    replica: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: list[Ema]
+    learning_rate: float
+    step: int = 0
+    skipped: int = 0
+    precision: Precision = "float32"
+    critic: TrainState | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The forward pass, under autocast where the precision asks for it."""
+        with self._autocast():
+            return self.replica(*inputs)
+
+    def judge(self, *inputs: Any) -> Any:
+        """The forward pass with constant weights: gradients reach the inputs alone, and replicas do not meet."""
+        constants = {name: weight.detach() for name, weight in self.module.named_parameters()}
+        with self._autocast():
+            return functional_call(self.module, constants, inputs)
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def players(self) -> list[TrainState]:
+        """The state, and its critic's where it has one."""
+        return [self] if self.critic is None else [self, self.critic]
+
+
+Objective = Callable[[TrainState, Batch], dict[str, Tensor]]
+
+
+class Report(NamedTuple):
+    """What one step has to say: `terms` are this worker's losses, scalars, detached."""
+
+    step: int
+    learning_rate: float
+    gradient_norm: Tensor
+    terms: dict[str, Tensor]
+
+
+def make_state(
+    module: nn.Module, config: TrainingConfig, wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> TrainState:
+    """A fresh state around a network.
+
+    Args:
+        module: changed in place by `checkpointing` and `channels_last`.
+        config: of the stage.
+        wrap: makes the replica, for example moves the network to a GPU and into its DistributedDataParallel.
+    """
+    for part in module.modules():
+        if isinstance(part, Layers):
+            part.checkpointing = config.checkpointing
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
+    compiled = torch.compile(module) if config.compile else module
+    assert isinstance(compiled, nn.Module), "a compiled network is one, too"
+    replica = wrap(compiled)
+    first, second = config.betas
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=(first, second),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    averages = [Ema(module, decay) for decay in config.ema_decays]
+    return TrainState(module, replica, optimizer, averages, config.learning_rate, precision=config.precision)
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The rate of the step after `step` steps: linear warm-up, then constant or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.decay == "constant":
+        return config.learning_rate * warm
+    progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    state: TrainState, batches: Iterator[Batch], objective: Objective, config: TrainingConfig
+) -> Iterator[Report]:
+    """Take steps until `config.steps`; yields after each, when `state` is whole and may be saved or evaluated.
+
+    Args:
+        state: changed in place.
+        batches: must start with the batch that follows `state.step`.
+        objective: (state, batch) -> {"loss": ..., its terms, and "critic": the critic's own loss where there is one}.
+        config: of the stage.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is not finite on some replica, and `config.non_finite` is "stop";
+            names the step, the terms and the samples. No weight has been touched by it.
+    """
+    while state.step < config.steps:
+        batch = next(batches)
+        rate = learning_rate(config, state.step)
+        for player in state.players():
+            for group in player.optimizer.param_groups:
+                group["lr"] = player.learning_rate * (rate / config.learning_rate)
+        terms = _gradients(state, batch, objective, config.accumulate)
+        moved = [player for player in state.players() if any(p.grad is not None for p in player.module.parameters())]
+        norms = [nn.utils.clip_grad_norm_(player.module.parameters(), config.clip_norm) for player in moved]
+        if _finite_everywhere([*norms, terms["loss"]]):
+            for player in moved:
+                player.optimizer.step()
+        elif config.non_finite == "stop":
+            raise NonFiniteError(_blame(state, batch, objective, terms))
+        else:
+            state.skipped += 1
+        for player in moved:
+            player.step += 1
+            for average in player.averages:
+                average.update(player.module, player.step)
+        yield Report(state.step, rate, norms[0], terms)
+
+
+def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
+    """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
+    for player in state.players():
+        player.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(batch.parts(parts), 1):
+        with contextlib.ExitStack() as alone:
+            for player in state.players():
+                if number < parts and isinstance(player.replica, DistributedDataParallel):
+                    alone.enter_context(player.replica.no_sync())
+            terms = objective(state, part)
+            loss = terms["loss"] + terms["critic"] if "critic" in terms else terms["loss"]
+            (loss / parts).backward()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / parts
+    return sums
+
+
+def _finite_everywhere(values: list[Tensor]) -> bool:
+    """Whether scalars are finite on every replica: all of them get the same answer."""
+    bad = (~torch.stack([value.detach().float() for value in values]).isfinite()).sum()
+    return int(sum_over_replicas(bad)) == 0
+
+
+@torch.no_grad()
+def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[str, Tensor]) -> str:
+    """Which terms of a step are not finite, and which samples of the batch by themselves, and in which term."""
+    alone = replace(state, replica=state.module, critic=None)
+    state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
+    found = [f"batch: {wrong}"] if (wrong := _not_finite(terms)) else []
+    for i, key in enumerate(batch.keys):
+        if wrong := _not_finite(objective(alone, batch.slice(i, i + 1))):
+            found.append(f"sample {key!r}: {wrong}")
+    state.module.train()
+    who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
+    return (
+        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): the last checkpoint is good; go "
+        'on with non_finite "skip", or train anew without these samples, or with a lower learning_rate'
+    )
+
+
+def _not_finite(terms: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite())
+
+
+def worker_share(config: TrainingConfig, world: int) -> int:
+    """Samples of a global batch for each of `world` workers.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    parts = world * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide over {world} workers, accumulate {config.accumulate}; "
+            f"make it a multiple of {parts}"
+        )
+    return config.batch_size // world

@@ -1,0 +1,1 @@
+"""One experiment = one file: what every stage reads."""

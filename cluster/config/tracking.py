@@ -1,0 +1,87 @@
+"""MLflow's settings; they are read where mlflow itself is not imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from bld_core.errors import UserError
+from bld_core.storage import files
+from cluster.secrets import has_user
+
+_TRACKING_URI = re.compile(
+    r"https?://(?:\[[\da-f:.]+\]|[^\s/:?#\[\]]+)(?::\d+)?(?:/.*)?|databricks(?:://.+)?"
+    r"|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.*[^/].*",
+    re.DOTALL,
+)
+
+
+CHAMPION = "champion"
+"""Registry alias of the best version: it moves by a rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        uri: tracking server, for example http://mlflow:5000; empty keeps a SQLite file, mlflow.db, in `root`, which is
+            enough for one machine. Credentials belong in the MLFLOW_TRACKING_* variables, never here.
+        experiment: MLflow experiment that holds the runs; empty takes the name of this experiment.
+        model: name in the model registry; empty takes the name of this experiment.
+        alias: registry alias that `register.py` moves to the version that it makes; not `champion`, which moves by the
+            rule of the next three.
+        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
+            priors on the same latents; across autoencoders or latents take a figure of images.
+        champion_lower: the lower figure is the better one.
+        champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
+    """
+
+    uri: str = ""
+    experiment: str = ""
+    model: str = ""
+    alias: str = "latest-trained"
+    champion_figure: str = "bound"
+    champion_lower: bool = True
+    champion_margin: float = 0.001
+
+    def __post_init__(self) -> None:
+        if has_user(self.uri):
+            raise UserError(
+                "tracking.uri holds a user name or a password, which would be written into logs and runs: leave it out "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        if self.uri and not _TRACKING_URI.fullmatch(self.uri):
+            raise UserError(
+                f"tracking.uri is {self.uri!r}; it must be an MLflow server, for example http://mlflow:5000, or a "
+                "database by sqlite:///, postgresql://, mysql:// or mssql://: MLflow keeps no runs elsewhere, folders "
+                "included; leave it out for a SQLite file in root"
+            )
+        if not re.fullmatch(r"[^/:]*", self.model):
+            raise UserError(f"tracking.model is {self.model!r}; MLflow allows neither / nor : in it: choose another")
+        if self.alias.lower() == CHAMPION:
+            raise UserError(
+                f"tracking.alias is {self.alias!r}, which moves only by the rule of tracking.champion_figure and "
+                "tracking.champion_margin, and by itself when you register: choose another name, or leave it out"
+            )
+        if not re.fullmatch(r"[\w-]+", self.alias) or re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE):
+            raise UserError(
+                f"tracking.alias is {self.alias!r}; MLflow wants letters, digits, _ and -, and keeps latest and "
+                "v<number> for itself: choose another name, for example latest-trained"
+            )
+        if not self.champion_margin >= 0:
+            raise UserError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
+
+    def resolve(self, root: str) -> str:
+        """The tracking URI for an experiment root.
+
+        Raises:
+            UserError: no server for a root on object storage.
+        """
+        if self.uri:
+            return self.uri
+        if not files.is_local(root):
+            raise UserError(
+                f"root {root!r} is not a local folder, and SQLite needs one: set tracking.uri to an MLflow server"
+            )
+        return f"sqlite:///{files.absolute(root)}/mlflow.db"

@@ -1,0 +1,80 @@
+"""What a person sees of a command: progress, and the one message that answers a mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Generator, Mapping
+
+import tqdm
+
+from bld_core.errors import UserError
+from cluster.secrets import without_secrets
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def on_terminal() -> bool:
+    """Whether a person watches this process."""
+    return sys.stderr.isatty() and not os.environ.get("CI")
+
+
+@contextlib.contextmanager
+def user_errors_answered() -> Generator[None]:
+    """A mistake of the user ends the command with one message and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Progress:
+    """Counts up to `total` and says so: a bar on a terminal, one plain line a while in a job log; rate and time left.
+
+    Args:
+        label: what is being done.
+        total: units of work in all.
+        start: units done by an earlier, interrupted run; they do not count towards the rate.
+        bar: a tqdm class for a terminal, None for plain lines; by default as the terminal is.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, bar: type | None = tqdm.tqdm) -> None:
+        self.label, self.total, self.start = label, total, start
+        self._began = self._spoke = time.monotonic()
+        use_bar = bar is not None and (bar is not tqdm.tqdm or on_terminal())
+        self._bar = bar(total=total, desc=label) if use_bar and bar is not None else None
+        if self._bar is not None:
+            self._bar.update(start)
+        self._done = start
+
+    def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
+        """Say that `done` units are done; `figures` are shown beside them."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+            if shown:
+                self._bar.set_description(f"{self.label}  {shown}")
+        self._done = done
+        now = time.monotonic()
+        due = now - self._spoke >= _SECONDS_BETWEEN_LINES or done == self.total
+        if self._bar is None and due:
+            self._spoke = now
+            rate = (done - self.start) / max(now - self._began, 1e-9)
+            left = (self.total - done) / max(rate, 1e-9)
+            line = f"{self.label}  {done}/{self.total}  {rate:.3g}/s  {_duration(left)} left  {shown}"
+            sys.stderr.write(line.rstrip() + "\n")  # not print, which Ray Train would repeat in its own log
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,1 @@
+"""Jobs on images: shards made, streamed to training, encoded to bits."""

@@ -1,0 +1,277 @@
+"""The encode job: every image shard, once, to a packed latent shard; the manifest last."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import ray
+
+from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_images
+from bld_core.data.skipped import Skipped
+from bld_core.errors import MissingError, UserError
+from bld_core.generator import AUTOENCODER, load_autoencoder
+from bld_core.latents.writer import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Split,
+    encode_images,
+    latent_shard_bytes,
+    manifest_entry,
+    shard_metadata,
+)
+from bld_core.storage import files
+from bld_core.training.checkpoint import read_model_config
+from cluster.config.experiment import Experiment
+from cluster.console import Progress
+from cluster.lineage import lineage
+from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
+from cluster.stages import Stage, open_stage
+
+_BATCHES_AHEAD = 2
+_SECONDS_BETWEEN_METRICS = 10.0
+
+
+class Job(NamedTuple):
+    """One shard to encode: its source, its split, and the file, relative to the latents folder, that it becomes."""
+
+    source: str
+    split: Split
+    file: str
+
+
+class Encoded(NamedTuple):
+    """A job done: what the manifest says of its file, the file's size, what it leaves out, and whether it is new."""
+
+    entry: dict[str, Any]
+    bytes: int
+    skipped: Skipped
+    anew: bool
+
+
+def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
+    """Image shards -> <folder>/latents: a Parquet file for each shard, and manifest.json when all are there.
+
+    A shard that an interrupted run has finished is not encoded again.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+
+    Returns:
+        The latents folder.
+
+    Raises:
+        MissingError: no autoencoder yet.
+        UserError: bad input, each with its remedy, before anything is started.
+    """
+    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    experiment.check_autoencoder(autoencoder)
+    jobs = _jobs(experiment)
+    fingerprint = {
+        **experiment.fingerprint("data", "latents"),
+        "shards": files.fingerprint([job.source for job in jobs]),
+        "autoencoder_hash": autoencoder["hash"],
+    }
+    with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
+        if not stage.done:
+            entries = _encode(stage, jobs, autoencoder["hash"])
+            manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
+            manifest_url = files.join(stage.folder, MANIFEST)
+            files.write_json(manifest_url, manifest)
+            latents_hash = files.sha256(files.read_bytes(manifest_url))
+            stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})
+        return stage.folder
+
+
+def _encode(stage: Stage, jobs: list[Job], autoencoder_hash: str) -> list[dict[str, Any]]:
+    """Every job's manifest entry, in order; how far it is goes to the terminal and to MLflow."""
+    experiment = stage.experiment
+    views = max(1, experiment.latents.draws) * (1 + experiment.latents.mirror)
+    entries: dict[int, dict[str, Any]] = {}
+    totals: Counter[str] = Counter()
+    images, left_out = 0, Skipped()
+    began = spoke = time.monotonic()
+    progress = Progress("encode", len(jobs))
+    arguments, calls = (experiment, autoencoder_hash), experiment.cluster.decode_tasks
+    try:
+        for position, encoded in finished_on_actors(Encoder, arguments, "encode", jobs, experiment.cluster, calls):
+            entries[position] = encoded.entry
+            totals["images"] += encoded.entry["rows"] // views
+            totals["rows"] += encoded.entry["rows"]
+            totals["bytes"] += encoded.bytes
+            totals.update({f"skipped {reason}": count for reason, count in encoded.entry["skipped"].items()})
+            left_out.merge(encoded.skipped)
+            left_out.check(experiment.data.max_skipped, whole=len(entries) == len(jobs))
+            if encoded.anew:
+                images += encoded.entry["rows"] // views
+            else:
+                progress.start += 1
+            now = time.monotonic()
+            rate = images / (now - began)
+            progress.update(len(entries), {"images/s": rate})
+            if now - spoke > _SECONDS_BETWEEN_METRICS or len(entries) == len(jobs):
+                spoke = now
+                stage.run.metrics({**totals, "images_per_second": rate}, len(entries))
+    finally:
+        progress.close()
+    return [entries[position] for position in range(len(jobs))]
+
+
+def _jobs(experiment: Experiment) -> list[Job]:
+    splits: tuple[Split, ...] = ("train", "validation")
+    jobs = [
+        Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet")
+        for split in splits
+        for url in check_shards(experiment.data, split)
+    ]
+    taken = Counter(job.file for job in jobs)
+    twice = [job.source for job in jobs if taken[job.file] > 1]
+    if twice:
+        raise UserError(f"two shards of one split have the same file name: {', '.join(twice)}; rename one of them")
+    return jobs
+
+
+def _identity(experiment: Experiment, autoencoder_hash: str) -> dict[str, Any]:
+    """What every latent shard and the manifest say of how they were made."""
+    data = experiment.data
+    return {
+        "shape": list(experiment.code_shape),
+        "autoencoder_hash": autoencoder_hash,
+        "seed": experiment.seed,
+        "preprocessing": {"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
+        **asdict(experiment.latents),
+    }
+
+
+def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
+    """A shard's images, as they are, some at a time; and at the end what was left out."""
+    skipped = Skipped()
+    images = read_images(source, data, skipped)
+    while some := list(itertools.islice(images, size)):
+        yield some
+    yield skipped
+
+
+class Encoder:
+    """An actor that holds the encoder and turns image shards into latent shards, several at a time.
+
+    Images are decoded by Ray tasks, wherever there is a core, and arrive through Ray's object store: a few batches of
+    each shard wait there, never a whole one. While one shard's batch is encoded, the others' are decoded.
+    """
+
+    def __init__(self, experiment: Experiment, autoencoder_hash: str) -> None:
+        experiment.cluster.limit_threads()
+        self.experiment = experiment
+        self.identity = _identity(experiment, autoencoder_hash)
+        trained = load_autoencoder(experiment.folder, experiment.cluster.device)
+        if trained.config["hash"] != autoencoder_hash:
+            raise UserError(
+                f"the autoencoder in {experiment.folder!r} is {trained.config['hash'][:12]}, but this job began with "
+                f"{autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
+            )
+        self.autoencoder = trained.network
+        self.turn = threading.Lock()
+        self.decode = ray.remote(decode_shard).options(
+            num_cpus=DECODE_CPUS,
+            num_returns="streaming",
+            max_retries=experiment.cluster.max_failures,
+            _generator_backpressure_num_objects=_BATCHES_AHEAD,
+        )
+
+    def encode(self, job: Job) -> Encoded:
+        """Encode one shard, unless its file is there already."""
+        url = files.join(self.experiment.folder, "latents", job.file)
+        if files.exists(url):
+            data = files.read_bytes(url)
+            metadata = shard_metadata(data)
+            if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
+                skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
+                entry = manifest_entry(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
+                return Encoded(entry, len(data), skipped, anew=False)
+        skipped = Skipped()
+        latents = self.experiment.latents
+        images = self._decoded(job.source, skipped)
+        rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
+        facts: dict[str, Any] = {
+            "source": files.name(job.source),
+            "rows": len(rows.key),
+            "seen": skipped.seen,
+            "skipped": dict(skipped.counts),
+            "skipped_names": skipped.names,
+        }
+        data = latent_shard_bytes(rows, {**self.identity, **facts})
+        files.write_bytes(url, data)
+        entry = manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
+        return Encoded(entry, len(data), skipped, anew=True)
+
+    def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
+        """A shard's images as they arrive; `skipped` is complete when they end."""
+        parts: Any = self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size)
+        for reference in parts:
+            part = fetch(reference)
+            if isinstance(part, Skipped):
+                skipped.merge(part)
+            else:
+                yield from part
+
+
+def verify_latents(experiment: Experiment) -> str:
+    """Read every latent file again and compare it with the manifest; returns what was found, as a line of text.
+
+    Raises:
+        MissingError: the data set is not (completely) encoded.
+        UserError: files that differ, are missing or are too many, each named.
+    """
+    folder = files.join(experiment.folder, "latents")
+    location = files.join(folder, MANIFEST)
+    if not files.exists(location):
+        raise MissingError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
+    entries = files.read_json(location)["files"]
+    listed = {entry["file"] for entry in entries}
+    due = {job.file for job in _jobs(experiment)}
+    there = {
+        f"{split}/{name}"
+        for split in sorted({entry["split"] for entry in entries})
+        if files.exists(files.join(folder, split))
+        for name in files.listing(files.join(folder, split))
+        if name.endswith(".parquet")
+    }
+    faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
+    connect(experiment.cluster)
+    checks = list(map_on_actors(Verifier, (folder,), "check", entries, experiment.cluster, "verify"))
+    faults += [check.fault for check in checks if check.fault]
+    if faults:
+        remedy = f"delete these files and {MANIFEST}, and run encode_latents.py again, which makes what is missing"
+        raise UserError("\n".join([f"{len(faults)} faults in {folder!r}:", *faults, remedy]))
+    rows, size = sum(entry["rows"] for entry in entries), sum(check.bytes for check in checks)
+    return f"verified {len(entries)} files, {rows} rows, {size} bytes: all are as the manifest says"
+
+
+class Checked(NamedTuple):
+    """A file read again: its size, and what is wrong with it, if anything."""
+
+    bytes: int
+    fault: str
+
+
+class Verifier:
+    """An actor that reads latent files again."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def check(self, entry: dict[str, Any]) -> Checked:
+        """Compare one file with its entry in the manifest."""
+        try:
+            data = files.read_bytes(files.join(self.folder, entry["file"]))
+        except FileNotFoundError:
+            return Checked(0, f"{entry['file']}: missing")
+        found, said = files.sha256(data), entry["sha256"]
+        fault = "" if found == said else f"{entry['file']}: sha256 {found[:12]}, the manifest says {said[:12]}"
+        return Checked(len(data), fault)

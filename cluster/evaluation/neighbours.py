@@ -1,0 +1,116 @@
+"""The nearest training images of samples: whether a model has learnt its images by heart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from bld_core.data.images import check_shards, first_images, read_images, stack
+from bld_core.data.pictures import fitting, grid
+from bld_core.data.skipped import Skipped
+from cluster.config.experiment import Experiment
+from cluster.evaluation.references import Space, load_extractor
+from cluster.runtime import map_on_actors
+
+_SHOWN = 10  # samples of the picture
+QUERIES = 32  # samples, and as many held-out images, whose nearest distance counts
+
+
+class Nearest(NamedTuple):
+    """The nearest training images of some images, nearest first: distances (Q, k), images uint8 (Q, k, H, W, C)."""
+
+    distances: Tensor
+    images: Tensor
+
+    def merge(self, other: Nearest, count: int) -> Nearest:
+        """The `count` nearest of both; of equally near ones those of this part."""
+        distances = torch.cat([self.distances, other.distances], 1)
+        images = torch.cat([self.images, other.images], 1)
+        kept = distances.argsort(dim=1, stable=True)[:, :count]
+        return Nearest(distances.gather(1, kept), images[torch.arange(len(images))[:, None], kept])
+
+
+class Finder:
+    """An actor that looks for the nearest images, a shard at a time; what it keeps is k images for each of Q.
+
+    Args:
+        experiment: whose training images.
+        space: in whose features; None compares pixels.
+        queries: uint8 (Q, H, W, channels).
+        count: k.
+    """
+
+    def __init__(self, experiment: Experiment, space: Space | None, queries: Tensor, count: int) -> None:
+        experiment.cluster.limit_threads()
+        self.experiment, self.count = experiment, count
+        self.extractor = load_extractor(experiment, space) if space is not None else None
+        self.queries = self._vectors(queries)
+
+    def _vectors(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, channels) -> float64 (B, F): whole numbers, so products of pixels are exact."""
+        if self.extractor is None:
+            return images.flatten(1).double()
+        size = self.experiment.latents.batch_size
+        return torch.cat([self.extractor(some).cpu() for some in images.split(size)]).double()
+
+    def find(self, url: str) -> Nearest | None:
+        """The nearest images of a shard; None where it has none."""
+        images = list(read_images(url, self.experiment.data, Skipped()))
+        found: Nearest | None = None
+        for start in range(0, len(images), self.experiment.latents.batch_size):
+            some = stack(images[start : start + self.experiment.latents.batch_size])
+            x, y = self.queries, self._vectors(some)
+            squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+            distances, index = squares.clamp(min=0).sqrt().topk(min(self.count, len(some)), largest=False)
+            part = Nearest(distances, some[index])
+            found = part if found is None else found.merge(part, self.count)
+        return found
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What was found.
+
+    Attributes:
+        space: by what they are near: "pixels", or "features of ..." an extractor.
+        figures: the mean distance of samples to their nearest training image by that of held-out images: about 1 for a
+            model that has learnt no image by heart, near 0 for one that has.
+        picture: a sample in each row, and its nearest training images, nearest first.
+    """
+
+    space: str
+    figures: dict[str, float]
+    picture: Image
+
+
+def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]) -> Neighbours:
+    """The training images nearest to samples, in the first of `spaces`, or by their pixels where there is none.
+
+    Args:
+        experiment: its training shards are read, its first held-out images compared with.
+        samples: uint8 (B, H, W, channels), of which the first 32 count.
+        spaces: where there are extractors; the classifier is trained already.
+    """
+    data, config = experiment.data, experiment.evaluation
+    samples = samples[:QUERIES]
+    held_out = stack(first_images(data.validation, data, QUERIES))
+    space = spaces[0] if spaces else None
+    arguments = (experiment, space, torch.cat([samples, held_out]), config.neighbours)
+    found: Nearest | None = None
+    urls = check_shards(data, "train")
+    for part in map_on_actors(Finder, arguments, "find", urls, experiment.cluster, "neighbours"):
+        if part is not None:
+            found = part if found is None else found.merge(part, config.neighbours)
+    assert found is not None, "a prior was trained on these images"
+    nearest = found.distances[:, 0]
+    drawn, real = float(nearest[: len(samples)].mean()), float(nearest[len(samples) :].mean())
+    name = space.figure("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
+    shown = fitting(data.image_size, _SHOWN, 1 + found.images.shape[1])
+    rows = torch.cat([samples[:, None], found.images[: len(samples)]], 1)[:shown]
+    figures = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing
+    by = f"features of {space.name}" if space is not None else "pixels"
+    return Neighbours(by, figures, grid(rows.flatten(0, 1), rows.shape[1]))

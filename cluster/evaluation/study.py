@@ -1,0 +1,348 @@
+"""Studies: what one choice does to the prior and its samples, as one table and one plot (Tables 5, 7, Figs. 4, 7)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from PIL.Image import Image
+
+from bld_core.data.images import check_shards
+from bld_core.data.pictures import png
+from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.errors import UserError
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.storage import files
+from bld_core.training.checkpoint import read_model_config
+from cluster.config.experiment import Experiment
+from cluster.evaluation.actors import Look, Reconstruct, Reconstructions
+from cluster.evaluation.examiner import Examine, Examiner
+from cluster.evaluation.references import Reference, Space, make_reference
+from cluster.plots import Line, Panel, panels_plot
+from cluster.runtime import map_on_actors
+from cluster.sampling.sampler import Judge, balanced_labels, draws
+from cluster.stages import open_stage
+from cluster.training.train import train_prior
+
+StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
+_STRIDES = (4, 8, 16, 32, 64)
+_REMADE = "rows/remade.json"
+
+# The paper's figures, by study and row: 256 x 256, 50,000 samples.
+_PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
+    "lambda": (
+        "FID, recall; Table 7, LSUN Churches",
+        {"0": (5.07, 0.42), "0.01": (4.68, 0.46), "0.1": (4.36, 0.50), "1": (5.12, 0.48)},
+    ),
+    "targets": (
+        "FID, recall; Table 7, LSUN Churches",
+        {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)},
+    ),
+    "samplers": (
+        "FID of LSUN Churches, of FFHQ; Table 5",
+        {"binary": (4.36, 5.85), "autoregressive": (7.25, 8.23), "absorbing": (5.44, 7.64)},
+    ),
+    "steps": (
+        "FID of LSUN Churches, tau 0.9, Table 1; seconds a sample at batch 1, Table 6",
+        {"16": (4.96, 0.20), "64": (4.36, 0.82)},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study: a prior, and how it is sampled.
+
+    Attributes:
+        label: names the row.
+        experiment: the prior lies in its folder.
+        sampling: how its samples are drawn.
+        bounds: which likelihood bounds are measured, by the name of the figure.
+        x: its place in the plot; None takes the label.
+    """
+
+    label: str
+    experiment: Experiment
+    sampling: SamplingConfig
+    bounds: dict[str, Judge] = field(default_factory=dict)
+    x: float | None = None
+
+
+def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
+    """The experiment whose prior differs in some sections of the configuration.
+
+    It lies in <folder>/study/variants/<name>, for all studies, or is "own" where nothing differs; trained for as many
+    steps as the experiment, that one is the experiment itself.
+    """
+    steps = experiment.study.training_steps or experiment.prior_training.steps
+    if all(getattr(experiment, section) == value for section, value in changes.items() if section != "sampling"):
+        if steps == experiment.prior_training.steps:
+            return experiment
+        name = "own"
+    changes["prior_training"] = replace(experiment.prior_training, steps=steps)
+    return experiment.variant("study/variants", name, **changes)
+
+
+def _lambda(experiment: Experiment) -> list[Row]:
+    rows: list[Row] = []
+    for weight in experiment.study.vlb_weights:
+        diffusion = replace(experiment.diffusion, vlb_weight=weight)
+        variant = _variant(experiment, f"lambda{weight:g}", diffusion=diffusion)
+        rows.append(Row(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
+    return rows
+
+
+def _targets(experiment: Experiment) -> list[Row]:
+    """All of them sample in all T steps, for z_prev must."""
+    sampling = replace(experiment.sampling, steps=experiment.diffusion.steps, grid=[])
+    rows: list[Row] = []
+    for target in ("flip", "z0", "z_prev"):
+        diffusion = replace(experiment.diffusion, target=target)
+        variant = _variant(experiment, target, diffusion=diffusion, sampling=sampling)
+        rows.append(Row(target, variant, sampling, _whole_bound(experiment)))
+    return rows
+
+
+def _samplers(experiment: Experiment) -> list[Row]:
+    rows: list[Row] = []
+    for model in ("binary", "autoregressive", "absorbing"):
+        known_share = experiment.prior.known_share if model == "binary" else 0.0
+        variant = _variant(experiment, model, prior=replace(experiment.prior, model=model, known_share=known_share))
+        rows.append(Row(model, variant, experiment.sampling, _whole_bound(experiment)))
+    return rows
+
+
+def _schedule(experiment: Experiment) -> list[Row]:
+    """A row for each schedule and spacing, with the bounds of grids of some steps."""
+    rows: list[Row] = []
+    for schedule in experiment.study.schedules:
+        diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
+        variant = _variant(experiment, schedule, diffusion=diffusion)
+        for spacing in ("k", "t"):
+            sampling = replace(experiment.sampling, spacing=spacing, grid=[])
+            bounds = _whole_bound(experiment)
+            for steps in _STRIDES:
+                if steps <= diffusion.steps:
+                    bounds[f"bound_{steps}"] = Judge(replace(sampling, steps=steps), 0, experiment.study.codes)
+            rows.append(Row(f"{schedule}, equal {spacing}", variant, sampling, bounds))
+    return rows
+
+
+def _steps(experiment: Experiment) -> list[Row]:
+    """The experiment's own prior; at temperature 1, as in the paper."""
+    rows: list[Row] = []
+    for steps in experiment.study.steps:
+        if steps <= experiment.diffusion.steps:
+            sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
+            bounds = {"bound": Judge(sampling, 0, experiment.study.codes)}
+            rows.append(Row(str(steps), experiment, sampling, bounds, steps))
+    return rows
+
+
+def _temperature(experiment: Experiment) -> list[Row]:
+    """The experiment's own prior; bounds do not depend on the temperature."""
+    return [
+        Row(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
+        for tau in experiment.study.temperatures
+    ]
+
+
+def _whole_bound(experiment: Experiment) -> dict[str, Judge]:
+    return {"bound": Judge(None, 0, experiment.study.codes)}
+
+
+_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[Row]]]] = {
+    "lambda": ("diffusion.vlb_weight", _lambda),
+    "targets": ("diffusion.target", _targets),
+    "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
+    "steps": ("sampling.steps", _steps),
+    "temperature": ("sampling.temperature", _temperature),
+    "samplers": ("prior.model", _samplers),
+}
+
+
+def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> dict[str, Any]:
+    """Latents, and what the study compares -> <folder>/study/<name>: table.json, table.txt, plot.png.
+
+    Priors that are there are used, others trained, each an experiment of its own; a study that was interrupted goes on
+    after its last row.
+
+    Args:
+        experiment: its configuration.
+        name: of the study.
+        fresh: train the variants again, though never the experiment's own prior, and measure again.
+
+    Returns:
+        The table: "rows", each with its figures by name, and what they were measured with.
+
+    Raises:
+        MissingError: no autoencoder or no latents yet.
+        UserError: bad input, before anything is trained.
+    """
+    study, config = experiment.study, experiment.prior
+    if config.model != "binary":
+        raise UserError(f"prior.model is {config.model}; studies start from binary diffusion: set it to binary")
+    column, make_rows = _STUDIES[name]
+    rows = make_rows(experiment)
+    if not rows:
+        raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
+    reference = make_reference(experiment, _space(experiment))
+    variants = {row.experiment.folder: row.experiment for row in rows}
+    trained = {
+        folder: read_model_config(train_prior(variant, fresh and folder != experiment.folder, source=experiment.folder))
+        for folder, variant in variants.items()
+    }
+    fingerprint = {
+        "reference": reference.hash,
+        "rows": [
+            [row.label, trained[row.experiment.folder]["hash"], asdict(row.sampling), list(row.bounds)] for row in rows
+        ],
+        "samples": study.samples,
+        "codes": study.codes,
+        **experiment.fingerprint(),
+    }
+    with open_stage(experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
+        table_url = files.join(stage.folder, "table.json")
+        if not stage.done:
+            source, paper = _PAPER.get(name, ("", {}))
+            found: list[dict[str, Any]] = []
+            for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference), strict=True):
+                stage.run.metrics(figures, len(found))
+                x = row.label if row.x is None else row.x
+                found.append({column: row.label, "x": x, **figures, "paper": paper.get(row.label, ())})
+            made = {
+                "study": name,
+                "column": column,
+                "rows": found,
+                "paper": source,
+                "distance": reference.space.figure("fd"),
+                "reference": reference.figures | files.read_json(files.join(stage.folder, _REMADE)),
+                "samples": study.samples,
+                "sampling": asdict(experiment.sampling),
+            }
+            picture = _plot(made)
+            stage.run.picture(picture, "plot.png")
+            stage.run.text(table(made), "table.txt")
+            files.write_bytes(files.join(stage.folder, "plot.png"), png(picture))
+            files.write_bytes(files.join(stage.folder, "table.txt"), f"{table(made)}\n".encode())
+            files.write_json(table_url, made)
+        return files.read_json(table_url)
+
+
+def _space(experiment: Experiment) -> Space:
+    """Where a study compares images: Inception's features where they are asked for, or else a classifier's."""
+    config = experiment.evaluation
+    return Space("inception", config.inception_sha256) if config.frechet else Space("classifier")
+
+
+def _measure(
+    experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference
+) -> Iterator[dict[str, float]]:
+    """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
+    remade_url = files.join(folder, _REMADE)
+    urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
+    held_out = [] if files.exists(remade_url) else check_shards(experiment.data, "validation")
+    open_rows = [row for row, url in zip(rows, urls, strict=True) if not files.exists(url)]
+    pieces = [Examine(experiment.folder, Reconstruct(url)) for url in held_out]
+    pieces += [piece for row in open_rows for piece in _pieces(experiment, row)]
+    work = map_on_actors(Examiner, (experiment, reference.space), "examine", pieces, experiment.cluster, "measure")
+    with contextlib.closing(work):
+        if held_out:
+            remade = Reconstructions()
+            for _ in held_out:
+                remade.merge(next(work))
+            distance = frechet_distance(reference.moments, remade.remade[reference.space])
+            files.write_json(remade_url, {f"{reference.space.figure('fd')}_remade": distance})
+        for row, url in zip(rows, urls, strict=True):
+            if not files.exists(url):
+                files.write_json(url, _figures(row, work, experiment.study.samples, reference))
+            yield files.read_json(url)
+
+
+def _pieces(experiment: Experiment, row: Row) -> list[Examine]:
+    """What has to be done for a row: its bounds, then its samples."""
+    total, batch = experiment.study.samples, experiment.evaluation.batch_size
+    labels = balanced_labels(total, experiment.prior.classes)
+    looks = [Look(draw) for draw in draws(row.sampling, labels, total, batch, experiment.seed)]
+    return [Examine(row.experiment.folder, piece) for piece in (*row.bounds.values(), *looks)]
+
+
+def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
+    """Take from the stream of results those of one row."""
+    figures: dict[str, float] = {}
+    for name in row.bounds:
+        bound = next(work)
+        figures |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
+    moments, seconds = FeatureMoments(), 0.0
+    while moments.count < samples:
+        drawn = next(work)
+        moments.update(drawn.features[reference.space.name])
+        seconds += drawn.seconds
+    figures[reference.space.figure("fd")] = frechet_distance(reference.moments, moments)
+    figures["seconds"] = seconds / samples
+    return figures
+
+
+def _names(made: dict[str, Any]) -> list[str]:
+    """The figures of a table's rows, without their errors."""
+    return [
+        name for name in made["rows"][0] if f"{name}_se" in made["rows"][0] or name in (made["distance"], "seconds")
+    ]
+
+
+def table(made: dict[str, Any]) -> str:
+    """A study as lines of text, the paper's figures beside ours."""
+    names, distance = _names(made), made["distance"]
+    cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
+    for row in made["rows"]:
+        shown = [f"{row[n]:.4f} +- {row[f'{n}_se']:.4f}" if f"{n}_se" in row else f"{row[n]:.3g}" for n in names]
+        cells.append(
+            [row[made["column"]], *shown, *([" / ".join(f"{x:g}" for x in row["paper"])] if made["paper"] else [])]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    real = made["reference"]
+    lines += [
+        "bounds: bits a bit of held-out codes; rows share codes and noise, so their differences are surer than +- says",
+        f"{distance}: of {made['samples']} samples to the training images; held-out images have "
+        f"{real[f'{distance}_held_out']:.3g}, their reconstructions {real[f'{distance}_remade']:.3g}",
+        "seconds: a sample, decoding included, in batches, of one worker",
+    ]
+    if "classifier_accuracy" in real:
+        lines.append(f"classifier: right on {real['classifier_accuracy']:.1%} of the held-out images")
+    return "\n".join(lines)
+
+
+def _plot(made: dict[str, Any]) -> Image:
+    """The study as diagrams beside one another."""
+    rows, column, distance = made["rows"], made["column"], made["distance"]
+    x, doubling = [row["x"] for row in rows], made["study"] == "steps"
+    strides = [name for name in _names(made) if name.startswith("bound_")]
+
+    def panel(name: str, title: str, label: str) -> Panel:
+        error = [row[f"{name}_se"] for row in rows] if f"{name}_se" in rows[0] else []
+        return Panel(title, column, label, [Line(x, [row[name] for row in rows], error)], doubling)
+
+    panels: list[Panel] = []
+    if strides:
+        lines = [
+            Line(
+                [int(name.removeprefix("bound_")) for name in strides],
+                [row[name] for name in strides],
+                [row[f"{name}_se"] for name in strides],
+                row[column],
+            )
+            for row in rows
+        ]
+        panels.append(Panel("Bound of chains of n steps", "n", "bits a bit", lines, doubling=True))
+    elif "bound" in rows[0]:
+        panels.append(panel("bound", "Likelihood bound", "bits a bit"))
+    panels.append(panel(distance, "Frechet distance", distance))
+    if doubling:
+        panels.append(panel("seconds", "Time", "seconds a sample, in batches"))
+    if shown := [row for row in rows if row["paper"]]:
+        line = Line([row["x"] for row in shown], [row["paper"][0] for row in shown])
+        panels.append(Panel("The paper, LSUN Churches", column, "FID", [line], doubling))
+    return panels_plot(panels)

@@ -1,0 +1,224 @@
+"""The model registry: autoencoder and prior as one version, with its evaluation, under aliases."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+import mlflow.pyfunc
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+import bld_core
+from bld_core.errors import MissingError, UserError
+from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.storage import files
+from bld_core.training.checkpoint import CONFIG, WEIGHTS
+from cluster.config.experiment import Experiment
+from cluster.config.tracking import CHAMPION, TrackingConfig
+from cluster.evaluation.evaluate import read_report
+from cluster.lineage import COMMIT, git_commit, lineage
+from cluster.secrets import without_secrets
+from cluster.tracking import connect, plain_errors, quoted, start_run
+
+_EVALUATION = ("evaluation/report.json", "evaluation/report.html")
+_PROTOCOL, _FIGURE = "bld.protocol", "figure."
+# Bits a bit of held-out codes: another autoencoder's bits are other bits, and other draws or views are other codes.
+_OF_CODES = ("bound", "bound_sampling")
+_LATENTS = ("bld.autoencoder_hash", "bld.latents_hash")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a model.
+
+    Attributes:
+        name: of the model.
+        version: its number.
+        rule: who is champion, by which rule, in words.
+    """
+
+    name: str
+    version: str
+    rule: str
+
+
+def register(experiment: Experiment) -> Registered:
+    """Register autoencoder and prior as one version of a model, under an alias; it may become the champion.
+
+    The version's files are a folder that `bld_core.load` opens and `mlflow models serve` serves; its tags are hashes
+    and the figures of its evaluation. Running it again for the same pair adds nothing but newer figures.
+
+    Args:
+        experiment: finished, evaluation included.
+
+    Returns:
+        The version, and what became of the champion.
+
+    Raises:
+        MissingError: a stage is not finished.
+        UserError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
+            MLflow refuses the name or is away.
+    """
+    pair = bld_core.load(experiment.folder)
+    if pair.prior is None:
+        raise MissingError(f"{experiment.folder!r} has no finished prior: run stage2_prior.py first")
+    made_from = lineage(pair.autoencoder.config, pair.prior.config)
+    report = read_report(experiment)
+    _check(report, experiment.tracking.champion_figure)
+    with plain_errors(experiment.tracking.resolve(experiment.root)):
+        return _register(experiment, report, made_from)
+
+
+def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping[str, str]) -> Registered:
+    tracking = experiment.tracking
+    name, client = tracking.model or experiment.name, connect(tracking.resolve(experiment.root))
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {**made_from, COMMIT: git_commit(), _PROTOCOL: report["protocol"]}
+    tags |= {f"{_FIGURE}{figure}": repr(value) for figure, value in report["figures"].items()}
+    version = _version_of(client, name, made_from)
+    if version is None:
+        version = _make_version(client, name, experiment, report, tags)
+    else:
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, version.version, tag, value)
+    client.set_registered_model_alias(name, tracking.alias, version.version)
+    champion = _champion(client, name)
+    moves, rule = judge(tracking, str(version.version), tags, champion)
+    if moves:
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    return Registered(name, str(version.version), rule)
+
+
+def _check(report: Mapping[str, Any], figure: str) -> None:
+    """Whether a report says what the champion is chosen by."""
+    if "protocol" not in report:
+        raise UserError("the evaluation does not say how it was measured, as early versions did: evaluate.py --fresh")
+    if not math.isfinite(report["figures"].get(figure, math.nan)):
+        raise UserError(
+            f"tracking.champion_figure is {figure!r}, which the evaluation does not have as a finite number; it has "
+            f"{', '.join(report['figures'])}: choose one of them, or evaluate with that figure"
+        )
+
+
+def _version_of(client: MlflowClient, name: str, made_from: Mapping[str, str]) -> ModelVersion | None:
+    """The version that holds the same pair, if there is one."""
+    for version in client.search_model_versions(f"name = {quoted(name)}"):
+        if made_from.items() <= version.tags.items():
+            return version
+    return None
+
+
+def _make_version(
+    client: MlflowClient, name: str, experiment: Experiment, report: dict[str, Any], tags: dict[str, str]
+) -> ModelVersion:
+    """Log the pair and its evaluation to a run of their own, and make a version of it."""
+    run = start_run(experiment, "registered", None)
+    succeeded = False
+    try:
+        run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})
+        run.metrics(report["figures"], 0)
+        with tempfile.TemporaryDirectory() as folder:
+            parts = [f"{part}/{file}" for part in (AUTOENCODER, PRIOR) for file in (WEIGHTS, CONFIG)]
+            evaluation = [file for file in _EVALUATION if files.exists(files.join(experiment.folder, file))]
+            for file in (*parts, *evaluation):
+                local = Path(folder, file)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                local.write_bytes(files.read_bytes(files.join(experiment.folder, file)))
+            model = Model(run_id=run.run_id)
+            mlflow.pyfunc.add_to_model(
+                model, "cluster.registry.serving"
+            )  # a module that opens the folder: nothing is pickled
+            model.save(str(Path(folder, "MLmodel")))
+            run.artifacts(folder, "model")
+        source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
+        version = client.create_model_version(name, source, run.run_id, tags=tags)
+        succeeded = True
+    finally:
+        run.end(succeeded)
+    return version
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if number is None else client.get_model_version(name, str(number))
+
+
+def judge(
+    tracking: TrackingConfig, version: str, tags: Mapping[str, str], champion: ModelVersion | None
+) -> tuple[bool, str]:
+    """Whether a version follows the champion: its figure must be better by the margin, measured in the same way.
+
+    Args:
+        tracking: the figure, its direction and the margin.
+        version: the number of the version.
+        tags: of the version.
+        champion: the current one.
+
+    Returns:
+        Whether the alias moves; and the rule and its outcome in words.
+    """
+    figure, margin = tracking.champion_figure, tracking.champion_margin
+    of_codes = figure in _OF_CODES
+    rule = (
+        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}"
+        f"{' on the same latents' if of_codes else ''}, by {margin:g} or more"
+    )
+    if champion is None:
+        return True, f"{rule}: there was none, so version {version} is, with {float(tags[_FIGURE + figure]):.6g}"
+    holder = f"version {champion.version}"
+    if str(champion.version) == version:
+        return False, f"{rule}: version {version} is already"
+    alike = [_PROTOCOL, *(_LATENTS if of_codes else ())]
+    differ = [tag.removeprefix("bld.") for tag in alike if champion.tags.get(tag) != tags[tag]]
+    if differ or _FIGURE + figure not in champion.tags:
+        return False, (
+            f"{rule}: {holder} stays, for it has another {' and '.join(differ) or figure}, so the two cannot be "
+            "compared; evaluate and register that pair in the same way, or move the alias yourself"
+        )
+    ours, theirs = float(tags[_FIGURE + figure]), float(champion.tags[_FIGURE + figure])
+    better = theirs - ours if tracking.champion_lower else ours - theirs
+    moves = better > 0 and better >= margin
+    outcome = f"version {version} follows {holder}" if moves else f"{holder} stays"
+    return moves, f"{rule}: {outcome}, {ours:.6g} against its {theirs:.6g}, better by {better:.6g}"
+
+
+def fetch_model(model: str, folder: str, uri: str) -> str:
+    """Download a registered version.
+
+    Args:
+        model: models:/<name>@<alias> or models:/<name>/<version>.
+        folder: where to; made if it is missing.
+        uri: of the tracking server, as in `TrackingConfig.resolve`.
+
+    Returns:
+        A folder for `bld_core.load`.
+
+    Raises:
+        UserError: another form; no such model, alias or version there; or MLflow is away.
+    """
+    form = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
+    if form is None:
+        raise UserError(f"model is {model!r}; it must be models:/<name>@<alias> or models:/<name>/<version>")
+    client, (name, alias, number) = connect(uri), form.groups()
+    with plain_errors(uri):
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"{without_secrets(uri)} has no {model}: {error.message}; register.py makes one") from error
+        assert found.source is not None, "every version was made with a source"
+        return mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=folder, tracking_uri=uri)

@@ -1,0 +1,164 @@
+"""What `mlflow models serve` runs for a registered pair: samples by class and inpaintings, as PNG, over HTTP.
+
+A request is a table with a row for each thing that is wanted, the answer a list with the pictures of each row:
+
+    {"dataframe_records": [{"label": 3, "count": 2}, {"image": "<base64>", "box": [16, 0, 32, 32]}]}
+    {"predictions": [{"images": ["<base64>", "<base64>"]}, {"images": ["<base64>"]}]}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.exceptions import MlflowException
+
+import bld_core
+from bld_core import generator
+from bld_core.data.pictures import mask_of_box, mask_of_picture, picture, png, read_picture
+from bld_core.errors import UserError
+
+_MOST_IMAGES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One row of a request. A field that is left out, or null, has its default.
+
+    Args:
+        label: class of the images; -1 asks for none.
+        seed: of the noise; the images are a function of the row alone.
+        count: how many images.
+        steps: number of reverse steps; this and the next two are by default those stored with the prior.
+        temperature: tau.
+        guidance: w.
+        image: base64 of a picture to complete; empty draws new images.
+        mask: base64 of a picture of its size: white is known, black is made anew.
+        box: in place of a mask, left, top, right, bottom in pixels of the part that is made anew.
+    """
+
+    label: int = -1
+    seed: int = 0
+    count: int = 1
+    steps: int | None = None
+    temperature: float | None = None
+    guidance: float | None = None
+    image: str = ""
+    mask: str = ""
+    box: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count is {self.count}; it must be at least 1")
+        if bool(self.image) != bool(self.mask or self.box):
+            raise UserError("an image to complete comes with a mask or a box, and these with an image")
+        if self.mask and self.box:
+            raise UserError(f"mask and box {list(self.box)} both say what is made anew; leave one of them out")
+        if self.box and len(self.box) != 4:
+            raise UserError(f"box is {list(self.box)}; it must be [left, top, right, bottom] in pixels")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that are given."""
+        given = {"steps": self.steps, "temperature": self.temperature, "guidance": self.guidance}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def read_row(row: dict[str, Any]) -> Wanted:
+    """A row of a request, checked.
+
+    Raises:
+        UserError: an unknown field, or a value of another type or out of bounds.
+    """
+    known = {field.name: field.type for field in fields(Wanted)}
+    if unknown := [str(name) for name in row if name not in known]:
+        raise UserError(f"unknown field {', '.join(unknown)}; a row may have {', '.join(known)}")
+    given = {name: value for name, value in row.items() if not (value is None or value != value)}  # NaN: left out
+    return Wanted(**{name: _read(name, str(known[name]), value) for name, value in given.items()})
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    """A value of the type that a field of `Wanted` has; JSON and pandas make floats of whole numbers."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if kind.startswith("float"):
+            return float(value)
+        if kind.startswith("int") and (isinstance(value, int) or value.is_integer()):
+            return int(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind.startswith("tuple") and isinstance(value, list):
+        return tuple(_read(name, "int", part) for part in value)
+    wanted = {"f": "a number", "i": "a whole number", "s": "base64 text", "t": "a list of whole numbers"}[kind[0]]
+    raise UserError(f"{name} is {str(value)[:40]!r}; it must be {wanted}")
+
+
+class Served:
+    """A registered pair as MLflow calls it."""
+
+    def __init__(self, pair: generator.Generator) -> None:
+        self.pair = pair
+
+    def predict(self, frame: object) -> list[dict[str, list[str]]]:
+        """The pictures of every row, PNG in base64.
+
+        Raises:
+            MlflowException: a bad request, which its sender is told as status 400 with the row and the reason.
+        """
+        if not isinstance(frame, pd.DataFrame):  # what MLflow makes of its other forms
+            raise MlflowException.invalid_parameter_value(
+                "the request is not a table: send dataframe_records, a list with an object for each row, or "
+                'dataframe_split, for example {"dataframe_records": [{"label": 3}]}'
+            )
+        wanted: list[Wanted] = []
+        for number, row in enumerate(frame.to_dict("records")):
+            with _blame(number):
+                wanted.append(read_row({str(name): value for name, value in row.items()}))
+                if (total := sum(row.count for row in wanted)) > _MOST_IMAGES:
+                    raise UserError(f"{total} images asked for; one request gives at most {_MOST_IMAGES}")
+        answers: list[dict[str, list[str]]] = []
+        for number, row in enumerate(wanted):
+            with _blame(number):
+                images = self._complete(row) if row.image else self._draw(row)
+            answers.append({"images": [base64.b64encode(png(picture(image))).decode() for image in images]})
+        return answers
+
+    def _draw(self, row: Wanted) -> torch.Tensor:
+        return self.pair.sample(labels=[row.label] * row.count, seed=row.seed, **row.sampling)
+
+    def _complete(self, row: Wanted) -> torch.Tensor:
+        config = self.pair.autoencoder.config
+        size = config["image_size"]
+        image = read_picture(_decode(row.image, "image"), size, config["channels"], "image")
+        mask = (
+            mask_of_picture(_decode(row.mask, "mask"), size, "mask") if row.mask else mask_of_box(row.box, size, "box")
+        )
+        labels = None if row.label == -1 else [row.label]
+        made = self.pair.inpaint(image[None], mask[None], count=row.count, labels=labels, seed=row.seed, **row.sampling)
+        return made[0]
+
+
+@contextlib.contextmanager
+def _blame(number: int) -> Generator[None]:
+    """A UserError becomes status 400, which names the row."""
+    try:
+        yield
+    except UserError as error:
+        raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from error
+
+
+def _decode(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{name} is not base64: {error}") from error
+
+
+def _load_pyfunc(path: str) -> Served:  # pyright: ignore[reportUnusedFunction]  # MLflow looks for this name
+    """Open the folder of a registered version; on a GPU, where there is one."""
+    return Served(bld_core.load(path, "cuda" if torch.cuda.is_available() else "cpu"))

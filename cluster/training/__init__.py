@@ -1,0 +1,1 @@
+"""Ray Train and Ray Tune around the core loop."""

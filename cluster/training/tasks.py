@@ -1,0 +1,220 @@
+"""The two training stages as tasks: what a worker builds, reads, minimises and shows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, replace
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from bld_core.autoencoder.baselines.vector import VectorBottleneck
+from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.network import Autoencoder
+from bld_core.autoencoder.objective import AutoencoderObjective
+from bld_core.autoencoder.perceptual import Perceptual, load_perceptual, lpips_name
+from bld_core.autoencoder.quantizer import CodeHealth
+from bld_core.data.images import first_images, stack, to_float, to_uint8
+from bld_core.data.pictures import fitting, grid, reconstruction_grid
+from bld_core.data.skipped import Skipped
+from bld_core.diffusion.bound import Bound
+from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.generator import load_autoencoder
+from bld_core.latents.loader import latent_batches
+from bld_core.latents.reader import open_latents
+from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
+from bld_core.prior.model import make_model
+from bld_core.storage import files
+from bld_core.training.loop import Batch, Objective, TrainingConfig
+from cluster.config.experiment import Experiment
+from cluster.data.ingest import Position, image_batches, resume_position
+from cluster.plots import bit_usage_plot, profile_plot
+
+_VALIDATION_IMAGES = 256
+_VALIDATION_CODES = 512
+_PICTURE_IMAGES = 16
+_PICTURE_SAMPLES = 40
+
+
+class Place(NamedTuple):
+    """A worker among its peers."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation in the middle of training has to show: figures, and pictures by name."""
+
+    figures: dict[str, float]
+    pictures: dict[str, Image]
+
+
+class Task(ABC):
+    """What differs between the two stages, on one worker.
+
+    Attributes:
+        experiment: its configuration.
+        training: the part of it that trains this stage.
+        skipped: the account of what this worker leaves out of its data.
+    """
+
+    experiment: Experiment
+    training: TrainingConfig
+    skipped: Skipped
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A freshly initialised network."""
+
+    def critic(self) -> tuple[nn.Module, TrainingConfig] | None:
+        """A freshly initialised critic and how it is trained, where the stage has one."""
+        return None
+
+    @abstractmethod
+    def objective(self, place: Place) -> Objective:
+        """What is minimised."""
+
+    @abstractmethod
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        """Batches from `step` on; `positions` are those of the checkpoint, one a worker."""
+
+    def position(self) -> list[int]:
+        """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
+        return []
+
+    def left_out(self) -> int:
+        """Samples that this worker has left out of its data since the first step; `skipped` accounts for new ones."""
+        return 0
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        """Which of several averages of the weights is the best; the first, where the stage has no measure of it."""
+        return 0
+
+    @abstractmethod
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        """Look at a network on held-out data."""
+
+
+class AutoencoderTask(Task):
+    """Stage 1."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.training = experiment.autoencoder_training
+        self.skipped = Skipped()
+        self._position = Position()
+        self._held_out: Tensor | None = None
+        self._perceptual: Perceptual | None = None
+
+    def network(self) -> nn.Module:
+        experiment = self.experiment
+        return make_autoencoder(experiment.autoencoder, experiment.data.channels, experiment.loss.entropy)
+
+    def critic(self) -> tuple[nn.Module, TrainingConfig] | None:
+        loss = self.experiment.loss
+        if not loss.adversarial:
+            return None
+        return (
+            PatchCritic(loss, self.experiment.data.channels),
+            replace(self.training, learning_rate=loss.critic_learning_rate, checkpointing=False),
+        )
+
+    def objective(self, place: Place) -> Objective:
+        experiment = self.experiment
+        if experiment.loss.perceptual:
+            self._perceptual = load_perceptual(experiment.loss, place.device)
+        return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        shards = len(files.expand(self.experiment.data.train))
+        start = resume_position(positions, place.rank, place.world, shards)
+        stream = image_batches(self.experiment, step, start, place.rank, place.world, self.skipped)
+        for batch, self._position in stream:
+            yield batch.to(place.device)
+
+    def position(self) -> list[int]:
+        return [*astuple(self._position)]
+
+    def left_out(self) -> int:
+        return self._position.skipped
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
+        if self._held_out is None:
+            data = self.experiment.data
+            self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
+        quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth()
+        binary = self.experiment.autoencoder.latent == "binary"
+        outputs: list[Tensor] = []
+        for images in self._held_out.split(self.experiment.latents.batch_size):
+            x = to_float(images.to(device))
+            features = network.encode(x)
+            remade = to_uint8(network.decode(network.bottleneck(features)[0]))
+            quality.update(images.to(device), remade)
+            if self._perceptual is not None:
+                distance.update(self._perceptual(x, to_float(remade)).cpu())
+            if binary:
+                health.update(features)
+            outputs.append(remade.cpu())
+        figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
+        if self._perceptual is not None:
+            figures[lpips_name(self.experiment.loss.vgg_sha256)] = distance.mean
+        if isinstance(network.bottleneck, VectorBottleneck):
+            figures["perplexity"] = float(network.bottleneck.perplexity)
+        count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
+        pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
+        if binary:
+            figures |= health.figures()
+            pictures["bit-usage"] = bit_usage_plot(health.usage)
+        return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
+
+
+class PriorTask(Task):
+    """Stage 2."""
+
+    def __init__(self, experiment: Experiment, source: str) -> None:
+        self.experiment = experiment
+        self.training = experiment.prior_training
+        self._latents = files.join(source, "latents")
+        self.skipped = Skipped()
+        self.source = source
+        h, w, c = experiment.code_shape
+        self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
+        self._held_out: tuple[Tensor, Tensor] | None = None
+
+    def network(self) -> nn.Module:
+        return self.model.network()
+
+    def objective(self, place: Place) -> Objective:
+        return self.model.objective(self.experiment.seed)
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        experiment, latents = self.experiment, open_latents(self._latents)
+        memory_gb, device = experiment.cluster.latents_gb, place.device
+        return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
+
+    def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
+        if self._held_out is None:
+            self._held_out = open_latents(self._latents, "validation").read().part(slice(_VALIDATION_CODES), device)
+        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
+
+    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
+        bounds = [self._bound(network, device).bits_per_bit for network in networks]
+        return bounds.index(min(bounds))
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        experiment, model, seed = self.experiment, self.model, self.experiment.seed
+        bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
+        index = torch.arange(_PICTURE_SAMPLES, device=device)
+        labels = index % experiment.prior.classes if experiment.prior.classes else None
+        z = model.sample(network, labels, index, experiment.sampling, seed)
+        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
+        figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
+        figures["val_bound_sampling"] = sampled.bits_per_bit
+        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})

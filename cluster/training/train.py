@@ -1,0 +1,350 @@
+"""Ray Train: a TorchTrainer around the core training loop, for both stages."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+import tqdm
+from ray.experimental import tqdm_ray
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.perceptual import load_perceptual
+from bld_core.data.images import check_shards
+from bld_core.data.skipped import Skipped, above
+from bld_core.errors import NonFiniteError, UserError
+from bld_core.generator import AUTOENCODER
+from bld_core.latents.reader import open_latents
+from bld_core.noise import key_of
+from bld_core.storage import files
+from bld_core.storage.patience import StorageError
+from bld_core.training.checkpoint import CONFIG, average_name, load_state, read_model_config, save_model, save_state
+from bld_core.training.loop import Report, TrainState, make_state, train
+from cluster.config.experiment import Experiment
+from cluster.console import Progress, on_terminal
+from cluster.data.ingest import check_feed
+from cluster.lineage import lineage
+from cluster.runtime import unwrap
+from cluster.stages import Stage, open_stage
+from cluster.storage import run_storage
+from cluster.tracking import Run, SystemLoad
+from cluster.training.tasks import AutoencoderTask, Place, PriorTask, Task
+
+_CHECKPOINTS_KEPT = 2
+_CHECKPOINT = "checkpoint-"
+FINAL = "final"
+_SMALL = 64  # pixels: enough to see whether a network takes an image
+
+
+def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
+    """Stage 1: image shards -> <folder>/autoencoder/final.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        UserError: bad input, each with its remedy, before anything is started.
+    """
+    shards = check_shards(experiment.data, "train")
+    check_feed(shards, experiment.cluster.replicas)
+    check_shards(experiment.data, "validation")
+    _check_losses(experiment)
+    fingerprint = {
+        **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
+        "shards": files.fingerprint(shards),
+    }
+    with open_stage(experiment, "autoencoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
+        if not stage.done:
+            config = {
+                "autoencoder": asdict(experiment.autoencoder),
+                "code_shape": experiment.code_shape,
+                "image_size": experiment.data.image_size,
+                "channels": experiment.data.channels,
+                "data_hash": fingerprint["shards"],
+            }
+            stage.run.tags({"bld.data_hash": fingerprint["shards"]})
+            fit(stage, AutoencoderTask(experiment), config)
+        return files.join(stage.folder, FINAL)
+
+
+def _check_losses(experiment: Experiment) -> None:
+    """Find what the losses need, and try the critic on one image without content, before anything is started."""
+    loss, data = experiment.loss, experiment.data
+    if loss.perceptual:
+        perceptual = load_perceptual(loss, torch.device("cpu"))
+        image = torch.zeros(1, data.channels, data.image_size, data.image_size)
+        perceptual(image[..., :_SMALL, :_SMALL], image[..., :_SMALL, :_SMALL])
+    if loss.adversarial:
+        with torch.device("meta"):
+            PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))
+
+
+def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -> str:
+    """Stage 2: cached latents -> <folder>/prior/final.
+
+    Args:
+        experiment: its configuration.
+        fresh: start over, deleting what the stage made before.
+        source: experiment folder of the latents and their autoencoder; by default the experiment's own.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        MissingError: no autoencoder or no latents yet.
+        UserError: latents of another autoencoder, or other bad input, before anything is started.
+    """
+    source = source or experiment.folder
+    autoencoder = read_model_config(files.join(source, AUTOENCODER))
+    experiment.check_autoencoder(autoencoder)
+    latents = open_latents(files.join(source, "latents"))
+    held_out = len(open_latents(files.join(source, "latents"), "validation"))
+    if held_out < 2:
+        raise UserError(
+            f"{held_out} validation codes in {source!r}; the likelihood bound and its error need at least 2: add "
+            "images to data.validation and encode again with --fresh"
+        )
+    made_by = latents.manifest["autoencoder_hash"]
+    if made_by != autoencoder["hash"]:
+        raise UserError(
+            f"the latents in {source!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
+            f"{autoencoder['hash'][:12]}: run encode_latents.py --fresh"
+        )
+    classes = experiment.prior.classes
+    if latents.classes > classes > 0:
+        raise UserError(f"the latents hold class {latents.classes - 1}; prior.classes is {classes}: raise it")
+    fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
+    window = latents.window(experiment.cluster.latents_gb)
+    if window < len(latents.shards):  # it streams, in an order that depends on the window
+        fingerprint["latents_window"] = window
+    with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
+        if not stage.done:
+            config = {
+                "prior": asdict(experiment.prior),
+                "diffusion": asdict(experiment.diffusion),
+                "sampling": asdict(experiment.sampling),
+                "autoencoder_hash": made_by,
+                "latents_hash": latents.hash,
+            }
+            stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
+            fit(stage, PriorTask(experiment, source), config)
+        return files.join(stage.folder, FINAL)
+
+
+def fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
+    """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights."""
+    cluster = stage.experiment.cluster
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "task": task,
+            "label": stage.name,
+            "folder": stage.folder,
+            "run": stage.run,
+            "bar": on_terminal(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name=stage.name,
+            **run_storage(stage.experiment.folder),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        if (failure := _storage_failure(error)) is not None:
+            raise failure from error
+        raise
+    if result.return_value is not None:
+        raise result.return_value
+    checkpoint = _last_checkpoint(stage.folder)
+    assert checkpoint is not None, "the last step always saves one"
+    with checkpoint.as_directory() as folder:
+        metrics = files.read_json(f"{folder}/meta.json")["metrics"]
+        best = task.training.ema_decays.index(metrics["ema_decay"])
+        weights = load_file(f"{folder}/{average_name(best)}.safetensors")
+    final = files.join(stage.folder, FINAL)
+    digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
+    stage.run.tags({f"bld.{stage.name}_hash": digest})
+
+
+def _storage_failure(error: TrainingFailedError) -> StorageError | None:
+    """What a training says that failed because storage could not be reached: the same as any other stage."""
+    failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
+    failures += [error.controller_failure] if isinstance(error, ControllerError) else []
+    return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
+
+
+def _work(config: dict[str, Any]) -> Exception | None:
+    """One training worker; returns why all of them have stopped early: to start again would not help."""
+    task: Task = config["task"]
+    training = task.training
+    task.experiment.cluster.limit_threads()
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
+    state = make_state(task.network(), training, ray.train.torch.prepare_model)
+    if (critic := task.critic()) is not None:
+        state.critic = make_state(*critic, ray.train.torch.prepare_model)
+    positions: list[list[int]] = []
+    checkpoint = ray.train.get_checkpoint() or _last_checkpoint(config["folder"])
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            positions = load_state(folder, state)["positions"]
+    run: Run | None = config["run"] if place.rank == 0 else None
+    load = SystemLoad() if place.rank == 0 else None
+    bars = tqdm_ray.tqdm if task.experiment.cluster.workers else tqdm.tqdm
+    bar = bars if config["bar"] else None
+    progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
+    batches = task.batches(state.step, positions, place)
+    metrics: dict[str, float] = {}
+    try:
+        for report in train(state, batches, task.objective(place), training):
+            last = report.step == training.steps
+            if last or report.step % training.log_every == 0:
+                figures = _figures(report, state, task, place)
+                if run is not None and load is not None and progress is not None:
+                    named = {f"train_{name}": value for name, value in figures.items()}
+                    run.metrics(named | load.figures(), report.step)
+                    progress.update(report.step, figures)
+                if _too_many(task, report.step, figures):
+                    return UserError(f"{_join(str(task.skipped), place)}; {above(task.experiment.data.max_skipped)}")
+            look = last or report.step % training.evaluate_every == 0
+            keep = last or report.step % training.checkpoint_every == 0
+            if look:
+                metrics = _evaluate(task, state, run, place)
+            if look or keep:
+                _meet(task, state, metrics, place, config["folder"] if keep else None)
+    except NonFiniteError as error:  # on every worker at once
+        return NonFiniteError(_join(str(error), place))
+    if progress is not None:
+        progress.close()
+    return None
+
+
+def _figures(report: Report, state: TrainState, task: Task, place: Place) -> dict[str, float]:
+    """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
+    terms = torch.stack([*report.terms.values()]).double()
+    values = torch.cat([terms, terms.new_tensor([task.left_out() * place.world])])
+    if place.world > 1:
+        torch.distributed.all_reduce(values)
+    *means, left_out = (values / place.world).tolist()
+    figures = dict(zip(report.terms, means, strict=True))
+    figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    if state.skipped:
+        figures["skipped"] = state.skipped
+    if left_out:
+        figures["skipped_images"] = left_out
+    return figures
+
+
+def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
+    """Whether all workers together have left out too many images; each of them gets the same answer."""
+    left_out = round(figures.get("skipped_images", 0))
+    account = Skipped(step * task.training.batch_size + left_out, Counter(images=left_out))
+    return account.too_many(task.experiment.data.max_skipped, whole=False)
+
+
+def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> dict[str, float]:
+    """Look at the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
+    if run is None:
+        return {}
+    networks = [copy.deepcopy(state.module).eval() for _ in state.averages]
+    for network, average in zip(networks, state.averages, strict=True):
+        network.load_state_dict(average.weights)
+    with torch.no_grad():
+        best = task.choose(networks, place.device) if len(networks) > 1 else 0
+        metrics, pictures = task.evaluate(networks[best], place.device)
+    metrics["ema_decay"] = state.averages[best].decay
+    run.metrics(metrics, state.step)
+    for name, picture in pictures.items():
+        run.picture(picture, f"{name}/step-{state.step:07d}.png")
+    return metrics
+
+
+def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place, folder: str | None) -> None:
+    """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
+
+    The checkpoint is written to its place by us, where an upload that fails is an error: pyarrow, which Ray would copy
+    it with, closes remote files without looking whether that went well.
+    """
+    positions = [] if folder is None else _gather(task.position(), place)
+    if place.rank or folder is None:
+        ray.train.report({"step": state.step})
+        return
+    url = files.join(folder, f"{_CHECKPOINT}{state.step:07d}")
+    save_state(url, state, {"positions": positions, "metrics": metrics})
+    ray.train.report(
+        {"step": state.step, **metrics},
+        checkpoint=_checkpoint(url),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+    if not task.experiment.cluster.workers:  # else Ray Train does so
+        for old in _checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
+            files.remove(old)
+
+
+def _checkpoint(url: str) -> Checkpoint:
+    """A checkpoint in its place, as Ray sees it."""
+    return Checkpoint(files.filesystem(url)[1], run_storage(url).get("storage_filesystem"))
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """The whole checkpoints of a stage, oldest first."""
+    names = [name for name in files.listing(folder) if name.startswith(_CHECKPOINT)]
+    urls = [files.join(folder, name) for name in sorted(names)]
+    return [url for url in urls if files.exists(f"{url}/meta.json")]
+
+
+def _last_checkpoint(folder: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a stage."""
+    there = _checkpoints(folder)
+    return _checkpoint(there[-1]) if there else None
+
+
+def _join(message: str, place: Place) -> str:
+    """What all workers say, each once."""
+    everyone: list[str] = [message] * place.world
+    if place.world > 1:
+        torch.distributed.all_gather_object(everyone, message)
+    return "\n".join(dict.fromkeys(everyone))
+
+
+def _gather(position: list[int], place: Place) -> list[list[int]]:
+    """Every worker's position, in the order of the ranks."""
+    if place.world == 1:
+        return [position]
+    mine = torch.tensor(position, dtype=torch.int64, device=place.device)
+    everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(place.world)]
+    torch.distributed.all_gather(everyone, mine)
+    return [other.tolist() for other in everyone]

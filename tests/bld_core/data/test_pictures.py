@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bld_core.data.images import stack
+from bld_core.data.pictures import grid, png, reconstruction_grid
+from tests.bld_core.toys import toy_images
+
+
+def test_a_grid_holds_every_image_in_reading_order_and_survives_as_png() -> None:
+    for channels in (1, 3):
+        images = stack(toy_images(5, size=64, channels=channels))
+        picture = grid(images, columns=3)
+        assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
+        back = np.asarray(Image.open(io.BytesIO(png(picture)))).reshape(134, 200, channels)
+        for i in range(5):
+            top, left = 2 + i // 3 * 66, 2 + i % 3 * 66
+            np.testing.assert_array_equal(back[top : top + 64, left : left + 64], images[i].numpy())
+        assert (back[:2] == 255).all()
+        assert (back[68:, 134:] == 255).all()  # the empty place
+
+
+def test_small_images_are_enlarged_by_a_whole_factor() -> None:
+    images = stack(toy_images(1, size=8))
+    back = torch.from_numpy(np.asarray(grid(images, 1)).copy())[2:-2, 2:-2]
+    assert torch.equal(back[::8, ::8], images[0, :, :, 0])
+    assert torch.equal(back[7::8, 7::8], images[0, :, :, 0])
+
+
+def test_reconstructions_stand_below_their_images_and_above_the_differences() -> None:
+    images = stack(toy_images(5, size=64))
+    others = 255 - images
+    differences = (128 + ((others.double() - images.double()) / 2).floor()).byte()
+    back = np.asarray(reconstruction_grid(images, others, columns=2))
+    assert back.shape == (6 * 66 + 2, 2 * 66 + 2)  # the fifth image has no row
+    rows = [part[i : i + 2] for i in (0, 2) for part in (images, others, differences)]
+    for row, source in enumerate(rows):
+        for column in range(2):
+            top, left = 2 + row * 66, 2 + column * 66
+            np.testing.assert_array_equal(back[top : top + 64, left : left + 64], source[column, :, :, 0].numpy())
+
+
+def test_differences_are_flat_grey_where_nothing_differs_and_never_wrap() -> None:
+    black, white = torch.zeros(1, 64, 64, 3).byte(), torch.full((1, 64, 64, 3), 255).byte()
+    for image, reconstruction, grey in ((white, white, 128), (black, white, 255), (white, black, 0)):
+        back = np.asarray(reconstruction_grid(image, reconstruction))
+        assert (back[2 + 2 * 66 : -2, 2:-2] == grey).all()

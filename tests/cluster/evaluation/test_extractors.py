@@ -1,0 +1,52 @@
+"""Inception features by torch-fidelity, on weights that the test makes; the loading code is the real one."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from bld_core.autoencoder.perceptual import lpips_name
+from bld_core.metrics.frechet import FeatureMoments
+from bld_core.storage.weights import INCEPTION, VGG16
+from cluster.evaluation.config import EvaluationConfig
+from cluster.evaluation.extractors import Inception, figure_name
+
+
+def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:
+    inception = Inception(*inception_weights, torch.device("cpu"))
+    real = torch.randint(0, 256, (6, 32, 32, 1), generator=torch.Generator().manual_seed(0)).byte()
+    moments: list[FeatureMoments] = []
+    for size in (6, 4):
+        moments.append(FeatureMoments())
+        for batch in real.split(size):
+            moments[-1].update(inception(batch))
+    whole, parts = moments
+    assert whole.mean.shape == (2048,)
+    assert whole.scatter.trace() > 0
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-4, atol=1e-7)
+    assert (parts.scatter - whole.scatter).norm() < 1e-3 * whole.scatter.norm()
+
+
+def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple[str, str], tmp_path: Path) -> None:
+    path, sha256 = inception_weights
+    with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*evaluation.inception_sha256"):
+        Inception(path, INCEPTION.sha256, torch.device("cpu"))
+    with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
+        EvaluationConfig(inception_sha256="abcdef00")
+    assert figure_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
+    assert figure_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"
+    true = {
+        figure_name(name, "inception", INCEPTION.sha256 + "0" * 8): name for name in ("fd", "rfd", "kd", "is", "recall")
+    }
+    assert list(true) == ["fid", "rfid", "kid", "inception_score", "recall"]
+    assert figure_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
+    assert figure_name("fd", "classifier") == "fd_classifier"
+    assert (lpips_name(VGG16.sha256 + "0" * 56), lpips_name(sha256)) == ("lpips", f"lpips_{sha256[:8]}")
+    names = {
+        figure_name(figure, "inception", digits)
+        for figure, digits in itertools.product(("fd", "rfd"), ("6" * 64, sha256, INCEPTION.sha256))
+    }
+    assert len(names) == 6

@@ -1,0 +1,128 @@
+"""Studies, end to end on the small experiment: what is trained, what is kept, and what the figures are."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import bld_core
+from bld_core.data.images import first_images, stack
+from bld_core.diffusion.bound import likelihood_bound
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.latents.reader import open_latents
+from bld_core.metrics.classifier import Classifier
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.storage import files
+from bld_core.training.checkpoint import load_weights, read_model_config
+from cluster.config.experiment import Experiment
+from cluster.evaluation import study
+from cluster.evaluation.config import StudyConfig
+from cluster.evaluation.study import StudyName, run_study, table
+
+SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
+
+
+@pytest.fixture(scope="module")
+def experiment(encoded: Experiment) -> Experiment:
+    return replace(encoded, study=SMALL)
+
+
+def test_a_study_trains_what_is_missing_and_measures_every_row(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run_study(experiment, "lambda")
+    folder = Path(experiment.folder, "study")
+    assert [path.name for path in sorted((folder / "variants").iterdir()) if path.is_dir()] == ["lambda1"]
+    assert [row["diffusion.vlb_weight"] for row in made["rows"]] == ["0.1", "1"]  # 0.1 is the experiment's own
+    own, other = made["rows"]
+    assert own["bound"] != other["bound"]
+    assert own["paper"] == [4.36, 0.5]
+    assert Image.open(folder / "lambda/plot.png").size == (3 * 480, 360)
+    assert (folder / "lambda/table.txt").read_text() == f"{table(made)}\n"
+    assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in table(made)
+
+    trained = f"{experiment.folder}/reference/classifier/classifier"
+    data, config = experiment.data, read_model_config(trained)
+    classifier = Classifier(32, 1, 10)
+    load_weights(trained, classifier, config["hash"])
+
+    @torch.no_grad()
+    def moments(images: torch.Tensor) -> FeatureMoments:
+        found = FeatureMoments()
+        found.update(classifier.features(images))
+        return found
+
+    train = moments(stack(first_images(data.train, data, 10**6)))
+    generator = bld_core.load(experiment.folder)
+    drawn = generator.sample(labels=[i % 10 for i in range(40)], steps=4, guidance=1.0, batch_size=20)
+    assert own["fd_classifier"] == pytest.approx(frechet_distance(train, moments(drawn)), rel=1e-4)
+    held_out = stack(first_images(data.validation, data, 10**6))
+    real = made["reference"]
+    assert real["fd_classifier_held_out"] == pytest.approx(frechet_distance(train, moments(held_out)), rel=1e-3)
+    remade = generator.decode(generator.encode(held_out))
+    assert real["fd_classifier_remade"] == pytest.approx(frechet_distance(train, moments(remade)), rel=1e-3)
+    assert real["classifier_accuracy"] == config["accuracy"] > 0.2
+
+    assert run_study(experiment, "lambda") == made
+    assert "study/lambda: already done" in capsys.readouterr().out
+
+
+def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
+    made = run_study(experiment, "steps")
+    assert [row["x"] for row in made["rows"]] == [4, 8]
+    prior, schedule = bld_core.load(experiment.folder).prior, experiment.diffusion.make_schedule()
+    assert prior is not None
+    codes, labels = (
+        open_latents(f"{experiment.folder}/latents", "validation").read().part(slice(32), torch.device("cpu"))
+    )
+    for row in made["rows"]:
+        strided = likelihood_bound(prior.network, codes, labels, schedule, schedule.grid(int(row["x"])))
+        assert row["bound"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
+    folder = Path(experiment.folder, "study/steps")
+    first = folder / "rows/0.json"
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"seconds": 5.0}))
+    for gone in ("rows/1.json", "table.json"):
+        (folder / gone).unlink()
+    again = run_study(replace(experiment, cluster=replace(experiment.cluster, workers=2)), "steps")
+    assert again["rows"][0] == made["rows"][0] | {"seconds": 5.0}
+    assert again["rows"][1] == made["rows"][1] | {"seconds": again["rows"][1]["seconds"]}
+
+
+def test_what_each_study_compares() -> None:
+    experiment = Experiment(diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7))
+    rows = {name: make_rows(experiment) for name, (_, make_rows) in study._STUDIES.items()}
+    names: dict[StudyName, list[str]] = {
+        "lambda": ["lambda0", "lambda0.01", "own", "lambda1"],
+        "targets": ["own", "z0", "z_prev"],
+        "schedule": ["own", "own", "cosine", "cosine", "sigmoid", "sigmoid"],
+        "samplers": ["own", "autoregressive", "absorbing"],
+    }
+    for name, expected in names.items():
+        assert [row.experiment.name for row in rows[name]] == expected
+        assert {row.experiment.root for row in rows[name]} == {files.join(experiment.folder, "study/variants")}
+        assert {row.experiment.prior_training.steps for row in rows[name]} == {7}
+    assert {row.sampling.steps for row in rows["targets"]} == {32}
+    assert list(rows["schedule"][3].bounds) == ["bound", "bound_4", "bound_8", "bound_16", "bound_32"]
+    assert rows["schedule"][3].sampling.spacing == "t"
+    assert [(row.sampling.steps, row.sampling.temperature) for row in rows["steps"]] == [
+        (n, 1.0) for n in (4, 8, 16, 32)
+    ]
+    for name in ("steps", "temperature"):
+        assert all(row.experiment == experiment for row in rows[name])
+
+
+def test_a_study_that_cannot_be_made_is_refused(encoded: Experiment) -> None:
+    with pytest.raises(ValueError, match=r"study.steps is \[128\]; at least one must be at most T = 64"):
+        run_study(replace(encoded, study=StudyConfig(steps=[128])), "steps")
+    with pytest.raises(ValueError, match=r"prior.model is absorbing; studies start from binary"):
+        run_study(replace(encoded, prior=replace(encoded.prior, model="absorbing")), "lambda")
+    for field, value in {"samples": 1, "steps": [], "vlb_weights": [0.1, 0.1], "training_steps": -1}.items():
+        with pytest.raises(ValueError, match=rf"study\.{field} is"):
+            StudyConfig(**{field: value})  # pyright: ignore[reportArgumentType]

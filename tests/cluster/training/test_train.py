@@ -1,0 +1,186 @@
+"""Training under Ray Train: replicas agree, worker counts agree, interruptions leave no trace."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bld_core.autoencoder.losses import LossConfig
+from bld_core.latents.reader import open_latents
+from bld_core.noise import key_of
+from bld_core.storage import files
+from bld_core.training.checkpoint import read_model_config
+from bld_core.training.loop import Batch
+from cluster.config.experiment import Experiment
+from cluster.stages import open_stage
+from cluster.tracking import Run
+from cluster.training import train as cluster_train
+from cluster.training.tasks import AutoencoderTask, Place, PriorTask
+from cluster.training.train import train_autoencoder, train_prior
+from tests.conftest import small_training
+
+
+class FingerprintTask(PriorTask):
+    """Stage 2, each worker adding a fingerprint of its own weights to the checkpoint."""
+
+    def network(self) -> nn.Module:
+        self.built = super().network()
+        return self.built
+
+    def position(self) -> list[int]:
+        return [key_of(*(tensor.double().sum().item() for tensor in self.built.state_dict().values()))]
+
+
+A_SHARD_AT_A_TIME = 70e-6  # latents_gb: two shards of 405 codes, of 80 bytes each
+
+
+def curve_of(experiment: Experiment, stage: str) -> list[tuple[int, float]]:
+    """Steps and losses of a finished stage, as MLflow has them."""
+    run_id = read_model_config(f"{experiment.folder}/{stage}/final")["run"]
+    run = Run(experiment.tracking.resolve(experiment.root), run_id)
+    history = run.client.get_metric_history(run.run_id, "train_loss")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished: Experiment, tmp_path: Path) -> None:
+    two = replace(finished, root=str(tmp_path), cluster=replace(finished.cluster, workers=2))
+    with open_stage(two, "prior", {}, "never") as stage:
+        cluster_train.fit(stage, FingerprintTask(two, finished.folder), {})
+    meta = files.read_json(str(max(Path(two.folder, "prior").glob("checkpoint-*")) / "meta.json"))
+    assert len(meta["positions"]) == 2
+    assert meta["positions"][0] == meta["positions"][1], "replicas differ"
+    run: Run = stage.run
+    history = run.client.get_metric_history(run.run_id, "train_loss")
+    curves = curve_of(finished, "prior"), [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    one, other = torch.tensor([loss for _, loss in curves[0]]), torch.tensor(curves[1])
+    assert len(one) == len(other) == 20
+    assert one[-1] < one[0]
+    assert (one - other).abs().max() <= 1e-4
+
+
+def test_memory_that_would_change_the_order_of_an_unfinished_run_is_refused(
+    encoded: Experiment, tmp_path: Path
+) -> None:
+    latents = open_latents(f"{encoded.folder}/latents")
+    assert latents.window(A_SHARD_AT_A_TIME) == 1
+    before = encoded.fingerprint("prior", "diffusion", "prior_training")
+    with open_stage(
+        replace(encoded, root=str(tmp_path)),
+        "prior",
+        before | {"latents_hash": latents.hash, "latents_window": 1},
+        "no",
+    ):
+        pass
+    with pytest.raises(ValueError, match="latents_window: 1 -> None"):
+        train_prior(replace(encoded, root=str(tmp_path)), source=encoded.folder)
+
+
+def test_classes_that_the_prior_does_not_know_are_refused(encoded: Experiment) -> None:
+    with pytest.raises(ValueError, match=r"hold class 9; prior\.classes is 5: raise it"):
+        train_prior(replace(encoded, prior=replace(encoded.prior, classes=5)))
+
+
+class DyingTask(AutoencoderTask):
+    """Stage 1, its worker killed once, in the middle of an epoch, some steps after a checkpoint."""
+
+    def __init__(self, experiment: Experiment, flag: Path) -> None:
+        super().__init__(experiment)
+        self.flag = flag
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, place):
+            if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
+                self.flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+def test_a_killed_worker_leaves_no_trace_in_the_weights(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the session's experiment, which was trained undisturbed, in its own process."""
+    training = replace(encoded.autoencoder_training, checkpoint_every=3)
+    one = replace(encoded.cluster, workers=1)
+    killed = replace(encoded, root=str(tmp_path), autoencoder_training=training, cluster=one)
+    flag = tmp_path / "died"
+    monkeypatch.setattr(cluster_train, "AutoencoderTask", partial(DyingTask, flag=flag))
+    config = read_model_config(train_autoencoder(killed))
+    assert flag.exists(), "the worker was never killed"
+    assert config["hash"] == read_model_config(f"{encoded.folder}/autoencoder/final")["hash"]
+    curve = curve_of(killed, "autoencoder")
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6], "step 4 was taken twice, and logged once"
+    assert curve == curve_of(encoded, "autoencoder")
+    run = Run(killed.tracking.resolve(killed.root), config["run"])
+    recorded = run.client.get_run(run.run_id)
+    everyone = run.client.search_runs([recorded.info.experiment_id], "tags.mlflow.runName = 'autoencoder'")
+    assert [each.info.run_id for each in everyone] == [run.run_id]
+    assert recorded.data.tags["bld.autoencoder_hash"] == config["hash"]
+    assert recorded.data.tags["bld.data_hash"] == config["data_hash"]
+    assert "system/cpu_utilization_percentage" in recorded.data.metrics
+
+
+class SpoiledTask(AutoencoderTask):
+    """Stage 1, one image of step 4 with a NaN in it."""
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, place):
+            data = batch.data.float()
+            if place.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
+                data[2, 5, 5] = torch.nan
+                Path(self.experiment.folder, "spoiled").write_text(batch.keys[2])
+            yield batch._replace(data=data)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = replace(
+        encoded,
+        root=str(tmp_path),
+        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
+        autoencoder_training=small_training(6, checkpoint_every=2),
+        cluster=replace(encoded.cluster, workers=2),
+    )
+    monkeypatch.setattr(cluster_train, "AutoencoderTask", SpoiledTask)
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss or its gradient is not finite") as stopped:
+        train_autoencoder(experiment)
+    spoiled = Path(experiment.folder, "spoiled").read_text()
+    assert f"sample '{spoiled}': loss = nan, l1 = nan" in str(stopped.value)
+    monkeypatch.undo()
+    one = replace(experiment, cluster=encoded.cluster)
+    final = train_autoencoder(one)  # goes on from the last good checkpoint, with both players, in this process
+    assert read_model_config(final)["metrics"]["val_psnr"] > 0
+    run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
+    critic = run.client.get_metric_history(run.run_id, "train_critic")
+    assert sorted({metric.step for metric in critic}) == [2, 3, 4, 5, 6]
+
+
+def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Path) -> None:
+    absent = replace(encoded, root=str(tmp_path), loss=LossConfig(perceptual=1.0, vgg_weights=f"{tmp_path}/none.pth"))
+    with pytest.raises(FileNotFoundError, match=r"none.pth, which is no file"):
+        train_autoencoder(absent)
+    large = replace(encoded, root=str(tmp_path), loss=LossConfig(adversarial=1.0, critic_layers=4))
+    with pytest.raises(ValueError, match=r"the critic got images of 32 x 32 pixels.*at least 48"):
+        train_autoencoder(large)
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Experiment, tmp_path: Path) -> None:
+    from tests.conftest import copy_of
+
+    experiment = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")))
+    config_url = files.join(experiment.folder, "autoencoder/final/config.json")
+    config = files.read_json(config_url)
+    files.write_json(config_url, config | {"hash": "f" * 64})
+    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff.*--fresh"):
+        train_prior(experiment)
