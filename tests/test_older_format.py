@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 import bld_core
-from bld_core import files
-from bld_core.images import ImageConfig, first_images, stack
+from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.data.pictures import read_picture
 from bld_core.latents import open_latents
-from bld_core.pictures import read_picture
-from cluster.registry import fetch_model
+from bld_core.storage import files
+from cluster.registry.registry import fetch_model
 from cluster.tracking import connect
 from tests.pipelines.test_commands import run
 
