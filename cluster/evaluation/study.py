@@ -19,6 +19,7 @@ from bld_core.storage import files
 from bld_core.trained import read_prior
 from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
+from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_reference
 from cluster.plots import Line, Panel, panels_plot
@@ -226,9 +227,9 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             }
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
-            stage.run.text(table(made), "table.txt")
+            stage.run.text(study_table(made), "table.txt")
             files.write_bytes(files.join(stage.folder, "plot.png"), png(picture))
-            files.write_bytes(files.join(stage.folder, "table.txt"), f"{table(made)}\n".encode())
+            files.write_bytes(files.join(stage.folder, "table.txt"), f"{study_table(made)}\n".encode())
             files.write_json(table_url, made)
         return files.read_json(table_url)
 
@@ -305,7 +306,7 @@ def _names(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(made: dict[str, Any]) -> str:
+def study_table(made: dict[str, Any]) -> str:
     """A study as lines of text, the paper's figures beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
@@ -314,8 +315,7 @@ def table(made: dict[str, Any]) -> str:
         cells.append(
             [row[made["column"]], *shown, *([" / ".join(f"{x:g}" for x in row["paper"])] if made["paper"] else [])]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines = aligned(cells)
     real = made["reference"]
     early = real.get(f"{distance}_remade")  # what tables of early versions call it
     reconstructed = real.get(f"{distance}_reconstructed", early)

@@ -43,12 +43,11 @@ from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConf
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.references import Space, load_extractor, make_reference
 from cluster.evaluation.sample_metrics import Samples, over_seeds, precision_recall
-from cluster.report.tables import table
+from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.sampling.inpainting import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sampling.sampler import Draw, drawn_labels
-from cluster.training.sweep import sweep_prior
-from cluster.training.sweep import table as table_of_trials
+from cluster.training.sweep import sweep_prior, sweep_table
 from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
@@ -175,10 +174,10 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     two = evaluate(replace(experiment, cluster=workers, evaluation=replace(asked, export="png")))["figures"]
     assert two == pytest.approx(figures, rel=1e-12)
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
-    assert "dB" in table(report)
-    assert "fd_classifier " in table(report)
-    assert "Prior and samples (40 of 4 steps)" in table(report)
-    assert "same classifier on held-out" in table(report)
+    assert "dB" in report_table(report)
+    assert "fd_classifier " in report_table(report)
+    assert "Prior and samples (40 of 4 steps)" in report_table(report)
+    assert "same classifier on held-out" in report_table(report)
     last = np.asarray(Image.open(evaluation / "samples/000039.png"))
     assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
         labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
@@ -268,7 +267,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
         likeliest = network(to_float(stack(held_out)).expand(-1, 3, -1, -1)).argmax(1)
     right = (likeliest == torch.tensor([image.label for image in held_out])).double().mean()
     assert figures["cas_top1"] == pytest.approx(100 * float(right), abs=0.3)
-    assert "cas_top5" in table(report)
+    assert "cas_top5" in report_table(report)
     _check_interrupted(experiment, report)
     two = replace(finished.cluster, workers=2)
     with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
@@ -388,7 +387,7 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
         },
         rel=1e-4,  # another batch size
     )
-    assert "dead_bits" not in table(report)
+    assert "dead_bits" not in report_table(report)
     with pytest.raises(ValueError, match=r"vector latent, which has no bits.*can only reconstruct"):
         generator.encode(images)
 
@@ -442,8 +441,8 @@ def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
     rows = sweep_prior(experiment)
     assert unknown(capsys.readouterr().out) == []
-    assert sorted((row["vlb_weight"], row["schedule"]) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
-    assert rows[0]["bound"] < rows[1]["bound"]
+    assert sorted((row.vlb_weight, row.schedule) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
+    assert rows[0].bound < rows[1].bound
     best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
-    assert best == {"diffusion": {"vlb_weight": rows[0]["vlb_weight"], "schedule": "cosine"}}
-    assert f"{rows[0]['bound']:.4f}" in table_of_trials(rows)
+    assert best == {"diffusion": {"vlb_weight": rows[0].vlb_weight, "schedule": "cosine"}}
+    assert f"{rows[0].bound:.4f}" in sweep_table(rows)

@@ -24,7 +24,7 @@ from bld_core.training.checkpoint import load_weights, read_model_config
 from cluster.config.experiment import Experiment
 from cluster.evaluation import study
 from cluster.evaluation.config import StudyConfig
-from cluster.evaluation.study import StudyName, run_study, table
+from cluster.evaluation.study import StudyName, run_study, study_table
 
 SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
 
@@ -46,8 +46,8 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     assert own["bound"] != other["bound"]
     assert own["paper"] == [4.36, 0.5]
     assert Image.open(folder / "lambda/plot.png").size == (3 * 480, 360)
-    assert (folder / "lambda/table.txt").read_text() == f"{table(made)}\n"
-    assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in table(made)
+    assert (folder / "lambda/table.txt").read_text() == f"{study_table(made)}\n"
+    assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in study_table(made)
 
     trained = f"{experiment.folder}/reference/classifier/classifier"
     data, config = experiment.data, read_model_config(trained)
