@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
+from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
@@ -97,15 +97,13 @@ def connect(config: ClusterConfig) -> None:
         UserError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
     """
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        set_environment()
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            _start_local()
+            with local_cluster() as port:
+                ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
     have = ray.cluster_resources()
     need = config.replicas * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
@@ -119,19 +117,6 @@ def connect(config: ClusterConfig) -> None:
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
-
-
-def _start_local() -> None:
-    """Start a cluster that ends with this process, and tell its workers where its dashboard is.
-
-    Ray Train asks the dashboard every second whether the training is still alive. Without the variable, its processes
-    would ask the cluster that was last started on this machine: if that is gone, every training ends 12 s late.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
 
 
 def map_on_actors(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import Timeout, UnixFileLock
 
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -151,16 +152,13 @@ def _lock(folder: str) -> Generator[None]:
         return
     path = Path(f"{files.filesystem(folder)[1]}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder!r} is in use by process {file.read().strip() or '?'}: wait for it, stop it, "
-                "or choose another --name"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
-        file.flush()
+    try:
+        held = UnixFileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"{folder!r} is in use by process {path.read_text().strip() or '?'}: wait for it, stop it, "
+            "or choose another --name"
+        ) from error
+    with held:
+        path.write_text(f"{os.getpid()} on {os.uname().nodename}")
         yield

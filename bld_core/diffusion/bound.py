@@ -62,7 +62,7 @@ def likelihood_bound(
     batch_size: int = 256,
     first: int = 0,
 ) -> Bound:
-    """Section 5 of the mathematics: nll = sum E[L_vlb(s, t)] / ln 2 over a chain's steps t -> s, on held-out codes.
+    """bld_core/README.md, section 5: nll = sum E[L_vlb(s, t)] / ln 2 over a chain's steps t -> s, on held-out codes.
 
     Steps are stratified: sample i meets `repeats` of them that are spread evenly over the grid, and so do the samples
     together. The flips are keyed on (seed, sample, repeat): two priors are judged on the same noise.

@@ -30,6 +30,7 @@ from bld_core.training.checkpoint import read_model_config
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.lineage import lineage
+from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -181,7 +182,7 @@ class Encoder:
             num_cpus=DECODE_CPUS,
             num_returns="streaming",
             max_retries=experiment.cluster.max_failures,
-            _generator_backpressure_num_objects=_BATCHES_AHEAD,
+            **ahead(_BATCHES_AHEAD),
         )
 
     def encode(self, job: Job) -> Encoded:

@@ -138,9 +138,7 @@ def _make_version(
                 local.parent.mkdir(parents=True, exist_ok=True)
                 local.write_bytes(files.read_bytes(files.join(experiment.folder, file)))
             model = Model(run_id=run.run_id)
-            mlflow.pyfunc.add_to_model(
-                model, "cluster.registry.serving"
-            )  # a module that opens the folder: nothing is pickled
+            mlflow.pyfunc.add_to_model(model, "cluster.serving")  # a module that opens the folder: nothing is pickled
             model.save(str(Path(folder, "MLmodel")))
             run.artifacts(folder, "model")
         source = f"{client.get_run(run.run_id).info.artifact_uri}/model"

@@ -11,8 +11,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-import tqdm
-from ray.experimental import tqdm_ray
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -45,6 +43,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
+from cluster.ray_private import bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
@@ -210,6 +209,8 @@ def _work(config: dict[str, Any]) -> Exception | None:
     task: Task = config["task"]
     training = task.training
     task.experiment.cluster.limit_threads()
+    if remote := task.experiment.cluster.workers > 0:
+        quiet_training_worker()
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
@@ -223,9 +224,8 @@ def _work(config: dict[str, Any]) -> Exception | None:
             positions = load_state(folder, state)["positions"]
     run: Run | None = config["run"] if place.rank == 0 else None
     load = SystemLoad() if place.rank == 0 else None
-    bars = tqdm_ray.tqdm if task.experiment.cluster.workers else tqdm.tqdm
-    bar = bars if config["bar"] else None
-    progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
+    shown = bar(remote) if config["bar"] else None
+    progress = Progress(config["label"], training.steps, state.step, shown) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
     metrics: dict[str, float] = {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,8 +122,12 @@ def test_a_second_start_is_refused_while_one_is_running(tmp_path: Path, digits: 
         with pytest.raises(ValueError, match="in use by process 4321"):
             train_autoencoder(experiment)
         holder.kill()
-    with open_stage(experiment, "autoencoder", {}, "result"):
-        pass  # a dead holder holds nothing
+    with (
+        open_stage(experiment, "autoencoder", {}, "result"),  # a dead holder holds nothing
+        pytest.raises(ValueError, match=f"in use by process {os.getpid()} on {os.uname().nodename}: wait for it"),
+        open_stage(experiment, "autoencoder", {}, "result"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.losses import LossConfig, hinge_critic_loss
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.data.images import stack
+from bld_core.data.images import stack, to_float
 from bld_core.noise import uniform
 from bld_core.training.checkpoint import load_state, save_state
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
@@ -79,6 +79,28 @@ def test_it_changes_nothing_but_rounding(change: dict[str, int]) -> None:
     other = first_gradient(replace(CONFIG, **change))  # pyright: ignore[reportArgumentType]
     for name, gradient in first_gradient(CONFIG).items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_have_the_strides_of_their_weights_and_the_same_bits(channels: int, channels_last: bool) -> None:
+    images = to_float(stack(toy_images(8, SIDE, channels)))
+
+    def gradients(config: TrainingConfig | None) -> list[tuple[nn.Parameter, Tensor]]:
+        torch.manual_seed(0)
+        network = make_autoencoder(TINY_AUTOENCODER, channels)
+        if config is None:
+            network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        else:
+            make_state(network, config)
+        (network(images)[0] - images).square().mean().backward()
+        return [(weights, weights.grad) for weights in network.parameters() if weights.grad is not None]
+
+    plain, ours = gradients(None), gradients(replace(CONFIG, channels_last=channels_last))
+    assert all(torch.equal(mine, other) for (_, mine), (_, other) in zip(ours, plain, strict=True))
+    assert all(gradient.stride() == weights.stride() for weights, gradient in ours)
+    if channels == 1 and not channels_last:  # else they have them already
+        assert not all(gradient.stride() == weights.stride() for weights, gradient in plain)
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:

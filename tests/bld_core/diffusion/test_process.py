@@ -1,4 +1,4 @@
-"""The checks of section 7 of the mathematics, and of its equations."""
+"""The equations of the process: forward, calibration, reverse step, losses (bld_core/README.md, sections 2 to 5)."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
 from tests.conftest import copy_of
+from tests.console import unknown
 
 
 def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
@@ -416,9 +417,10 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
             inpaint(experiment, InpaintConfig(samples=[0]))
 
 
-def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment) -> None:
+def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
     rows = sweep_prior(experiment)
+    assert unknown(capsys.readouterr().out) == []
     assert sorted((row["vlb_weight"], row["schedule"]) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
     assert rows[0]["bound"] < rows[1]["bound"]
     best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
