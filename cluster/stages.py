@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import Timeout, UnixFileLock
 
@@ -60,7 +60,7 @@ class Stage:
 def open_stage(
     experiment: Experiment,
     name: str,
-    fingerprint: dict[str, Any],
+    fingerprint: Mapping[str, object],
     result: str,
     *,
     fresh: bool = False,
@@ -117,7 +117,7 @@ def open_stage(
             run.end(succeeded)
 
 
-def _public(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
     """A fingerprint without the signatures of links, which are new each time."""
     return {name: without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()}
 
@@ -128,7 +128,7 @@ def _anew(name: str) -> str:
     return f"pipelines/{_COMMANDS.get(stage, stage)} --fresh"
 
 
-def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _changes(folder: str, name: str, before: Mapping[str, object], now: Mapping[str, object]) -> str:
     fields = sorted(before.keys() | now.keys())
     changed = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
     return "\n".join(

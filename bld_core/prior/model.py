@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -77,9 +76,3 @@ def make_model(prior: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits
             return AutoregressiveModel(prior, tokens, bits)
         case "absorbing":
             return AbsorbingModel(prior, tokens, bits)
-
-
-def trained_model(config: Mapping[str, Any], code_shape: tuple[int, int, int]) -> PriorModel:
-    """The model of a trained prior, from its config.json and the (h, w, c) of its codes."""
-    h, w, c = code_shape
-    return make_model(PriorConfig(**config["prior"]), DiffusionConfig(**config["diffusion"]), h * w, c)

@@ -132,9 +132,9 @@ class Served:
         return self.pair.sample(labels=[row.label] * row.count, seed=row.seed, **row.sampling)
 
     def _complete(self, row: Wanted) -> torch.Tensor:
-        config = self.pair.autoencoder.config
-        size = config["image_size"]
-        image = read_picture(_decode(row.image, "image"), size, config["channels"], "image")
+        record = self.pair.autoencoder.record
+        size = record.image_size
+        image = read_picture(_decode(row.image, "image"), size, record.channels, "image")
         mask = (
             mask_of_picture(_decode(row.mask, "mask"), size, "mask") if row.mask else mask_of_box(row.box, size, "box")
         )

@@ -10,7 +10,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from bld_core.diffusion.schedule import NoiseSchedule
 from bld_core.latents.bits import pack_bits
 from bld_core.latents.loader import latent_batches
 from bld_core.latents.reader import Latents, open_latents
-from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentRows, Split, latent_shard_bytes, manifest_entry
+from bld_core.latents.writer import MANIFEST, LatentFile, LatentRows, Manifest, Split, describe_file, latent_shard_bytes
 from bld_core.noise import uniform
 from bld_core.prior.transformer import Prior, PriorConfig
 from bld_core.storage import files
@@ -251,7 +250,7 @@ def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
 
 def write_latents(folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,)) -> None:
     """An encoded data set of random 2 x 2 x 8 bits: shards of so many rows. Row i has key i and class i modulo 3."""
-    entries = list[dict[str, Any]]()
+    entries = list[LatentFile]()
     start = 0
     for shard, rows in enumerate((*train, *validation)):
         index = torch.arange(start, start + rows)
@@ -261,9 +260,9 @@ def write_latents(folder: str, *, train: Sequence[int], validation: Sequence[int
         split: Split = "train" if shard < len(train) else "validation"
         name = f"{split}/{shard}.parquet"
         files.write_bytes(files.join(folder, name), data)
-        entries.append(manifest_entry(name, data, rows, f"{shard}.tar", split, {}))
+        entries.append(describe_file(name, data, rows, f"{shard}.tar", split, {}))
         start += rows
-    files.write_json(files.join(folder, MANIFEST), {"format": FORMAT_VERSION, "shape": [2, 2, 8], "files": entries})
+    files.write_json(files.join(folder, MANIFEST), Manifest(shape=(2, 2, 8), files=entries).to_json())
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import pytest
 from ray.train import TrainingFailedError
 
 from bld_core.training.loop import Batch
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
@@ -53,7 +54,7 @@ def fail(root: str, source: str, digits: dict[str, str]) -> None:
     experiment = replace(small, cluster=replace(small.cluster, workers=1, max_failures=0))
     with open_stage(experiment, "prior", {}, "never") as stage:
         try:
-            fit(stage, Failing(experiment, source), {})
+            fit(stage, Failing(experiment, source, open_codes(source)), {})
         except TrainingFailedError:
             traceback.print_exc()
     print("the training has failed", file=sys.stderr)

@@ -21,16 +21,17 @@ from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.generator import AUTOENCODER
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import Drawn, Evaluator, Look
+from cluster.evaluation.actors import Drawn, Evaluator, SampleFeatures
 from cluster.evaluation.cas import CasTask, cas_experiment
 from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConfig
 from cluster.evaluation.evaluate import evaluate
@@ -50,7 +51,7 @@ from tests.console import unknown
 
 
 def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
-    task, decays = PriorTask(finished, finished.folder), finished.prior_training.ema_decays
+    task, decays = PriorTask(finished, finished.folder, open_codes(finished.folder)), finished.prior_training.ema_decays
     networks = [task.network().eval() for _ in decays]
     checkpoint = max(Path(finished.folder, "prior").glob("checkpoint-*"))
     for number, network in enumerate(networks):
@@ -191,7 +192,7 @@ def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict
     for seed, samples in enumerate(sets):
         for start in range(0, len(labels), size):
             some = labels[start : start + size]
-            drawn = evaluator.work(Look(Draw(experiment.sampling, some, len(some), start, seed)))
+            drawn = evaluator.work(SampleFeatures(Draw(experiment.sampling, some, len(some), start, seed)))
             assert isinstance(drawn, Drawn)
             samples.add(drawn)
     return over_seeds([samples.figures() for samples in sets])

@@ -131,12 +131,12 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
     assert version.tags["figure.bound"] == "0.5"
     pair = bld_core.load(registered.folder)
     assert pair.prior is not None
-    assert version.tags["bld.autoencoder_hash"] == pair.autoencoder.config["hash"]
-    assert version.tags["bld.prior_hash"] == pair.prior.config["hash"]
+    assert version.tags["bld.autoencoder_hash"] == pair.autoencoder.record.hash
+    assert version.tags["bld.prior_hash"] == pair.prior.record.hash
     assert version.run_id
     run = connect(uri).get_run(version.run_id)
     assert run.data.metrics == {"bound": 0.5, "psnr": 20.0}
-    assert run.data.tags["bld.prior_hash"] == pair.prior.config["hash"]
+    assert run.data.tags["bld.prior_hash"] == pair.prior.record.hash
     assert run.info.status == "FINISHED"
 
 

@@ -21,6 +21,7 @@ from bld_core.noise import key_of
 from bld_core.storage import files
 from bld_core.training.checkpoint import read_model_config
 from bld_core.training.loop import Batch
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking import Run
@@ -55,7 +56,7 @@ def curve_of(experiment: Experiment, stage: str) -> list[tuple[int, float]]:
 def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished: Experiment, tmp_path: Path) -> None:
     two = replace(finished, root=str(tmp_path), cluster=replace(finished.cluster, workers=2))
     with open_stage(two, "prior", {}, "never") as stage:
-        cluster_train.fit(stage, FingerprintTask(two, finished.folder), {})
+        cluster_train.fit(stage, FingerprintTask(two, finished.folder, open_codes(finished.folder)), {})
     meta = files.read_json(str(max(Path(two.folder, "prior").glob("checkpoint-*")) / "meta.json"))
     assert len(meta["positions"]) == 2
     assert meta["positions"][0] == meta["positions"][1], "replicas differ"
