@@ -66,8 +66,8 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     held_out = stack(first_images(data.validation, data, 10**6))
     real = made["reference"]
     assert real["fd_classifier_held_out"] == pytest.approx(frechet_distance(train, moments(held_out)), rel=1e-3)
-    remade = generator.decode(generator.encode(held_out))
-    assert real["fd_classifier_remade"] == pytest.approx(frechet_distance(train, moments(remade)), rel=1e-3)
+    reconstructed = generator.decode(generator.encode(held_out))
+    assert real["fd_classifier_reconstructed"] == pytest.approx(frechet_distance(train, moments(reconstructed)), rel=1e-3)
     assert real["classifier_accuracy"] == config["accuracy"] > 0.2
 
     assert run_study(experiment, "lambda") == made
