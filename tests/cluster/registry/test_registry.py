@@ -31,7 +31,7 @@ from cluster.tracking import connect
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+OPERATING = (Path(__file__).parents[3] / "docs/operating.md").read_text()
 
 
 def evaluated(experiment: Experiment, protocol: str = "p", **figures: float) -> Experiment:
@@ -179,8 +179,8 @@ def test_a_pair_without_its_own_evaluation_is_refused(
 
 @pytest.fixture(scope="module")
 def served(registered: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The registered pair behind HTTP, by the README's command; yields its address."""
-    (line,) = re.findall(r"^mlflow models serve .*$", README, re.M)
+    """The registered pair behind HTTP, by the command of docs/operating.md; yields its address."""
+    (line,) = re.findall(r"^mlflow models serve .*$", OPERATING, re.M)
     port, words = str(free_port()), shlex.split(line.replace("models:/demo@", "models:/pair@"))
     words[words.index("--port") + 1] = port
     words[0] = str(Path(sys.executable).with_name("mlflow"))
@@ -229,7 +229,7 @@ def encoded(image: Tensor) -> str:
 
 
 def test_the_served_pair_answers_with_the_class_asked_for(served: str, registered: Experiment) -> None:
-    (body,) = re.findall(r"--data '(.*?)'", README)
+    (body,) = re.findall(r"--data '(.*?)'", OPERATING)
     status, text = ask(served, body.encode())
     assert status == 200, text
     generator = bld_core.load(registered.folder)
