@@ -86,7 +86,7 @@ def main() -> None:
         whole = flags.rows * WIDTH / 1e9
         epoch = flags.rows // flags.batch_size
         for name, memory_gb, turns, steps in (("in memory", 10 * whole, 200, 50), ("streamed", whole / 5, 12, epoch)):
-            ours = latent_batches(latents, training, 0, 0, memory_gb=memory_gb)
+            ours = latent_batches(latents, training, 0, 0, latents_gb=memory_gb)
             theirs = numpy_batches(f"{folder}/flat", latents, training)
             assert (next(ours).data.numpy().flatten() == next(theirs).flatten()).all() or name == "streamed"
             times = [(seconds(ours, steps), seconds(theirs, steps)) for _ in range(turns)]

@@ -1,13 +1,24 @@
 """Mistakes of the user, as one class: a command answers them with one message, and everything else with a traceback.
 
-Each message says the value, the bound, the reason and the remedy.
+Each message says the value, the bound, the reason and the remedy. Settings stand in it in `backticks`, by the names of
+their fields alone: where in a file or on a command line they are set is known to the command.
 """
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something that whoever gave the settings, the data or the arguments can mend."""
+    """Something that whoever gave the settings, the data or the arguments can mend.
+
+    Attributes:
+        settings: the dataclasses whose fields the message names, where a name alone could be that of another.
+        stages: what is to be made first, or made again: "autoencoder", "latents", "prior".
+    """
+
+    def __init__(self, message: str, *settings: object, stages: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.settings = settings
+        self.stages = stages
 
 
 class MissingError(UserError, FileNotFoundError):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
-from bld_core.errors import UserError
+from bld_core.errors import MissingError, UserError
 from bld_core.noise import key_of
 from bld_core.prior.binary import BinaryModel
 from bld_core.trained import TrainedAutoencoder, TrainedPrior, has_prior, load_autoencoder, load_prior
@@ -216,7 +216,7 @@ class Generator:
         model = prior.model
         if not isinstance(model, BinaryModel) or states < 2:
             raise UserError(
-                f"{states} states of the process asked for, of a prior whose prior.model is "
+                f"{states} states of the process asked for, of a prior whose model is "
                 f"{prior.record.prior.model}; ask for at least 2, of a binary one"
             )
         index = (first_index + torch.arange(len(labels))).to(self.device)
@@ -232,7 +232,10 @@ class Generator:
     def _settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> tuple[TrainedPrior, SamplingConfig]:
         """The prior, and how it is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
         if self.prior is None:
-            raise UserError("this folder holds an autoencoder but no finished prior; train stage 2 before sampling")
+            raise MissingError(
+                "this folder holds an autoencoder but no finished prior: train one on its codes first",
+                stages=("prior",),
+            )
         for label in labels or []:
             if not -1 <= label < self.classes:
                 classes = f"0..{self.classes - 1}" if self.classes else "none, it is unconditional"

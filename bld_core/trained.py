@@ -59,8 +59,7 @@ class AutoencoderRecord:
         if self.autoencoder.latent != "binary":
             raise UserError(
                 f"the trained autoencoder {self.hash[:12]} has a {self.autoencoder.latent} latent, which has no bits: "
-                "it is there for comparison, and can only reconstruct; train one with autoencoder.latent binary under "
-                "another --name"
+                "it is there for comparison, and can only reconstruct; train another one with `latent` binary"
             )
 
 
@@ -196,6 +195,7 @@ def check_prior(folder: str, prior: PriorRecord, autoencoder: AutoencoderRecord)
     if prior.autoencoder_hash != autoencoder.hash:
         raise UserError(
             f"the prior in {files.join(folder, PRIOR)!r} was trained on codes of autoencoder "
-            f"{prior.autoencoder_hash[:12]}, but the autoencoder there is {autoencoder.hash[:12]}: encode and train "
-            "the prior again with --fresh"
+            f"{prior.autoencoder_hash[:12]}, but the autoencoder there is {autoencoder.hash[:12]}: encode the data "
+            "set and train the prior again",
+            stages=("latents", "prior"),
         )

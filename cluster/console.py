@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 import tqdm
 
-from bld_core.errors import UserError
+from bld_core.errors import MissingError, UserError
 from cluster.secrets import without_secrets
 
 _SECONDS_BETWEEN_LINES = 5.0
+COMMANDS = {
+    "autoencoder": "stage1_ae.py",
+    "latents": "encode_latents.py",
+    "prior": "stage2_prior.py",
+    "samples": "sample.py",
+    "evaluation": "evaluate.py",
+    "classifier": "evaluate.py",
+    "study": "study.py",
+    "reference": "reference.py",
+}
+"""The command of each stage."""
 
 
 def on_terminal() -> bool:
@@ -22,13 +35,36 @@ def on_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def user_errors_answered() -> Generator[None]:
-    """A mistake of the user ends the command with one message and exit code 2; anything else keeps its traceback."""
+def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
+    """A mistake of the user ends the command with one message and exit code 2; anything else keeps its traceback.
+
+    Args:
+        settings: the command's, those of a section as a mapping.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"error: {without_secrets(_told(error, settings))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _told(error: UserError, settings: Mapping[str, Any]) -> str:
+    """The message of an error, with its settings as the command knows them, and the commands that are its remedy."""
+    sections: dict[str, dict[str, Any]] = {name: part for name, part in settings.items() if isinstance(part, dict)}
+    meant: list[dict[str, Any]] = [vars(each) for each in error.settings]
+    kinds = [each.keys() for each in meant]
+
+    def flag(name: re.Match[str]) -> str:
+        owners = [section for section, part in sections.items() if name[1] in part]
+        exact = [section for section in owners if sections[section] in meant]  # of two that have the same fields
+        alike = [section for section in owners if sections[section].keys() in kinds]
+        owners = exact[:1] or alike or owners
+        return f"{owners[0]}.{name[1]}" if len(owners) == 1 else name[1]
+
+    message = re.sub(r"`(\w+)`", flag, str(error))
+    anew = "" if isinstance(error, MissingError) else " --fresh"
+    commands = [f"pipelines/{COMMANDS[stage]}{anew}" for stage in error.stages if stage in COMMANDS]
+    return f"{message}: {', then '.join(commands)}" if commands else message
 
 
 class Progress:

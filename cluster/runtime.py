@@ -98,7 +98,13 @@ def connect(config: ClusterConfig) -> None:
         set_environment()
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            try:
+                ray.init(address=address, logging_level=logging.WARNING)
+            except ConnectionError as error:
+                raise UserError(
+                    f"no Ray cluster answers at {address!r} ({error}); start it, or correct cluster.address or the "
+                    "variable RAY_ADDRESS"
+                ) from error
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)

@@ -15,6 +15,7 @@ from filelock import Timeout, UnixFileLock
 from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
+from cluster.console import COMMANDS
 from cluster.runtime import connect
 from cluster.secrets import without_secrets
 
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
     from cluster.tracking import Run
 
 RECORD = "stage.json"
-_COMMANDS = {
-    "autoencoder": "stage1_ae.py",
-    "latents": "encode_latents.py",
-    "prior": "stage2_prior.py",
-    "samples": "sample.py",
-    "evaluation": "evaluate.py",
-    "classifier": "evaluate.py",
-    "study": "study.py",
-    "reference": "reference.py",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,10 @@ def open_stage(
 
     folder = files.join(experiment.folder, name)
     fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
-    files.check_writable(experiment.folder)
+    try:
+        files.check_writable(experiment.folder)
+    except UserError as error:
+        raise UserError(f"root is {experiment.root!r}: {error}") from error
     with _lock(folder):
         record_url = files.join(folder, RECORD)
         record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
@@ -125,7 +119,7 @@ def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
 def _anew(name: str) -> str:
     """The one command that makes a stage again."""
     stage = name.split("/")[0]
-    return f"pipelines/{_COMMANDS.get(stage, stage)} --fresh"
+    return f"pipelines/{COMMANDS.get(stage, stage)} --fresh"
 
 
 def _changes(folder: str, name: str, before: Mapping[str, object], now: Mapping[str, object]) -> str:

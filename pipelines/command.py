@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader
+from omegaconf.errors import OmegaConfBaseException
 
 from cluster.config.experiment import Experiment
 from cluster.console import user_errors_answered
 from cluster.lineage import command_line
+from cluster.secrets import without_secrets
 
 
 class Parser(ArgumentParser):
@@ -48,7 +50,8 @@ class Parser(ArgumentParser):
             near = difflib.get_close_matches(unknown[1], known, 1)
             near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(unknown[1].split(".")[-1], by_leaf, 1)]
             message += f"; the nearest is {near[0]!r}" if near else ""
-        super().error(message, *args, **kwargs)
+        # Not as argparse does it, beneath the names of all flags.
+        self.exit(2, f"error: {without_secrets(message.rstrip())} (--help lists the settings)\n")
 
 
 def command(
@@ -74,8 +77,12 @@ def command(
     )
     made.add_class_arguments(settings)
     extras(made)
-    with user_errors_answered():
-        flags = made.instantiate(made.parse_args())
+    try:
+        parsed = made.parse_args()
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        made.error(", ".join(line.strip() for line in str(error).splitlines()[:2]))
+    with user_errors_answered(parsed.as_dict()):
+        flags = made.instantiate(parsed)
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
 
 

@@ -30,7 +30,7 @@ CLUSTER = CORE | {
     "pydantic",
     "sqlalchemy",
 }
-PIPELINES = {"pipelines", "cluster", "jsonargparse", "yaml"}
+PIPELINES = {"pipelines", "cluster", "jsonargparse", "omegaconf", "yaml"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
 
 # The rooms and wings of each ring, the lowest first: each imports from those that stand before it and that it names.
@@ -61,7 +61,7 @@ ARROWS = {
     "cluster.runtime": "console ray_private",
     "cluster.config": "secrets runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
-    "cluster.stages": "secrets runtime config tracking",
+    "cluster.stages": "secrets console runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",

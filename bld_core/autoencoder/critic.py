@@ -53,6 +53,6 @@ class PatchCritic(nn.Module):
         if min(x_BCHW.shape[2:]) < smallest:
             raise UserError(
                 f"the critic got images of {x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels; its {self.layers} layers need "
-                f"at least {smallest} x {smallest}: lower loss.critic_layers, or set loss.adversarial to 0"
+                f"at least {smallest} x {smallest}: lower `critic_layers`, or set `adversarial` to 0"
             )
         return self.body(x_BCHW)

@@ -54,15 +54,15 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("l1", "mse", "perceptual", "adversarial", "adversarial_start", "entropy"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be 0 or more, and finite")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be 0 or more, and finite", self)
         for name in ("adversarial_limit", "critic_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be above 0, and finite")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be above 0, and finite", self)
         for name in ("critic_channels", "critic_layers"):
             if getattr(self, name) < 1:
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1", self)
         if self.l1 == self.mse == 0:
-            raise UserError("loss.l1 and loss.mse are both 0; one must be above 0, or nothing ties pixels to the image")
+            raise UserError("`l1` and `mse` are both 0; one must be above 0, or nothing ties pixels to the image", self)
         VGG16.check_settings(self.vgg_weights, self.vgg_sha256)
 
 

@@ -50,20 +50,20 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         for name in ("bits", "channels", "blocks"):
             if getattr(self, name) < 1:
-                raise UserError(f"autoencoder.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1", self)
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(
-                f"autoencoder.multipliers is {self.multipliers}; it needs one whole number of 1 or more for each level"
+                f"`multipliers` is {self.multipliers}; it needs one whole number of 1 or more for each level", self
             )
 
         if self.latent == "continuous" and self.bits % 2:
-            raise UserError(f"autoencoder.bits is {self.bits}; a continuous latent has half as many: make it even")
+            raise UserError(f"`bits` is {self.bits}; a continuous latent has half as many: make it even", self)
         if self.entries < 1:
-            raise UserError(f"autoencoder.entries is {self.entries}; a codebook has at least 1")
+            raise UserError(f"`entries` is {self.entries}; a codebook has at least 1", self)
         known = [2**level for level in range(len(self.multipliers))]
         if not set(self.attention) <= set(known):
             raise UserError(
-                f"autoencoder.attention is {self.attention}; {len(known)} levels have the down-samplings {known}"
+                f"`attention` is {self.attention}; {len(known)} levels have the down-samplings {known}", self
             )
 
     @property
@@ -80,13 +80,14 @@ class AutoencoderConfig:
         k = self.downsampling
         if image_size < k or image_size % k:
             raise UserError(
-                f"data.image_size is {image_size}; {len(self.multipliers)} levels of autoencoder.multipliers need a "
-                f"multiple of {k}: change one of the two"
+                f"`image_size` is {image_size}; the {len(self.multipliers)} levels of `multipliers` need a multiple of "
+                f"{k}: change one of the two",
+                self,
             )
         h = image_size // k
         if h * h * self.bits % 8:
             raise UserError(
-                f"a code of {h} x {h} x {self.bits} bits is not whole bytes; make autoencoder.bits a multiple of 8"
+                f"a code of {h} x {h} x {self.bits} bits is not whole bytes; make `bits` a multiple of 8", self
             )
         return h, h, self.bits
 

@@ -49,16 +49,15 @@ class Perceptual(nn.Module):
             sha256: the file's sha256, or its first digits.
 
         Raises:
-            ImportError: lpips or torchvision is not installed.
-            UserError: the file's sha256 is another; nothing was loaded.
+            UserError: lpips or torchvision is not installed; or the file's sha256 is another, and nothing was loaded.
         """
         super().__init__()
         try:
             import lpips
             from torchvision.models.vgg import cfgs, make_layers
         except ImportError as error:
-            raise ImportError(
-                f"loss.perceptual above 0 needs lpips and torchvision ({error}): pip install "
+            raise UserError(
+                f"the perceptual distance needs lpips and torchvision ({error}): pip install "
                 "'binary-latent-diffusion[losses]'"
             ) from error
         state = VGG16.load(weights, sha256)
@@ -115,7 +114,7 @@ class Perceptual(nn.Module):
         if min(x_BCHW.shape[2:]) < _SMALLEST:
             raise UserError(
                 f"the perceptual loss got images of {x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels; VGG16 needs at least "
-                f"{_SMALLEST} x {_SMALLEST}: raise data.image_size, or set loss.perceptual to 0"
+                f"{_SMALLEST} x {_SMALLEST}: raise `image_size`, or set `perceptual` to 0"
             )
         low, high = (float(v) for v in x_BCHW.detach().aminmax())
         if not (x_BCHW.is_floating_point() and low >= -_RANGE and high <= _RANGE):

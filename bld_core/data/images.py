@@ -61,15 +61,17 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
-            raise UserError(f"data.image_size is {self.image_size}; it must be at least 1 pixel")
+            raise UserError(f"`image_size` is {self.image_size}; it must be at least 1 pixel", self)
         if not self.extensions:
-            raise UserError("data.extensions is empty; name at least one, for example [png]")
+            raise UserError("`extensions` is empty; name at least one, for example [png]", self)
         if unknown := sorted({*self.extensions} - {*EXTENSIONS}):
-            raise UserError(f"data.extensions names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case")
+            raise UserError(f"`extensions` names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case", self)
         if not 1 <= self.max_pixels <= _MOST_PIXELS:
-            raise UserError(f"data.max_pixels is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit")
+            raise UserError(
+                f"`max_pixels` is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit", self
+            )
         if not 0 <= self.max_skipped <= 1:
-            raise UserError(f"data.max_skipped is {self.max_skipped}; it is a share and must lie in [0, 1]")
+            raise UserError(f"`max_skipped` is {self.max_skipped}; it is a share and must lie in [0, 1]", self)
 
 
 class View(NamedTuple):
@@ -104,8 +106,9 @@ class AugmentationConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.resize <= 2:
             raise UserError(
-                f"augmentation.resize is {self.resize}; it must be in [1, 2]: below 1 no square fits, above 2 less "
-                "than a quarter of the image is left; the paper uses 1.05"
+                f"`resize` is {self.resize}; it must be in [1, 2]: below 1 no square fits, above 2 less than a quarter "
+                "of the image is left; the paper uses 1.05",
+                self,
             )
 
     def view(self, seed: int, epoch: int, key: str) -> View | None:
@@ -200,7 +203,7 @@ def _crop(image: Image.Image, size: int, short: int, view: View | None, most: in
 
 def _pad(image: Image.Image, size: int) -> Image.Image:
     if max(image.size) > size:
-        raise UserError(f"an image of {image.size} pixels does not fit data.image_size {size}; set data.fit to crop")
+        raise UserError(f"an image of {image.size} pixels does not fit `image_size` {size}; set `fit` to crop")
     canvas = Image.new(image.mode, (size, size))
     canvas.paste(image, ((size - image.size[0]) // 2, (size - image.size[1]) // 2))
     return canvas
@@ -246,16 +249,21 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
     """The shards of a split, after a look at the first image of each (of the first 64).
 
     Raises:
-        UserError: none configured, a shard without an image of the configured extensions, or an image that the
-            configuration cannot take.
+        UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or
+            an image that the configuration cannot take.
         MissingError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
     if not pattern:
-        raise UserError(f"data.{split} is empty; give shards, for example data/{split}-{{0000..0003}}.tar")
-    urls = files.expand(pattern)
-    for url in urls[:_SHARDS_PROBED]:
-        _check_shard(url, config)
+        raise UserError(f"`{split}` is empty; give shards, for example data/{split}-{{0000..0003}}.tar", config)
+    try:
+        urls = files.expand(pattern)
+        for url in urls[:_SHARDS_PROBED]:
+            _check_shard(url, config)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"`{split}` names what cannot be read ({error}); give tar files", config) from error
     return urls
 
 
@@ -271,7 +279,7 @@ def _check_shard(url: str, config: ImageConfig) -> None:
     elif {reason for reason, _ in shard.left} == {Reason.NO_IMAGE}:
         raise UserError(
             f"shard {url!r} holds no image: looked for {', '.join(config.extensions)}, found "
-            f"{', '.join(sorted(shard.others)) or 'nothing'}; set data.extensions"
+            f"{', '.join(sorted(shard.others)) or 'nothing'}; set `extensions`"
         )
     else:
         _log.warning("shard %s holds no image that can be used: %s, ...", url, shard.left[0].reason)

@@ -95,4 +95,4 @@ class Skipped:
 
 def above(limit: float) -> str:
     """What to do about more than `limit`."""
-    return f"data.max_skipped allows a share of {limit:g}: mend or leave out those shards, or allow more"
+    return f"`max_skipped` allows a share of {limit:g}: mend or leave out those shards, or allow more"

@@ -50,7 +50,7 @@ class DiffusionProcess:
         """
         if self.target == "z_prev" and len(grid) - 1 != self.schedule.steps:
             raise UserError(
-                f"{len(grid) - 1} sampling steps asked for with diffusion.target z_prev, whose network knows single "
+                f"{len(grid) - 1} sampling steps asked for with `target` z_prev, whose network knows single "
                 f"steps from t to t - 1 only: take all T = {self.schedule.steps} steps, or train with target flip or z0"
             )
 
@@ -108,28 +108,29 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if not 4 <= self.steps <= 1024:
-            raise UserError(f"diffusion.steps is {self.steps}; it must be 4..1024 (the paper uses 64)")
+            raise UserError(f"`steps` is {self.steps}; it must be 4..1024 (the paper uses 64)", self)
         if self.vlb_weight < 0:
-            raise UserError(f"diffusion.vlb_weight is {self.vlb_weight}; it must be 0 or more (the paper uses 0.1)")
+            raise UserError(f"`vlb_weight` is {self.vlb_weight}; it must be 0 or more (the paper uses 0.1)", self)
         if self.target == "z_prev" and self.vlb_weight == 0:
             raise UserError(
-                "diffusion.vlb_weight is 0 with diffusion.target z_prev, which has no residual term: nothing would be "
-                "trained; set vlb_weight above 0, or target to flip or z0"
+                "`vlb_weight` is 0 with `target` z_prev, which has no residual term: nothing would be trained; set "
+                "vlb_weight above 0, or target to flip or z0",
+                self,
             )
         if self.target == "z_prev" and self.balance != "none":
             raise UserError(
-                f"diffusion.balance is {self.balance} with diffusion.target z_prev, which has no residual term to "
-                "balance; set balance to none, or target to flip or z0"
+                f"`balance` is {self.balance} with `target` z_prev, which has no residual term to balance; set balance "
+                "to none, or target to flip or z0",
+                self,
             )
         count = len(self.betas)
         if self.schedule == "betas" and count != self.steps:
-            raise UserError(
-                f"diffusion.betas are {count}; the schedule betas takes diffusion.steps ({self.steps}) values"
-            )
+            raise UserError(f"`betas` are {count}; the schedule betas takes `steps` ({self.steps}) values", self)
         if self.schedule != "betas" and count:
             raise UserError(
-                f"diffusion.betas are given, but diffusion.schedule is {self.schedule}, which does not read them; set "
-                "schedule to betas, or leave betas out"
+                f"`betas` are given, but `schedule` is {self.schedule}, which does not read them; set schedule to "
+                "betas, or leave betas out",
+                self,
             )
         self.make_process()  # refuses betas that are no schedule
 

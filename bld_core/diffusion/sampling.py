@@ -65,17 +65,17 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"sampling.steps is {self.steps}; it must be at least 1")
+            raise UserError(f"`steps` is {self.steps}; it must be at least 1", self)
         if self.grid and (self.grid[-1] != 0 or any(t <= s for t, s in itertools.pairwise(self.grid))):
-            raise UserError(f"sampling.grid is {self.grid}; it must decrease from T (diffusion.steps) to 0")
+            raise UserError(f"`grid` is {self.grid}; it must decrease from T, the steps of the process, to 0", self)
         if self.resample < 0:
-            raise UserError(f"sampling.resample is {self.resample}; it must be 0 (no jumps back) or more")
+            raise UserError(f"`resample` is {self.resample}; it must be 0 (no jumps back) or more", self)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UserError(
-                f"sampling.temperature is {self.temperature}; it must be above 0 and finite (the paper uses 0.9)"
+                f"`temperature` is {self.temperature}; it must be above 0 and finite (the paper uses 0.9)", self
             )
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise UserError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or more, and finite")
+            raise UserError(f"`guidance` is {self.guidance}; it must be 0 (none) or more, and finite", self)
 
     def make_grid(self, schedule: NoiseSchedule) -> list[int]:
         """The noise levels t that sampling visits, decreasing from T to 0.
@@ -87,8 +87,9 @@ class SamplingConfig:
             return schedule.grid(self.steps, self.spacing)
         if self.grid[0] != schedule.steps:
             raise UserError(
-                f"sampling.grid starts at {self.grid[0]}; this prior was trained with T = {schedule.steps}, so it must "
-                f"start at {schedule.steps}, or samples would not start from pure noise"
+                f"`grid` starts at {self.grid[0]}; this prior was trained with T = {schedule.steps}, so it must start "
+                f"at {schedule.steps}, or samples would not start from pure noise",
+                self,
             )
         return self.grid
 

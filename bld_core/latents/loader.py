@@ -30,13 +30,13 @@ def latent_batches(
     start_step: int,
     rank: int = 0,
     world: int = 1,
-    memory_gb: float = 8.0,
+    latents_gb: float = 8.0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """One worker's share of every global batch from `start_step` on, without end.
 
     Epochs are laid end to end, each a seeded permutation of the rows, or of windows of shards and of the rows within
-    each where the set is larger than `memory_gb`. So the batch of any step is arithmetic: a restart needs nothing but
+    each where the set is larger than `latents_gb`. So the batch of any step is arithmetic: a restart needs nothing but
     the step, and the global batch is the same for any number of workers.
 
     Args:
@@ -46,11 +46,11 @@ def latent_batches(
         start_step: steps taken already.
         rank: of this worker.
         world: number of workers.
-        memory_gb: what packed rows may take of this worker's memory, in units of 10^9 bytes.
+        latents_gb: what packed rows may take of this worker's memory, in units of 10^9 bytes.
         device: where the batches go, still packed, and are unpacked; by default the CPU.
     """
     share = worker_share(config, world)
-    feed = _Feed(latents, seed, latents.window(memory_gb), device or torch.device("cpu"))
+    feed = _Feed(latents, seed, latents.window(latents_gb), device or torch.device("cpu"))
     for step in itertools.count(start_step):
         first = step * config.batch_size + rank * share
         yield feed.batch(first, share)

@@ -25,6 +25,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 _READERS = 4  # files that are read and checked at a time, on top of the memory that the rows take
 _BESIDE_BITS = 64  # bytes a row: its label, its key and its place in the order
+_STAGES = ("latents",)  # where a message says so, they are to be made again
 
 
 @dataclass(frozen=True)
@@ -96,25 +97,25 @@ class Latents:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def window(self, memory_gb: float) -> int:
+    def window(self, latents_gb: float) -> int:
         """How many shards are in memory at a time: all, or else so many that two windows fit.
 
         Args:
-            memory_gb: what the rows may take, in units of 10^9 bytes.
+            latents_gb: what the rows may take, in units of 10^9 bytes.
 
         Raises:
             UserError: two windows of a single shard do not fit.
         """
         a_row = self.width + _BESIDE_BITS
-        if len(self) * a_row <= memory_gb * 1e9:
+        if len(self) * a_row <= latents_gb * 1e9:
             return len(self.shards)
         largest = max(self.sizes) * a_row / 1e9
-        if 2 * largest > memory_gb:
+        if 2 * largest > latents_gb:
             raise UserError(
-                f"cluster.latents_gb is {memory_gb}, but two shards of {self.path!r}, one in use and one being read, "
+                f"`latents_gb` is {latents_gb}, but two shards of {self.path!r}, one in use and one being read, "
                 f"take {2 * largest:.3g}: raise it, or encode smaller shards"
             )
-        return int(memory_gb / 2 / largest)
+        return int(latents_gb / 2 / largest)
 
     def read(self, shards: Sequence[int] | None = None) -> PackedCodes:
         """The rows of some shards, or of all, in their order; each file is checked against the manifest.
@@ -146,7 +147,8 @@ class Latents:
         if bits != expected or len(table) != shard.rows:
             raise UserError(
                 f"{url!r} holds {len(table)} rows of {bits}, the manifest says {shard.rows} of {expected}, for "
-                f"codes of shape {self.shape}: they do not belong together; encode again"
+                f"codes of shape {self.shape}: they do not belong together; encode again",
+                stages=_STAGES,
             )
         return table
 
@@ -159,8 +161,8 @@ def open_latents(path: str, split: Split = "train") -> Latents:
         split: which part.
 
     Raises:
-        MissingError: no manifest: the data set was not (completely) encoded; or files of it are missing.
-        UserError: another format, or the split is empty.
+        MissingError: no manifest: the data set was not (completely) encoded.
+        UserError: files of it are missing, it has another format, or the split is empty.
     """
     return open_splits(path, split)[0]
 
@@ -169,21 +171,24 @@ def open_splits(path: str, *splits: Split) -> list[Latents]:
     """Several splits of an encoded data set, by one look at its manifest; the errors are those of `open_latents`."""
     location = files.join(path, MANIFEST)
     if not files.exists(location):
-        raise MissingError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
+        raise MissingError(f"{location!r} is missing: encode the data set first", stages=_STAGES)
     data = files.read_bytes(location)
     try:
         found = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{location!r} is not JSON ({error}): it is damaged; encode again") from error
+        raise UserError(f"{location!r} is not JSON ({error}): it is damaged; encode again", stages=_STAGES) from error
     if found.get("format") != FORMAT_VERSION:
-        raise UserError(f"{location!r} has format {found.get('format')}; this version reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{location!r} has format {found.get('format')}; this version reads {FORMAT_VERSION}; encode again",
+            stages=_STAGES,
+        )
     manifest, digest = Manifest.from_json(found), files.sha256(data)
     opened = [
         Latents(path, manifest, [shard for shard in manifest.files if shard.split == split], digest) for split in splits
     ]
     for split, latents in zip(splits, opened, strict=True):
         if not len(latents):
-            raise UserError(f"{path!r} holds no {split} codes; set data.{split} and encode again")
+            raise UserError(f"{path!r} holds no {split} codes; set `{split}` and encode again", stages=_STAGES)
     _check_present(path, [shard.file for latents in opened for shard in latents.shards])
     return opened
 
@@ -194,9 +199,10 @@ def _check_present(path: str, names: list[str]) -> None:
     there = {f"{folder}/{name}".lstrip("/") for folder in folders for name in _names(files.join(path, folder))}
     missing = [name for name in names if name not in there]
     if missing:
-        raise MissingError(
+        raise UserError(
             f"{len(missing)} of {len(names)} files of {path!r} are missing, the first is {missing[0]!r}: "
-            "bring them back, or encode again"
+            "bring them back, or encode again",
+            stages=_STAGES,
         )
 
 

@@ -48,9 +48,9 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.draws <= 127:
-            raise UserError(f"latents.draws is {self.draws}; it must be 0 (the mode) to 127")
+            raise UserError(f"`draws` is {self.draws}; it must be 0 (the mode) to 127", self)
         if self.batch_size < 1:
-            raise UserError(f"latents.batch_size is {self.batch_size}; it must be at least 1")
+            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1", self)
 
 
 @dataclass
@@ -161,7 +161,8 @@ def shard_metadata(data: bytes) -> dict[str, Any]:
     metadata = json.loads(note) if note else {}
     if metadata.get("format") != FORMAT_VERSION:
         raise UserError(
-            f"not a latent shard of format {FORMAT_VERSION} (format: {metadata.get('format')}); encode the images again"
+            f"not a latent shard of format {FORMAT_VERSION} (format: {metadata.get('format')}); encode again",
+            stages=("latents",),
         )
     return metadata
 

@@ -29,9 +29,7 @@ def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
         UserError: a single token, which leaves nothing to learn once it is known.
     """
     if tokens < 2:
-        raise UserError(
-            "prior.known_share is above 0, but a code has only 1 token: set it to 0, or use smaller patches"
-        )
+        raise UserError("`known_share` is above 0, but a code has only 1 token: set it to 0, or use smaller patches")
     u = uniform(seed, "known tokens", index, 2 + tokens)
     size = 1 + (u[:, 1] * (tokens - 1)).long()
     rank = u[:, 2:].argsort(dim=1, stable=True).argsort(dim=1)

@@ -49,21 +49,20 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1:
-            raise UserError(f"prior.layers is {self.layers}, prior.heads {self.heads}; both must be at least 1")
+            raise UserError(f"`layers` is {self.layers}, `heads` {self.heads}; both must be at least 1", self)
         if self.width < 2 or self.width % self.heads or self.width % 2:
-            raise UserError(
-                f"prior.width is {self.width}; it must be even and a multiple of prior.heads ({self.heads})"
-            )
+            raise UserError(f"`width` is {self.width}; it must be even and a multiple of `heads` ({self.heads})", self)
         if self.classes < 0:
-            raise UserError(f"prior.classes is {self.classes}; it must be 0 (unconditional) or more")
+            raise UserError(f"`classes` is {self.classes}; it must be 0 (unconditional) or more", self)
         if not 0 <= self.label_dropout < 1:
-            raise UserError(f"prior.label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+            raise UserError(f"`label_dropout` is {self.label_dropout}; it must lie in [0, 1)", self)
         if not 0 <= self.known_share <= 1:
-            raise UserError(f"prior.known_share is {self.known_share}; it must lie in [0, 1]")
+            raise UserError(f"`known_share` is {self.known_share}; it must lie in [0, 1]", self)
         if self.known_share and self.model != "binary":
             raise UserError(
-                f"prior.known_share is {self.known_share} with prior.model {self.model}, which is not trained with "
-                "known tokens; set it to 0, or model to binary"
+                f"`known_share` is {self.known_share} with `model` {self.model}, which is not trained with known "
+                "tokens; set it to 0, or model to binary",
+                self,
             )
 
 
@@ -193,8 +192,8 @@ class Prior(Trunk):
         if known is not None:
             if self.known is None:
                 raise UserError(
-                    "this prior was trained with prior.known_share 0 and cannot be told which tokens are known: "
-                    "set sampling.inpainting to replacement, or train one with a share above 0"
+                    "this prior was trained with `known_share` 0 and cannot be told which tokens are known: set "
+                    "`inpainting` to replacement, or train one with a share above 0"
                 )
             h_BND = h_BND + known[..., None] * self.known
         condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))

@@ -21,8 +21,7 @@ def read_verified(url: str, sha256: str) -> bytes:
 
     Raises:
         MissingError: there is no such file.
-        UserError: its sha256 is another.
-        OSError: the cache cannot be written.
+        UserError: its sha256 is another, or the cache cannot be written.
     """
     if files.is_local(url):
         return _verify(files.read_bytes(url), url, sha256)
@@ -42,7 +41,8 @@ def _verify(data: bytes, url: str, sha256: str) -> bytes:
     if found != sha256:
         raise UserError(
             f"{url!r} has sha256 {found[:12]}, the manifest says {sha256[:12]}: it was changed or damaged; "
-            "delete it and encode again"
+            "bring it back, or encode again",
+            stages=("latents",),
         )
     return data
 
@@ -59,7 +59,7 @@ def _lock(kept: Path) -> AcquireReturnProxy[UnixFileLock]:
         kept.parent.mkdir(parents=True, exist_ok=True)
         return UnixFileLock(f"{kept}.lock", fallback_to_soft=False).acquire()
     except OSError as error:
-        raise OSError(
+        raise UserError(
             f"cannot keep remote files in {kept.parent} ({error}); set the variable BLD_CACHE, where Ray is started, "
             "to a local folder with room for the data set"
         ) from error

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from bld_core.errors import MissingError, UserError
-from bld_core.storage.patience import persist, time_limit
+from bld_core.storage.patience import StorageError, persist, time_limit
 
 _BLOCK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
@@ -100,7 +100,7 @@ def exists(url: str) -> bool:
     fs.invalidate_cache()
     try:  # not fs.exists, which takes some failures for an absence
         persist(f"look for {url!r}", fs.info, path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -132,7 +132,7 @@ def expand(pattern: str) -> list[str]:
         found += matches if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(match) for match in matches]
     try:
         _sizes(found)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         missing = next((url for url in found if not exists(url)), found[0])
         raise MissingError(
             f"no file at {missing!r} (from the pattern {pattern!r}); check the path and its braces"
@@ -186,7 +186,7 @@ class _Ranges(io.RawIOBase):
             try:
                 data = self._file.read(count)
             except FileExpired as error:
-                raise OSError(f"{self._url!r} was replaced while it was read; run the command again") from error
+                raise StorageError(f"{self._url!r} was replaced while it was read; run the command again") from error
             if len(data) != count:
                 raise ConnectionError(f"{len(data)} bytes came instead of {count}")
             return data
@@ -204,7 +204,7 @@ def open_read(url: str) -> IO[bytes]:
 
     Raises:
         MissingError: no such file.
-        OSError: a remote file that was replaced while it was read.
+        StorageError: a remote file that was replaced while it was read.
     """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
@@ -295,7 +295,7 @@ def check_writable(url: str) -> None:
         remove(probe)
     except OSError as error:
         raise UserError(
-            f"cannot write to {url!r} ({error}); choose another --root, or give this user write permission there"
+            f"cannot write to {url!r} ({error}); choose another folder, or give this user write permission there"
         ) from error
 
 

@@ -28,7 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 class StorageError(UserError, ConnectionError):
-    """Remote storage that failed, for passing reasons, for as long as it was given."""
+    """Remote storage that failed, for passing reasons, for as long as it was given; or changed while it was read."""
+
+
+class DeniedError(UserError, PermissionError):
+    """Storage that is there, but not for this user."""
 
 
 def time_limit() -> float:
@@ -62,6 +66,7 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
 
     Raises:
         StorageError: the time limit is over.
+        DeniedError: the user may not.
     """
     limit = time_limit()
 
@@ -77,6 +82,10 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
     )
     try:
         return retrying(attempt, *arguments, **settings)
+    except PermissionError as error:
+        if isinstance(error, DeniedError):
+            raise
+        raise DeniedError(f"cannot {what} ({error}); check credentials and permissions") from error
     except RetryError as error:
         tries, failure = error.last_attempt.attempt_number, error.last_attempt.exception()
         seconds = retrying.statistics["delay_since_first_attempt"]

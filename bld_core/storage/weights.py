@@ -22,7 +22,8 @@ class PublishedWeights:
         what: its name in messages.
         url: where it is published.
         sha256: first digits of its sha256, as published.
-        field: the setting that names a local copy; its sha256 is the setting of the same name on `_sha256`.
+        field: the setting that names a local copy, without its section; `_sha256` in place
+            of `_weights` is that of its sha256.
     """
 
     what: str
@@ -43,12 +44,12 @@ class PublishedWeights:
         """
         if not re.fullmatch("[0-9a-f]{8,64}", sha256):
             raise UserError(
-                f"{self.sha256_field} is '{sha256}'; it must be 8 to 64 lower-case hex digits, as sha256sum prints"
+                f"`{self.sha256_field}` is '{sha256}'; it must be 8 to 64 lower-case hex digits, as sha256sum prints"
             )
         if not path and not sha256.startswith(self.sha256):
             raise UserError(
-                f"{self.sha256_field} is '{sha256}', but the file that is downloaded starts with {self.sha256}; "
-                f"leave {self.sha256_field} out, or name your own file in {self.field}"
+                f"`{self.sha256_field}` is '{sha256}', but the file that is downloaded starts with {self.sha256}; "
+                f"leave `{self.sha256_field}` out, or name your own file in `{self.field}`"
             )
 
     def find(self, path: str, sha256: str) -> Path:
@@ -64,7 +65,7 @@ class PublishedWeights:
         """
         file = Path(path).expanduser() if path else Path(torch.hub.get_dir(), "checkpoints", Path(self.url).name)
         if path and not file.is_file():
-            raise MissingError(f"{self.field} names {file}, which is no file; correct it, or empty it to download")
+            raise MissingError(f"`{self.field}` names {file}, which is no file; correct it, or empty it to download")
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             try:  # the file gets its name only after its hash was checked
@@ -72,7 +73,7 @@ class PublishedWeights:
             except (OSError, RuntimeError) as error:
                 raise MissingError(
                     f"{self.what}'s weights could not be downloaded from {self.url} to {file} ({error}); without a "
-                    f"network, copy the file to this machine and name it in {self.field}"
+                    f"network, copy the file to this machine and name it in `{self.field}`"
                 ) from error
         with file.open("rb") as stream:
             self._check_sha256(stream, file, sha256)
@@ -94,20 +95,18 @@ class PublishedWeights:
         if not found.startswith(sha256):
             raise UserError(
                 f"{file} has sha256 {found}, expected {sha256}...; it was damaged or is another file: fetch {self.url} "
-                f"again, or set {self.sha256_field} if these are the weights that you mean"
+                f"again, or set `{self.sha256_field}` if these are the weights that you mean"
             )
 
 
-VGG16 = PublishedWeights(
-    "VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", "loss.vgg_weights"
-)
+VGG16 = PublishedWeights("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", "vgg_weights")
 
 
 INCEPTION = PublishedWeights(
     "Inception",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d",
-    "evaluation.inception_weights",
+    "inception_weights",
 )
 
 
@@ -115,5 +114,5 @@ DINOV2 = PublishedWeights(  # published without a hash: whoever uses the file sa
     "DINOv2",
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "",
-    "evaluation.dinov2_weights",
+    "dinov2_weights",
 )

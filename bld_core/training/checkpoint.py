@@ -55,7 +55,7 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
     meta = files.read_json(files.join(folder, META))
     if meta["format"] != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {folder!r} has format {meta['format']}; this version reads {FORMAT_VERSION}: use --fresh"
+            f"checkpoint {folder!r} has format {meta['format']}; this version reads {FORMAT_VERSION}: train anew"
         )
     names = ["model", "optimizer", *(average_name(number) for number in range(len(state.averages)))]
     model, moments, *averages = (
@@ -111,11 +111,21 @@ def read_model_config(folder: str) -> dict[str, Any]:
     """
     url = files.join(folder, CONFIG)
     if not files.exists(url):
-        raise MissingError(f"{folder!r} holds no finished model ({CONFIG} is missing): train it first")
+        raise MissingError(
+            f"{folder!r} holds no finished model ({CONFIG} is missing): train it first", stages=_stage(folder)
+        )
     config = json.loads(files.read_bytes(url))
     if config.get("format") != FORMAT_VERSION:
-        raise UserError(f"{url!r} has format {config.get('format')}; this version reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{url!r} has format {config.get('format')}; this version reads {FORMAT_VERSION}: train again",
+            stages=_stage(folder),
+        )
     return config
+
+
+def _stage(folder: str) -> tuple[str, ...]:
+    """The stage that makes <experiment>/<stage>/final."""
+    return tuple(folder.rstrip("/").split("/")[-2:-1])
 
 
 def load_weights(folder: str, module: nn.Module, expected_hash: str, device: str = "cpu") -> None:
@@ -129,7 +139,8 @@ def load_weights(folder: str, module: nn.Module, expected_hash: str, device: str
     if found != expected_hash:
         raise UserError(
             f"{folder!r}: {WEIGHTS} has sha256 {found[:12]}, config.json says {expected_hash[:12]}; "
-            "the file is damaged or was replaced: train again, or restore it"
+            "the file is damaged or was replaced: restore it, or train again",
+            stages=_stage(folder),
         )
     module.load_state_dict(load_tensors(data))
     module.to(torch.device(device)).eval()

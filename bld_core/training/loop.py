@@ -70,16 +70,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} of a training stage is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1", self)
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) <= 0:
-                raise UserError(f"{name} of a training stage is {getattr(self, name)}; it must be above 0")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be above 0", self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas of a training stage are {self.betas}; AdamW takes two values in [0, 1)")
+            raise UserError(f"`betas` are {self.betas}; AdamW takes two values in [0, 1)", self)
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
-            raise UserError(
-                f"ema_decay of a training stage is {self.ema_decay}; it must lie in [0, 1), or be several such values"
-            )
+            raise UserError(f"`ema_decay` is {self.ema_decay}; it must lie in [0, 1), or be several such values", self)
 
     @property
     def ema_decays(self) -> list[float]:
@@ -242,7 +240,7 @@ def train(
             for player in moved:
                 player.optimizer.step()
         elif config.non_finite == "stop":
-            raise NonFiniteError(_blame(state, batch, objective, terms))
+            raise NonFiniteError(_blame(state, batch, objective, terms), config)
         else:
             state.skipped += 1
         for player in moved:
@@ -289,7 +287,7 @@ def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[st
     who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (
         f"step {state.step + 1}: the loss or its gradient is not finite ({who}): the last checkpoint is good; go "
-        'on with non_finite "skip", or train anew without these samples, or with a lower learning_rate'
+        'on with `non_finite` "skip", or train anew without these samples, or with a lower `learning_rate`'
     )
 
 
@@ -306,7 +304,8 @@ def worker_share(config: TrainingConfig, world: int) -> int:
     parts = world * config.accumulate
     if config.batch_size % parts:
         raise UserError(
-            f"batch_size {config.batch_size} does not divide over {world} workers, accumulate {config.accumulate}; "
-            f"make it a multiple of {parts}"
+            f"`batch_size` is {config.batch_size}, which does not divide over {world} workers with `accumulate` "
+            f"{config.accumulate}; make it a multiple of {parts}",
+            config,
         )
     return config.batch_size // world

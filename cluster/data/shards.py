@@ -216,10 +216,17 @@ def _write(shards: dict[str, list[int]], images: list[SourceImage], config: Shar
 def _samples(numbers: list[int], images: list[SourceImage], source: str) -> Iterator[Sample]:
     for number in numbers:
         image = images[number]
-        data = Path(source, image.name).read_bytes() if image.content is None else image.content
+        data = _read(source, image.name) if image.content is None else image.content
         if len(data) != image.size:
             raise UserError(f"{image.name!r} in {source!r} was changed while shards were made: run the command again")
         yield Sample(f"{number:08d}", _extension(image.name), data, image.label)
+
+
+def _read(source: str, name: str) -> bytes:
+    try:
+        return Path(source, name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name!r} in {source!r} cannot be read ({error}): mend it, or move it away") from error
 
 
 def _folder(source: str) -> list[SourceImage]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.data.images import ImageConfig, decode, first_images, stack
+from bld_core.data.images import BadImage, ImageConfig, decode, first_images, stack
 from bld_core.data.pictures import grid, mask_of_box, mask_of_picture, png
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -86,6 +86,18 @@ class Inpainter(Sampler):
         )[0]
 
 
+def _read(setting: str, url: str) -> bytes:
+    """A file that a setting names.
+
+    Raises:
+        UserError: it is not there, or not for this user to read.
+    """
+    try:
+        return files.read_bytes(url)
+    except OSError as error:
+        raise UserError(f"{setting} {url!r} cannot be read ({error}); name an image file") from error
+
+
 def read_images(settings: InpaintConfig, data: ImageConfig) -> Tensor:
     """The images to complete, uint8 (B, H, W, channels).
 
@@ -93,10 +105,10 @@ def read_images(settings: InpaintConfig, data: ImageConfig) -> Tensor:
         UserError: a file that is no image, or a position beyond the held-out images.
     """
     if settings.image:
-        file = files.read_bytes(settings.image)
+        file = _read("inpaint.image", settings.image)
         try:
             return torch.from_numpy(decode(file, data).copy())[None]
-        except OSError as error:
+        except BadImage as error:
             raise UserError(f"inpaint.image {settings.image!r} cannot be read as an image: {error}") from error
     images = first_images(data.validation, data, max(settings.samples) + 1)
     if len(images) <= max(settings.samples):
@@ -114,7 +126,7 @@ def read_mask(settings: InpaintConfig, size: int) -> Tensor:
         UserError: the mask is no image or has another size, or the box does not lie within the image.
     """
     if settings.mask:
-        return mask_of_picture(files.read_bytes(settings.mask), size, f"inpaint.mask {settings.mask!r}")
+        return mask_of_picture(_read("inpaint.mask", settings.mask), size, f"inpaint.mask {settings.mask!r}")
     return mask_of_box(settings.box or [size // 4, size // 4, size - size // 4, size - size // 4], size, "inpaint.box")
 
 
@@ -132,8 +144,8 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
         The path of the picture.
 
     Raises:
-        MissingError: a stage is not finished, or the image or mask is missing.
-        UserError: an unknown class, an autoregressive prior, or an image, mask or box that does not fit.
+        MissingError: a stage is not finished.
+        UserError: an unknown class, an autoregressive prior, or an image, mask or box that is missing or does not fit.
     """
     images, mask = read_images(settings, experiment.data), read_mask(settings, experiment.data.image_size)
     found = open_pair(experiment)

@@ -183,8 +183,10 @@ class PriorTask(Task):
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
         experiment, latents = self.experiment, self.codes.train
-        memory_gb, device = experiment.cluster.latents_gb, place.device
-        return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
+        latents_gb, device = experiment.cluster.latents_gb, place.device
+        return latent_batches(
+            latents, self.training, experiment.seed, step, place.rank, place.world, latents_gb, device
+        )
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:

@@ -34,7 +34,6 @@ from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
 from bld_core.storage import files
-from bld_core.storage.patience import StorageError
 from bld_core.training.checkpoint import CONFIG, average_name, load_state, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
@@ -168,7 +167,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        if (failure := _storage_failure(error)) is not None:
+        if (failure := _user_error(error)) is not None:
             raise failure from error
         raise
     if result.return_value is not None:
@@ -184,11 +183,11 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
     stage.run.tags({f"bld.{stage.name}_hash": digest})
 
 
-def _storage_failure(error: TrainingFailedError) -> StorageError | None:
-    """What a training says that failed because storage could not be reached: the same as any other stage."""
+def _user_error(error: TrainingFailedError) -> UserError | None:
+    """What a training says that failed by a user's mistake, or as storage was away: the same as any other stage."""
     failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
     failures += [error.controller_failure] if isinstance(error, ControllerError) else []
-    return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
+    return next((failure for failure in map(unwrap, failures) if isinstance(failure, UserError)), None)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
             if look or keep:
                 _meet(task, state, metrics, place, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
-        return NonFiniteError(_join(str(error), place))
+        return NonFiniteError(_join(str(error), place), *error.settings)
     if progress is not None:
         progress.close()
     return None

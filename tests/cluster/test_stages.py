@@ -134,9 +134,9 @@ def test_a_second_start_is_refused_while_one_is_running(tmp_path: Path, digits: 
     ("data", "message"),
     [
         ({"train": "{root}/none-{{0000..0001}}.tar"}, "no file at .*none-0000.tar"),
-        ({"train": ""}, "data.train is empty"),
-        ({"extensions": ["jpg"]}, "looked for jpg, found cls, png; set data.extensions"),
-        ({"validation": ""}, "data.validation is empty"),
+        ({"train": ""}, "`train` is empty"),
+        ({"extensions": ["jpg"]}, "looked for jpg, found cls, png; set `extensions`"),
+        ({"validation": ""}, "`validation` is empty"),
     ],
 )
 def test_bad_shards_stop_before_ray_and_before_anything_is_written(
@@ -151,7 +151,7 @@ def test_bad_shards_stop_before_ray_and_before_anything_is_written(
 
 
 def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.image_size is 100; 5 levels .* multiple of 16"):
+    with pytest.raises(ValueError, match=r"`image_size` is 100; the 5 levels .* multiple of 16"):
         Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
 
 

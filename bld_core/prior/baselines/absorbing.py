@@ -179,8 +179,9 @@ class AbsorbingModel:
         tokens = self.shape[0]
         if sampling.final == "mode":
             raise UserError(
-                "sampling.final is mode with prior.model absorbing, which draws every token once, not all in the last "
-                "step: set final to sample, or lower sampling.temperature"
+                "`final` is mode with an absorbing prior, which draws every token once, not all in the last step: set "
+                "final to sample, or lower `temperature`",
+                sampling,
             )
         fewer = replace(sampling, steps=min(sampling.steps, tokens))
         return fewer.make_grid(make_schedule("linear", tokens))

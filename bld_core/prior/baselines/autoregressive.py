@@ -121,13 +121,15 @@ class AutoregressiveModel:
         """
         if completing:
             raise UserError(
-                "prior.model is autoregressive: such a prior knows a token only from those before it, and cannot "
-                "complete an image from any part; train one with prior.model binary or absorbing"
+                "an autoregressive prior knows a token only from those before it, and cannot complete an image from "
+                "any part; train another one with `model` binary or absorbing",
+                self.config,
             )
         if sampling.grid or sampling.final == "mode":
             raise UserError(
-                f"sampling.grid is {sampling.grid} and sampling.final {sampling.final} with prior.model "
-                "autoregressive, which draws every token once, in order: leave grid empty and final at sample"
+                f"`grid` is {sampling.grid} and `final` {sampling.final} with an autoregressive prior, which draws "
+                "every token once, in order: leave grid empty and final at sample",
+                sampling,
             )
         return self.shape[0]
 

@@ -43,13 +43,13 @@ def random_images(count: int, channels: int, size: int, seed: int = 0) -> Tensor
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: float | str, bound: str) -> None:
-    with pytest.raises(ValueError, match=rf"loss\.{field} is .*{bound}") as error:
+    with pytest.raises(ValueError, match=rf"`{field}` is .*{bound}") as error:
         LossConfig(**{field: value})  # pyright: ignore[reportArgumentType]
     assert str(value) in str(error.value)
 
 
 def test_some_reconstruction_term_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"loss\.l1 and loss\.mse are both 0"):
+    with pytest.raises(ValueError, match=r"`l1` and `mse` are both 0"):
         LossConfig(l1=0.0, perceptual=1.0)
     assert LossConfig(l1=0.0, mse=0.5).mse == 0.5
 
@@ -233,7 +233,7 @@ def test_a_wrong_hash_is_named_beside_the_right_one_and_nothing_is_loaded(
 
 def test_a_named_file_is_used_where_it_is(weights: Weights, tmp_path: Path) -> None:
     assert VGG16.find(str(weights.path), weights.sha256) == weights.path
-    with pytest.raises(FileNotFoundError, match=r"loss\.vgg_weights names .*absent\.pth, which is no file"):
+    with pytest.raises(FileNotFoundError, match=r"`vgg_weights` names .*absent\.pth, which is no file"):
         VGG16.find(str(tmp_path / "absent.pth"), weights.sha256)
 
 
@@ -258,7 +258,7 @@ def test_a_download_appears_whole_and_verified_or_not_at_all(
 def test_without_a_network_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     gone = dataclasses.replace(VGG16, url="http://127.0.0.1:9/vgg16-397923af.pth")  # nothing listens there
-    with pytest.raises(FileNotFoundError, match=r"without a network, copy the file .* loss\.vgg_weights"):
+    with pytest.raises(FileNotFoundError, match=r"without a network, copy the file .* `vgg_weights`"):
         gone.find("", VGG16.sha256)
 
 

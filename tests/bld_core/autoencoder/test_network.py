@@ -42,7 +42,7 @@ def test_images_that_are_not_square_pass_through() -> None:
 
 def test_an_image_that_does_not_divide_is_named_with_the_bound() -> None:
     for size in (30, 2, 0):
-        with pytest.raises(ValueError, match=rf"image_size is {size}; 3 levels .* multiple of 4"):
+        with pytest.raises(ValueError, match=rf"`image_size` is {size}; the 3 levels .* multiple of 4"):
             TINY_AUTOENCODER.code_shape(size)
 
 
@@ -54,7 +54,7 @@ def test_a_code_that_is_not_whole_bytes_is_named() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("bits", 0), ("channels", 0), ("blocks", 0), ("multipliers", [])])
 def test_a_bad_field_is_named_with_its_value(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"autoencoder\.{field} is ") as error:
+    with pytest.raises(ValueError, match=rf"`{field}` is ") as error:
         AutoencoderConfig(**{field: value})  # pyright: ignore[reportArgumentType]
     assert str(value) in str(error.value)
 

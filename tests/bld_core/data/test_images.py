@@ -67,7 +67,7 @@ def test_pad_centres_the_image_on_black() -> None:
 
 
 def test_pad_refuses_a_larger_image_with_both_sizes() -> None:
-    with pytest.raises(ValueError, match=r"\(9, 4\) pixels does not fit data\.image_size 8; set data\.fit to crop"):
+    with pytest.raises(ValueError, match=r"\(9, 4\) pixels does not fit `image_size` 8; set `fit` to crop"):
         decode(png_of(gradient(9, 4)), ImageConfig(image_size=8, fit="pad"))
 
 
@@ -174,7 +174,7 @@ def test_validation_and_encoding_take_images_as_they_are(tmp_path: Path) -> None
 
 def test_an_impossible_augmentation_is_refused() -> None:
     for resize in (0.9, 2.1, float("nan")):
-        with pytest.raises(ValueError, match=rf"augmentation\.resize is {resize}; it must be in \[1, 2\]"):
+        with pytest.raises(ValueError, match=rf"`resize` is {resize}; it must be in \[1, 2\]"):
             AugmentationConfig(resize=resize)
 
 
@@ -323,7 +323,7 @@ def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> Non
     Path(tmp_path, "broken.tar").write_bytes(b"no tar at all")
     assert check_shards(ImageConfig(train=str(tmp_path / "broken.tar")), "train")  # bad data is for the account
     assert check_shards(ImageConfig(train=good), "train") == [good]
-    with pytest.raises(ValueError, match=r"data\.validation is empty"):
+    with pytest.raises(ValueError, match=r"`validation` is empty"):
         check_shards(ImageConfig(train=good), "validation")
     with pytest.raises(FileNotFoundError, match=r"none\.tar"):
         check_shards(ImageConfig(train=str(tmp_path / "none.tar")), "train")
@@ -332,13 +332,13 @@ def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> Non
 
 
 def test_a_bad_field_is_named() -> None:
-    with pytest.raises(ValueError, match=r"image_size is 0.*at least 1"):
+    with pytest.raises(ValueError, match=r"`image_size` is 0.*at least 1"):
         ImageConfig(image_size=0)
-    with pytest.raises(ValueError, match=r"data\.extensions is empty"):
+    with pytest.raises(ValueError, match=r"`extensions` is empty"):
         ImageConfig(extensions=[])
-    with pytest.raises(ValueError, match=r"data\.extensions names \['tiff'\]; images are jpg, jpeg, png, webp"):
+    with pytest.raises(ValueError, match=r"`extensions` names \['tiff'\]; images are jpg, jpeg, png, webp"):
         ImageConfig(extensions=["png", "tiff"])
-    with pytest.raises(ValueError, match=r"data\.max_pixels is 0; it must be 1 to 178956970"):
+    with pytest.raises(ValueError, match=r"`max_pixels` is 0; it must be 1 to 178956970"):
         ImageConfig(max_pixels=0)
-    with pytest.raises(ValueError, match=r"data\.max_skipped is 1\.5; it is a share"):
+    with pytest.raises(ValueError, match=r"`max_skipped` is 1\.5; it is a share"):
         ImageConfig(max_skipped=1.5)

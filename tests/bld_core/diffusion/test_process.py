@@ -431,8 +431,8 @@ def test_the_oracle_of_single_steps_has_the_least_vlb_there_is(schedule: NoiseSc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vlb_weight": 0.0}, r"vlb_weight is 0 with .*z_prev.*no residual.*above 0"),
-        ({"balance": "flip"}, r"balance is flip with .*z_prev.*no residual.*none"),
+        ({"vlb_weight": 0.0}, r"`vlb_weight` is 0 with .*z_prev.*no residual.*above 0"),
+        ({"balance": "flip"}, r"`balance` is flip with .*z_prev.*no residual.*none"),
     ],
 )
 def test_single_steps_have_no_residual_term(settings: dict[str, Any], message: str) -> None:
@@ -461,9 +461,9 @@ def test_all_four_schedules_are_configured_and_come_back_from_json(target: Targe
     ("settings", "message"),
     [
         ({"schedule": "betas", "betas": [0.1] * 16}, r"ends at 0\.1853.*0\.001"),
-        ({"schedule": "betas", "betas": [0.5] * 15}, r"betas are 15.*steps \(16\)"),
+        ({"schedule": "betas", "betas": [0.5] * 15}, r"`betas` are 15.*`steps` \(16\)"),
         ({"schedule": "betas", "betas": [0.9] * 15 + [0.0]}, r"beta lies in"),
-        ({"betas": [0.5] * 16}, r"schedule is linear.*does not read"),
+        ({"betas": [0.5] * 16}, r"`schedule` is linear.*does not read"),
     ],
 )
 def test_betas_that_are_no_schedule_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -515,7 +515,7 @@ def test_the_bound_of_an_iid_source_is_its_entropy(schedule: NoiseSchedule, p: f
 
 
 def test_diffusion_config_names_its_bounds() -> None:
-    with pytest.raises(ValueError, match=r"steps is 3.*4\.\.1024"):
+    with pytest.raises(ValueError, match=r"`steps` is 3.*4\.\.1024"):
         DiffusionConfig(steps=3)
-    with pytest.raises(ValueError, match=r"vlb_weight is -0\.1.*0 or more"):
+    with pytest.raises(ValueError, match=r"`vlb_weight` is -0\.1.*0 or more"):
         DiffusionConfig(vlb_weight=-0.1)

@@ -39,7 +39,7 @@ def test_memory_is_counted_in_whole_shards() -> None:
     assert [latents.window(memory) for memory in (WHOLE, TWO_SHARDS, ONE_SHARD)] == [7, 2, 1]
     assert latents.window(ROWS * A_ROW * 1.001) == 7
     assert latents.window(ROWS * A_ROW * 0.999) == 2  # as if every shard were as large as the largest
-    with pytest.raises(ValueError, match=r"latents_gb is 8\.1e-07, but two shards of .* take 8\.16e-07: raise it"):
+    with pytest.raises(ValueError, match=r"`latents_gb` is 8\.1e-07, but two shards of .* take 8\.16e-07: raise it"):
         latents.window(8.1e-7)
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_goes_missing_stops_the_batches_with_its_name(tmp_path: Path
     write_latents(str(tmp_path), train=SHARDS)
     latents = open_latents(str(tmp_path))
     (tmp_path / "train/3.parquet").unlink()
-    stream = latent_batches(latents, TrainingConfig(batch_size=2), 0, 0, memory_gb=ONE_SHARD)
+    stream = latent_batches(latents, TrainingConfig(batch_size=2), 0, 0, latents_gb=ONE_SHARD)
     with pytest.raises(FileNotFoundError, match=r"train/3\.parquet"):
         list(itertools.islice(stream, ROWS))
 

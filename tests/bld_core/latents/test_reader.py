@@ -84,14 +84,14 @@ def change_manifest(folder: Path, change: Change) -> None:
 
 
 def test_an_unfinished_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*is missing.*encode_latents"):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*is missing: encode the data set first"):
         open_latents(str(tmp_path))
 
 
 OTHER_MANIFESTS: list[tuple[Change, str]] = [
     (lambda manifest: manifest.update(format=2), "has format 2; this version reads 1"),
     (lambda manifest: manifest.pop("format"), "has format None; this version reads 1"),
-    (lambda manifest: manifest["files"].clear(), r"holds no train codes; set data\.train and encode again"),
+    (lambda manifest: manifest["files"].clear(), r"holds no train codes; set `train` and encode again"),
     (lambda manifest: manifest["files"][0].update(rows=0), "holds no train codes"),
 ]
 
@@ -114,11 +114,11 @@ def test_half_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_missing_files_are_counted_and_named_at_once(tmp_path: Path) -> None:
     write_latents(str(tmp_path), train=[4, 3, 2])
     (tmp_path / "train/1.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 files of .* are missing, the first is 'train/1\.parquet'"):
+    with pytest.raises(ValueError, match=r"1 of 3 files of .* are missing, the first is 'train/1\.parquet'"):
         open_latents(str(tmp_path))
     assert len(open_latents(str(tmp_path), "validation")) == 3  # which is another folder
     shutil.rmtree(tmp_path / "train")
-    with pytest.raises(FileNotFoundError, match="3 of 3 files of"):
+    with pytest.raises(ValueError, match="3 of 3 files of"):
         open_latents(str(tmp_path))
 
 
@@ -236,5 +236,5 @@ def test_what_is_wrong_at_the_source_is_never_kept(remote: Remote) -> None:
 
 def test_a_cache_that_cannot_be_written_is_named(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLD_CACHE", str(remote.folder / MANIFEST))  # a file
-    with pytest.raises(OSError, match=r"cannot keep remote files in .*manifest\.json .* set the variable BLD_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot keep remote files in .*manifest\.json .* set the variable BLD_CACHE"):
         open_latents(remote.url).read()

@@ -182,5 +182,5 @@ def test_draws_are_1_as_often_as_the_probability_says() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("draws", -1), ("draws", 128), ("batch_size", 0)])
 def test_a_bad_field_is_named_with_its_value(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"latents\.{field} is {value}"):
+    with pytest.raises(ValueError, match=rf"`{field}` is {value}"):
         LatentConfig(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -497,10 +497,10 @@ def test_the_bound_is_that_of_the_steps_asked_for(name: ModelName) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("autoregressive", {"grid": [16, 0]}, r"grid is \[16, 0\].*autoregressive.*leave grid empty"),
-        ("autoregressive", {"final": "mode"}, r"final mode with .*autoregressive.*final at sample"),
-        ("absorbing", {"final": "mode"}, r"final is mode with .*absorbing.*set final to sample"),
-        ("absorbing", {"grid": [64, 0]}, r"grid starts at 64.*T = 16"),
+        ("autoregressive", {"grid": [16, 0]}, r"`grid` is \[16, 0\].*autoregressive.*leave grid empty"),
+        ("autoregressive", {"final": "mode"}, r"`final` mode with .*autoregressive.*final at sample"),
+        ("absorbing", {"final": "mode"}, r"`final` is mode with .*absorbing.*set final to sample"),
+        ("absorbing", {"grid": [64, 0]}, r"`grid` starts at 64.*T = 16"),
     ],
 )
 def test_settings_that_a_model_cannot_follow_are_refused(
@@ -515,5 +515,5 @@ def test_settings_that_a_model_cannot_follow_are_refused(
 
 @each
 def test_known_tokens_are_trained_for_binary_diffusion_alone(name: Comparator) -> None:
-    with pytest.raises(ValueError, match=rf"known_share is 0.5 with prior.model {name}.*set it to 0"):
+    with pytest.raises(ValueError, match=rf"`known_share` is 0.5 with `model` {name}.*set it to 0"):
         PriorConfig(model=name, known_share=0.5)

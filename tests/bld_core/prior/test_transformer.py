@@ -91,11 +91,11 @@ def test_labels_drop_for_each_sample_on_its_own() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 30, "heads": 4}, r"width is 30.*heads \(4\)"),
-        ({"layers": 0}, "layers is 0"),
-        ({"classes": -1}, "classes is -1"),
-        ({"label_dropout": 1.0}, r"label_dropout is 1\.0"),
-        ({"known_share": 1.5}, r"known_share is 1\.5"),
+        ({"width": 30, "heads": 4}, r"`width` is 30.*`heads` \(4\)"),
+        ({"layers": 0}, "`layers` is 0"),
+        ({"classes": -1}, "`classes` is -1"),
+        ({"label_dropout": 1.0}, r"`label_dropout` is 1\.0"),
+        ({"known_share": 1.5}, r"`known_share` is 1\.5"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(settings: dict[str, float], message: str) -> None:

@@ -146,5 +146,5 @@ def test_a_batch_that_does_not_divide_is_named_with_the_workers() -> None:
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{field} of a training stage is {value}")):
+    with pytest.raises(ValueError, match=re.escape(f"`{field}` is {value}")):
         TrainingConfig(**{field: value})  # pyright: ignore[reportArgumentType]

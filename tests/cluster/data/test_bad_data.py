@@ -19,7 +19,7 @@ from tests.conftest import copy_of, small_training
 
 REPORT = (
     r"[2-4] of \d+ samples left out: .*1 damaged tar \('bad.tar/byte \d+'\).*; "
-    r"data.max_skipped allows a share of 0: mend or leave out those shards, or allow more"
+    r"`max_skipped` allows a share of 0: mend or leave out those shards, or allow more"
 )
 
 
