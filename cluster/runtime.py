@@ -88,7 +88,7 @@ class ClusterConfig:
         torch.set_num_threads(max(1, round(self.cpus_per_worker)))
 
 
-def connect(config: ClusterConfig) -> None:
+def connect_ray(config: ClusterConfig) -> None:
     """Connect to Ray once a process, and check that the cluster can hold the work.
 
     Raises:

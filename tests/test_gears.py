@@ -65,8 +65,8 @@ def used(tree: ast.Module) -> set[str]:
 
 def test_what_only_a_long_test_uses_is_not_used() -> None:
     code = (
-        "from cluster.runtime import connect\nfrom bld_core import noise\nimport cluster.lineage as lineage\n"
-        "@pytest.mark.long\ndef test_a():\n    connect()\n"
+        "from cluster.runtime import connect_ray\nfrom bld_core import noise\nimport cluster.lineage as lineage\n"
+        "@pytest.mark.long\ndef test_a():\n    connect_ray()\n"
         "@pytest.fixture\ndef b():\n    return noise.key_of()\ndef test_c():\n    lineage.git_commit()"
     )
     assert used(ast.parse(code)) & MODULES == {"bld_core.noise", "cluster.lineage"}

@@ -29,7 +29,7 @@ from bld_core.data.pictures import read_picture
 from bld_core.latents import open_latents
 from bld_core.storage import files
 from cluster.registry.registry import fetch_model
-from cluster.tracking import connect
+from cluster.tracking import open_client
 from tests.pipelines.test_commands import run
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-2026-11"
@@ -115,4 +115,4 @@ def test_an_older_registry_hands_out_its_champion_and_knows_the_pair_again(
     assert torch.equal(image[None], again)
     assert run(monkeypatch, "register.py", "--config", str(older / "experiment.yaml")) == 0, capsys.readouterr().err
     assert "version 1 is already" in capsys.readouterr().out
-    assert [found.version for found in connect(uri).search_model_versions("name = 'older'")] == [1]
+    assert [found.version for found in open_client(uri).search_model_versions("name = 'older'")] == [1]

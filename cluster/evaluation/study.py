@@ -55,7 +55,7 @@ _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One row of a study: a prior, and how it is sampled.
 
     Attributes:
@@ -88,38 +88,38 @@ def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
     return experiment.variant("study/variants", name, **changes)
 
 
-def _lambda(experiment: Experiment) -> list[Row]:
-    rows: list[Row] = []
+def _lambda(experiment: Experiment) -> list[StudyRow]:
+    rows: list[StudyRow] = []
     for weight in experiment.study.vlb_weights:
         diffusion = replace(experiment.diffusion, vlb_weight=weight)
         variant = _variant(experiment, f"lambda{weight:g}", diffusion=diffusion)
-        rows.append(Row(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
 
-def _targets(experiment: Experiment) -> list[Row]:
+def _targets(experiment: Experiment) -> list[StudyRow]:
     """All of them sample in all T steps, for z_prev must."""
     sampling = replace(experiment.sampling, steps=experiment.diffusion.steps, grid=[])
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for target in ("flip", "z0", "z_prev"):
         diffusion = replace(experiment.diffusion, target=target)
         variant = _variant(experiment, target, diffusion=diffusion, sampling=sampling)
-        rows.append(Row(target, variant, sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(target, variant, sampling, _whole_bound(experiment)))
     return rows
 
 
-def _samplers(experiment: Experiment) -> list[Row]:
-    rows: list[Row] = []
+def _samplers(experiment: Experiment) -> list[StudyRow]:
+    rows: list[StudyRow] = []
     for model in ("binary", "autoregressive", "absorbing"):
         known_share = experiment.prior.known_share if model == "binary" else 0.0
         variant = _variant(experiment, model, prior=replace(experiment.prior, model=model, known_share=known_share))
-        rows.append(Row(model, variant, experiment.sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(model, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
 
-def _schedule(experiment: Experiment) -> list[Row]:
+def _schedule(experiment: Experiment) -> list[StudyRow]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
@@ -129,25 +129,25 @@ def _schedule(experiment: Experiment) -> list[Row]:
             for steps in _STRIDES:
                 if steps <= diffusion.steps:
                     bounds[f"bound_{steps}"] = MeasureBound(replace(sampling, steps=steps), 0, experiment.study.codes)
-            rows.append(Row(f"{schedule}, equal {spacing}", variant, sampling, bounds))
+            rows.append(StudyRow(f"{schedule}, equal {spacing}", variant, sampling, bounds))
     return rows
 
 
-def _steps(experiment: Experiment) -> list[Row]:
+def _steps(experiment: Experiment) -> list[StudyRow]:
     """The experiment's own prior; at temperature 1, as in the paper."""
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for steps in experiment.study.steps:
         if steps <= experiment.diffusion.steps:
             sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
             bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
-            rows.append(Row(str(steps), experiment, sampling, bounds, steps))
+            rows.append(StudyRow(str(steps), experiment, sampling, bounds, steps))
     return rows
 
 
-def _temperature(experiment: Experiment) -> list[Row]:
+def _temperature(experiment: Experiment) -> list[StudyRow]:
     """The experiment's own prior; bounds do not depend on the temperature."""
     return [
-        Row(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
+        StudyRow(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
         for tau in experiment.study.temperatures
     ]
 
@@ -156,7 +156,7 @@ def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
     return {"bound": MeasureBound(None, 0, experiment.study.codes)}
 
 
-_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[Row]]]] = {
+_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
     "lambda": ("diffusion.vlb_weight", _lambda),
     "targets": ("diffusion.target", _targets),
     "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
@@ -220,7 +220,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "column": column,
                 "rows": found,
                 "paper": source,
-                "distance": reference.space.figure("fd"),
+                "distance": reference.space.metric_name("fd"),
                 "reference": reference.figures | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
@@ -247,7 +247,7 @@ def _space(experiment: Experiment) -> Space:
 
 
 def _measure(
-    experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference, codes: Codes
+    experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes
 ) -> Iterator[dict[str, float]]:
     """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
     reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
@@ -265,14 +265,14 @@ def _measure(
             for _ in held_out:
                 found.merge(next(work))
             distance = frechet_distance(reference.moments, found.reconstructed[reference.space])
-            files.write_json(reconstructions_url, {f"{reference.space.figure('fd')}_reconstructed": distance})
+            files.write_json(reconstructions_url, {f"{reference.space.metric_name('fd')}_reconstructed": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
                 files.write_json(url, _figures(row, work, experiment.study.samples, reference))
             yield files.read_json(url)
 
 
-def _pieces(experiment: Experiment, row: Row) -> list[MeasureBound | SampleFeatures]:
+def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | SampleFeatures]:
     """What has to be done for a row: its bounds, then its samples."""
     total, batch, prior = experiment.study.samples, experiment.evaluation.batch_size, row.experiment.folder
     labels = balanced_labels(total, experiment.prior.classes)
@@ -283,7 +283,7 @@ def _pieces(experiment: Experiment, row: Row) -> list[MeasureBound | SampleFeatu
     ]
 
 
-def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
+def _figures(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
     """Take from the stream of results those of one row."""
     figures: dict[str, float] = {}
     for name in row.bounds:
@@ -294,7 +294,7 @@ def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) 
         drawn = next(work)
         moments.update(drawn.features[reference.space.name])
         seconds += drawn.seconds
-    figures[reference.space.figure("fd")] = frechet_distance(reference.moments, moments)
+    figures[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
     figures["seconds"] = seconds / samples
     return figures
 

@@ -17,7 +17,7 @@ from bld_core.trained import read_prior
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
-from cluster.runtime import connect
+from cluster.runtime import connect_ray
 from cluster.storage import run_storage
 from cluster.training.train import train_prior
 
@@ -63,7 +63,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
         )
     open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
-    connect(experiment.cluster)
+    connect_ray(experiment.cluster)
 
     def run_trial(config: dict[str, Any]) -> None:
         trial = trials[config["trial"]]

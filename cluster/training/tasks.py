@@ -40,7 +40,7 @@ _PICTURE_IMAGES = 16
 _PICTURE_SAMPLES = 40
 
 
-class Place(NamedTuple):
+class Worker(NamedTuple):
     """A worker among its peers."""
 
     rank: int
@@ -77,11 +77,11 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         """What is minimised."""
 
     @abstractmethod
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         """Batches from `step` on; `positions` are those of the checkpoint, one a worker."""
 
     def position(self) -> list[int]:
@@ -125,18 +125,18 @@ class AutoencoderTask(Task):
             replace(self.training, learning_rate=loss.critic_learning_rate, checkpointing=False),
         )
 
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         experiment = self.experiment
         if experiment.loss.perceptual:
-            self._perceptual = load_perceptual(experiment.loss, place.device)
+            self._perceptual = load_perceptual(experiment.loss, worker.device)
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         shards = len(files.expand(self.experiment.data.train))
-        start = resume_position(positions, place.rank, place.world, shards)
-        stream = image_batches(self.experiment, step, start, place.rank, place.world, self.skipped)
+        start = resume_position(positions, worker.rank, worker.world, shards)
+        stream = image_batches(self.experiment, step, start, worker.rank, worker.world, self.skipped)
         for batch, self._position in stream:
-            yield batch.to(place.device)
+            yield batch.to(worker.device)
 
     def position(self) -> list[int]:
         return [*astuple(self._position)]
@@ -178,14 +178,14 @@ class PriorTask(Task):
     def network(self) -> nn.Module:
         return self.model.network()
 
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         return self.model.objective(self.experiment.seed)
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         experiment, latents = self.experiment, self.codes.train
-        latents_gb, device = experiment.cluster.latents_gb, place.device
+        latents_gb, device = experiment.cluster.latents_gb, worker.device
         return latent_batches(
-            latents, self.training, experiment.seed, step, place.rank, place.world, latents_gb, device
+            latents, self.training, experiment.seed, step, worker.rank, worker.world, latents_gb, device
         )
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:

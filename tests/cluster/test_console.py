@@ -23,7 +23,7 @@ from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
-from cluster.training.tasks import Place, PriorTask
+from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import fit
 from tests.conftest import small_experiment
 from tests.console import unknown
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 class Failing(PriorTask):
     """Stage 2 that warns and fails on its worker."""
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         warnings.warn("ours, by Python", stacklevel=1)
         logging.getLogger("cluster.ours").warning("ours, by a logger")
         sys.stderr.write("ours, by a library\n")

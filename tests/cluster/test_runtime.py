@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster.runtime import ClusterConfig, connect, finished_on_actors
+from cluster.runtime import ClusterConfig, connect_ray, finished_on_actors
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -30,7 +30,7 @@ class Fragile:
 
 def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> None:
     config = ClusterConfig(cpus_per_worker=0.25, max_failures=1)
-    connect(config)
+    connect_ray(config)
     for deaths in (1, 2):
         (tmp_path / str(deaths)).mkdir()
     once, twice = (

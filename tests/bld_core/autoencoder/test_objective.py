@@ -60,7 +60,7 @@ def objective(loss: LossConfig = PLAIN) -> AutoencoderObjective:
 def weights(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{number}.{name}": tensor.clone()
-        for number, player in enumerate(state.players())
+        for number, player in enumerate(state.states())
         for name, tensor in player.module.state_dict().items()
     }
 

@@ -200,7 +200,7 @@ def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict
             drawn = evaluator.work(SampleFeatures(Draw(experiment.sampling, some, len(some), start, seed)))
             assert isinstance(drawn, Drawn)
             samples.add(drawn)
-    return over_seeds([samples.figures() for samples in sets])
+    return over_seeds([samples.metrics() for samples in sets])
 
 
 def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:

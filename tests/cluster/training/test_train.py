@@ -27,7 +27,7 @@ from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking import Run
 from cluster.training import train as cluster_train
-from cluster.training.tasks import AutoencoderTask, Place, PriorTask
+from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import small_training
 
@@ -99,8 +99,8 @@ class DyingTask(AutoencoderTask):
         super().__init__(experiment)
         self.flag = flag
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        for batch in super().batches(step, positions, place):
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, worker):
             if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
                 self.flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -135,10 +135,10 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
 class SpoiledTask(AutoencoderTask):
     """Stage 1, one image of step 4 with a NaN in it."""
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        for batch in super().batches(step, positions, place):
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, worker):
             data = batch.data.float()
-            if place.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
+            if worker.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
                 data[2, 5, 5] = torch.nan
                 Path(self.experiment.folder, "spoiled").write_text(batch.keys[2])
             yield batch._replace(data=data)
