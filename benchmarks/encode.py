@@ -42,8 +42,8 @@ from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import ImageConfig, LabelledImage, read_images, stack, to_float
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Skipped
-from bld_core.generator import AUTOENCODER, load_autoencoder
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER, load_autoencoder
 from bld_core.training.checkpoint import save_model
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents

@@ -22,15 +22,14 @@ import ray
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
-from bld_core.generator import PRIOR
-from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from bld_core.diffusion.sampling import SampleSpec
+from bld_core.trained import read_prior
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import CALLS, Evaluator, Look
+from cluster.evaluation.actors import CALLS, Evaluator, SampleFeatures
 from cluster.evaluation.references import make_references
 from cluster.evaluation.sample_metrics import Samples
 from cluster.runtime import connect, map_on_actors
-from cluster.sampling.sampler import balanced_labels, draws
+from cluster.sampling.sampler import balanced_labels, draw_pieces
 from pipelines.command import command
 
 REPEATS = 3
@@ -38,7 +37,7 @@ REPEATS = 3
 
 def classes_of(experiment: Experiment) -> int:
     """Of the trained prior."""
-    return read_model_config(files.join(experiment.folder, PRIOR))["prior"]["classes"]
+    return read_prior(experiment.folder).prior.classes
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def parts(experiment: Experiment) -> dict[str, float]:
     index = torch.arange(batch, device=device)
 
     def sample() -> torch.Tensor:
-        return prior.model.sample(prior.network, labels, index, experiment.sampling, experiment.seed)
+        return prior.model.sample(prior.network, SampleSpec(index, labels, experiment.seed), experiment.sampling)
 
     z = sample().view(-1, *autoencoder.code_shape)
     images = autoencoder.decode(z).cpu()
@@ -77,10 +76,12 @@ def job_rate(experiment: Experiment, workers: int) -> float:
     config, references = experiment.evaluation, make_references(experiment)
     connect(experiment.cluster)
     labels = balanced_labels(config.samples, classes_of(experiment))
-    pieces = draws(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed)
+    pieces = draw_pieces(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed)
     samples = Samples(replace(config, class_accuracy=False), experiment, references, labels)
     arguments = (experiment, [reference.space for reference in references])
-    work = map_on_actors(Evaluator, arguments, "work", map(Look, pieces), experiment.cluster, "evaluate", CALLS)
+    work = map_on_actors(
+        Evaluator, arguments, "work", map(SampleFeatures, pieces), experiment.cluster, "evaluate", CALLS
+    )
     with contextlib.closing(work):
         for _ in range(workers):  # the first of each
             samples.add(next(work))

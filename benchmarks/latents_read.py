@@ -26,7 +26,7 @@ import torch
 
 from bld_core.latents.loader import latent_batches
 from bld_core.latents.reader import Latents, open_latents
-from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentRows, latent_shard_bytes, manifest_entry
+from bld_core.latents.writer import MANIFEST, LatentRows, Manifest, describe_file, latent_shard_bytes
 from bld_core.storage import files
 from bld_core.training.loop import TrainingConfig
 
@@ -48,9 +48,9 @@ def write_data_set(folder: str, rows: int) -> None:
             data = latent_shard_bytes(LatentRows(keys, [0] * count, [0] * count, [0] * count, bits), {"shape": SHAPE})
             name = f"train-{shard:04d}.parquet"
             files.write_bytes(f"{folder}/{name}", data)
-            entries.append(manifest_entry(name, data, count, f"train-{shard:04d}.tar", "train", {}))
+            entries.append(describe_file(name, data, count, f"train-{shard:04d}.tar", "train", {}))
             flat.write(bits.numpy().tobytes())
-    files.write_json(f"{folder}/{MANIFEST}", {"format": FORMAT_VERSION, "shape": SHAPE, "files": entries})
+    files.write_json(f"{folder}/{MANIFEST}", Manifest(shape=SHAPE, files=entries).to_json())
 
 
 def numpy_batches(flat: str, latents: Latents, training: TrainingConfig) -> Iterator[np.ndarray[Any, Any]]:

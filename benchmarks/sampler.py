@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.generator import Generator, TrainedAutoencoder, TrainedPrior
+from bld_core.generator import Generator
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import PriorConfig
+from bld_core.trained import AutoencoderRecord, PriorRecord, TrainedAutoencoder, TrainedPrior
 
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -40,11 +40,10 @@ def paper_size(device: str) -> Generator:
     autoencoder, prior, diffusion = AutoencoderConfig(), PriorConfig(), DiffusionConfig()
     shape = autoencoder.code_shape(256)
     model = make_model(prior, diffusion, shape[0] * shape[1], shape[2])
-    config = {"prior": asdict(prior), "diffusion": asdict(diffusion), "sampling": asdict(SamplingConfig())}
-    pair = TrainedAutoencoder(
-        make_autoencoder(autoencoder, 3).to(device).eval(), {"code_shape": shape, "image_size": 256, "channels": 3}
-    )
-    return Generator(pair, TrainedPrior(model.network().to(device).eval(), config, model), device)
+    first = AutoencoderRecord(hash="", autoencoder=autoencoder, code_shape=shape, image_size=256, channels=3)
+    second = PriorRecord(hash="", prior=prior, diffusion=diffusion, sampling=SamplingConfig())
+    pair = TrainedAutoencoder(make_autoencoder(autoencoder, 3).to(device).eval(), first)
+    return Generator(pair, TrainedPrior(model.network().to(device).eval(), second, model), device)
 
 
 @torch.no_grad()

@@ -25,9 +25,8 @@ from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.autoencoder.quantizer import CodeHealth
-from bld_core.data.images import ImageConfig, first_images, stack, to_float, to_uint8
-from bld_core.metrics.reconstruction import ReconstructionQuality
+from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.noise import key_of, permutation
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 
@@ -68,22 +67,12 @@ def batches(images: Tensor, size: int) -> Iterator[Batch]:
         yield Batch(images[rows], labels, index, keys)
 
 
-@torch.no_grad()
-def quality_of(autoencoder: Autoencoder, images: Tensor) -> ReconstructionQuality:
-    """PSNR and SSIM through the latent without noise."""
-    quality = ReconstructionQuality()
+def reconstructed(autoencoder: Autoencoder, images: Tensor) -> ReconstructionMetrics:
+    """What is left of images behind the latent, without its noise."""
+    found = ReconstructionMetrics()
     for part in images.split(100):
-        quality.update(part, to_uint8(autoencoder(to_float(part))[0]))
-    return quality
-
-
-@torch.no_grad()
-def code_health(autoencoder: Autoencoder, images: Tensor) -> dict[str, float]:
-    """How the bits of held-out images are used."""
-    health = CodeHealth()
-    for part in images.split(100):
-        health.update(autoencoder.encode(to_float(part)))
-    return health.figures()
+        found.update(autoencoder, part)
+    return found
 
 
 def row(
@@ -110,7 +99,8 @@ def row(
     state.module.load_state_dict(state.averages[0].weights)
     state.module.eval()
     assert isinstance(state.module, Autoencoder)
-    quality = quality_of(state.module, held_out)
+    found = reconstructed(state.module, held_out)
+    quality = found.quality
     return {
         "name": f"table4 {side}x{side} {latent}",
         "value": quality.psnr.mean,
@@ -120,7 +110,7 @@ def row(
         "ssim_std": quality.ssim.deviation,
         "steps": training.steps,
         "codes": codes,
-        **(code_health(state.module, held_out) if latent == "binary" else {}),
+        **(found.health.figures() if latent == "binary" else {}),
         "seconds": round(seconds),
         "peer": PAPER[side, latent],
     }

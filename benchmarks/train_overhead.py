@@ -30,11 +30,11 @@ import yaml
 from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import ImageConfig, first_images, stack
 from bld_core.latents.loader import latent_batches
-from bld_core.latents.reader import open_latents
 from bld_core.noise import permutation
 from bld_core.prior.transformer import PriorConfig
 from bld_core.storage import files
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
@@ -79,9 +79,11 @@ def direct_rate(experiment: Experiment, stage: str) -> float:
     """Steps a second of the core loop in this process."""
     torch.set_num_threads(1)
     if stage == "prior":
-        task, training = PriorTask(experiment, experiment.folder), experiment.prior_training
-        latents = open_latents(files.join(experiment.folder, "latents"))
-        batches = latent_batches(latents, training, experiment.seed, 0)
+        task, training = (
+            PriorTask(experiment, experiment.folder, open_codes(experiment.folder)),
+            experiment.prior_training,
+        )
+        batches = latent_batches(task.codes.train, training, experiment.seed, 0)
     else:
         task, training = AutoencoderTask(experiment), experiment.autoencoder_training
         batches = image_loop(experiment)

@@ -3,125 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bld_core.autoencoder.model import make_autoencoder
-from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
-from bld_core.autoencoder.quantizer import quantize
-from bld_core.data.images import to_float, to_uint8
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import UserError
 from bld_core.noise import key_of
 from bld_core.prior.binary import BinaryModel
-from bld_core.prior.model import PriorModel, trained_model
-from bld_core.storage import files
-from bld_core.training.checkpoint import CONFIG, load_weights, read_model_config
+from bld_core.trained import TrainedAutoencoder, TrainedPrior, has_prior, load_autoencoder, load_prior
 from bld_core.training.inference import for_inference
 from bld_core.training.loop import Precision
-
-AUTOENCODER = "autoencoder/final"
-PRIOR = "prior/final"
-_PIXELS_AT_ONCE = 1 << 22  # in one pass of the autoencoder: 64 images of 256 x 256, 4 of 1024 x 1024
-
-
-def check_binary(config: Mapping[str, Any]) -> None:
-    """Whether an autoencoder has bits, given its config.json.
-
-    Raises:
-        UserError: its latent is another: it is there for comparison, and can only reconstruct.
-    """
-    latent = config["autoencoder"]["latent"]
-    if latent != "binary":
-        raise UserError(
-            f"the trained autoencoder {config['hash'][:12]} has a {latent} latent, which has no bits: it is there for "
-            "comparison, and can only reconstruct; train one with autoencoder.latent binary under another --name"
-        )
-
-
-@dataclass(frozen=True)
-class TrainedAutoencoder:
-    """A finished stage 1: the network, in evaluation mode, and its config.json."""
-
-    network: Autoencoder
-    config: dict[str, Any]
-
-    @property
-    def code_shape(self) -> tuple[int, int, int]:
-        """(h, w, c)."""
-        h, w, c = self.config["code_shape"]
-        return h, w, c
-
-    @property
-    def _at_once(self) -> int:
-        """Images in one pass: few where they are large."""
-        return max(1, _PIXELS_AT_ONCE // self.config["image_size"] ** 2)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """uint8 images (B, H, W, channels) -> what is left of them behind the latent, without its noise; the same."""
-        return torch.cat([to_uint8(self.network(to_float(some))[0]) for some in images.split(self._at_once)])
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images (B, H, W, channels) -> their likeliest codes, uint8 0/1 (B, h, w, c)."""
-        logits = [self.network.encode(to_float(some)) for some in images.split(self._at_once)]
-        return quantize(torch.cat(logits)).permute(0, 2, 3, 1).to(torch.uint8)
-
-    @torch.no_grad()
-    def decode(self, bits_BHWC: Tensor) -> Tensor:
-        """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels)."""
-        z_BCHW = bits_BHWC.float().permute(0, 3, 1, 2)
-        return torch.cat([to_uint8(self.network.decode(z)) for z in z_BCHW.split(self._at_once)])
-
-
-@dataclass(frozen=True)
-class TrainedPrior:
-    """A finished stage 2: the network, in evaluation mode, its config.json, and the model that it names."""
-
-    network: nn.Module
-    config: dict[str, Any]
-    model: PriorModel
-
-
-def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
-    """Open `<folder>/autoencoder/final`, whatever its latent; see `bld_core.load` for the errors."""
-    location = files.join(folder, AUTOENCODER)
-    config = read_model_config(location)
-    network = make_autoencoder(AutoencoderConfig(**config["autoencoder"]), config["channels"])
-    load_weights(location, network, config["hash"], device)
-    return TrainedAutoencoder(network, config)
-
-
-def load_prior(folder: str, autoencoder: TrainedAutoencoder, device: str = "cpu") -> TrainedPrior:
-    """Open `<folder>/prior/final`.
-
-    Raises:
-        UserError: it was trained on the codes of another autoencoder.
-    """
-    location = files.join(folder, PRIOR)
-    config = read_model_config(location)
-    if config["autoencoder_hash"] != autoencoder.config["hash"]:
-        raise UserError(
-            f"the prior in {location!r} was trained on codes of autoencoder {config['autoencoder_hash'][:12]}, but the "
-            f"autoencoder there is {autoencoder.config['hash'][:12]}: encode and train the prior again with --fresh"
-        )
-    model = trained_model(config, autoencoder.code_shape)
-    network = model.network()
-    load_weights(location, network, config["hash"], device)
-    return TrainedPrior(network, config, model)
 
 
 def load_generator(folder: str, device: str = "cpu") -> Generator:
     """See `bld_core.load`."""
     autoencoder = load_autoencoder(folder, device)
-    has_prior = files.exists(files.join(folder, PRIOR, CONFIG))
-    return Generator(autoencoder, load_prior(folder, autoencoder, device) if has_prior else None, device)
+    return Generator(autoencoder, load_prior(folder, autoencoder, device) if has_prior(folder) else None, device)
 
 
 class Generator:
@@ -136,12 +38,12 @@ class Generator:
     @property
     def classes(self) -> int:
         """The number of classes that can be asked for; 0 for an unconditional prior."""
-        return self.prior.config["prior"]["classes"] if self.prior else 0
+        return self.prior.record.prior.classes if self.prior else 0
 
     def encode(self, images: Tensor) -> Tensor:
         """The likeliest bits of images (the mode, y > 1/2)."""
         self._check_images(images)
-        check_binary(self.autoencoder.config)
+        self.autoencoder.record.check_binary()
         return self.autoencoder.encode(images.to(self.device))
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -150,7 +52,7 @@ class Generator:
         return self.autoencoder.reconstruct(images.to(self.device))
 
     def _check_images(self, images: Tensor) -> None:
-        size, channels = self.autoencoder.config["image_size"], self.autoencoder.config["channels"]
+        size, channels = self.autoencoder.record.image_size, self.autoencoder.record.channels
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, channels):
             raise UserError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; this autoencoder takes uint8 "
@@ -159,7 +61,7 @@ class Generator:
 
     def decode(self, bits: Tensor) -> Tensor:
         """The images of bits."""
-        check_binary(self.autoencoder.config)
+        self.autoencoder.record.check_binary()
         shape = self.autoencoder.code_shape
         if bits.ndim != 4 or tuple(bits.shape[1:]) != shape:
             raise UserError(f"bits have shape {tuple(bits.shape)}; this autoencoder takes (B, {shape})")
@@ -275,7 +177,7 @@ class Generator:
         Raises:
             UserError: as in `inpaint`, or images that are already as wide or narrower than one window.
         """
-        size, done = self.autoencoder.config["image_size"], images.shape[2]
+        size, done = self.autoencoder.record.image_size, images.shape[2]
         if not size <= done < width:
             raise UserError(
                 f"images are {done} pixels wide and the result is to be {width}; images must be at least {size} wide, "
@@ -315,7 +217,7 @@ class Generator:
         if not isinstance(model, BinaryModel) or states < 2:
             raise UserError(
                 f"{states} states of the process asked for, of a prior whose prior.model is "
-                f"{prior.config['prior']['model']}; ask for at least 2, of a binary one"
+                f"{prior.record.prior.model}; ask for at least 2, of a binary one"
             )
         index = (first_index + torch.arange(len(labels))).to(self.device)
         chosen = torch.tensor(labels, device=self.device)
@@ -323,7 +225,7 @@ class Generator:
         shown = torch.linspace(0, count, min(states, count + 1)).round().int().tolist()
         prior, autoencoder = self._networks(prior, config)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            process = model.states(prior.network, chosen, index, config, seed)
+            process = model.states(prior.network, SampleSpec(index, chosen, seed), config)
             frames = [self._images(autoencoder, z) for n, z in enumerate(process) if n in shown]
         return torch.stack(frames, dim=1)
 
@@ -337,7 +239,7 @@ class Generator:
                 raise UserError(f"class {label} asked for; the classes of this prior: {classes}")
         if settings.keys() & {"steps", "spacing"}:
             settings = {"grid": [], **settings}
-        return self.prior, replace(SamplingConfig(**self.prior.config["sampling"]), **settings)
+        return self.prior, replace(self.prior.record.sampling, **settings)
 
     def _draw(
         self,
@@ -356,8 +258,9 @@ class Generator:
             some = slice(start, start + batch_size)
             chosen = None if labels is None else torch.tensor(labels[some], device=self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
+            samples = SampleSpec(index[some].to(self.device), chosen, seed)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                z = prior.model.sample(prior.network, chosen, index[some].to(self.device), config, seed, given)
+                z = prior.model.sample(prior.network, samples, config, given)
                 parts.append(self._images(autoencoder, z))
         return torch.cat(parts)
 

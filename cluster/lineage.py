@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from bld_core.trained import AutoencoderRecord, PriorRecord
 
 COMMIT = "mlflow.source.git.commit"
 """Tag of a run or a version: the commit of this code."""
@@ -39,17 +41,14 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def lineage(autoencoder: Mapping[str, Any], prior: Mapping[str, Any] | None = None) -> dict[str, str]:
+def lineage(autoencoder: AutoencoderRecord, prior: PriorRecord | None = None) -> dict[str, str]:
     """What a result was made from, as tags: data -> autoencoder -> latents -> prior, each by its hash.
 
     Args:
-        autoencoder: the config.json of the autoencoder; its data are the names and sizes of its training shards.
-        prior: that of the prior, where one is used.
+        autoencoder: its data are the names and sizes of its training shards.
+        prior: where one is used.
     """
-    made_from = {
-        "bld.data_hash": autoencoder.get("data_hash", "unknown"),  # not noted by early versions
-        "bld.autoencoder_hash": autoencoder["hash"],
-    }
+    made_from = {"bld.data_hash": autoencoder.data_hash, "bld.autoencoder_hash": autoencoder.hash}
     if prior is not None:
-        made_from |= {"bld.latents_hash": prior["latents_hash"], "bld.prior_hash": prior["hash"]}
+        made_from |= {"bld.latents_hash": prior.latents_hash, "bld.prior_hash": prior.hash}
     return made_from

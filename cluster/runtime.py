@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
+from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
-_LEAST_READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
+_READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,6 @@ class ClusterConfig:
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
             way, so that none of them waits for the scheduler.
-        read_ahead: MiB of shared memory for each of these blocks, read ahead as files and as pixels.
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
@@ -48,7 +47,6 @@ class ClusterConfig:
     workers: int = 1
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
-    read_ahead: int = _LEAST_READ_AHEAD
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
@@ -60,11 +58,6 @@ class ClusterConfig:
             )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
-        if self.read_ahead < _LEAST_READ_AHEAD:
-            raise UserError(
-                f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with half of "
-                "that, images come half as fast, for blocks wait for memory; to save memory, lower cluster.decode_tasks"
-            )
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if self.latents_gb <= 0:
@@ -74,6 +67,11 @@ class ClusterConfig:
     def blocks(self) -> int:
         """Blocks of images that are decoded at the same time for each training worker of stage 1."""
         return self.decode_tasks + _DECODE_TASKS_BESIDE
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes of shared memory for all these blocks together; with half of it, images come more slowly."""
+        return self.blocks * _READ_AHEAD << 20
 
     @property
     def replicas(self) -> int:
@@ -97,15 +95,13 @@ def connect(config: ClusterConfig) -> None:
         UserError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
     """
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        set_environment()
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            _start_local()
+            with local_cluster() as port:
+                ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
     have = ray.cluster_resources()
     need = config.replicas * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
@@ -119,19 +115,6 @@ def connect(config: ClusterConfig) -> None:
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
-
-
-def _start_local() -> None:
-    """Start a cluster that ends with this process, and tell its workers where its dashboard is.
-
-    Ray Train asks the dashboard every second whether the training is still alive. Without the variable, its processes
-    would ask the cluster that was last started on this machine: if that is gone, every training ends 12 s late.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
 
 
 def map_on_actors(

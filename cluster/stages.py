@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from filelock import Timeout, UnixFileLock
 
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -59,7 +60,7 @@ class Stage:
 def open_stage(
     experiment: Experiment,
     name: str,
-    fingerprint: dict[str, Any],
+    fingerprint: Mapping[str, object],
     result: str,
     *,
     fresh: bool = False,
@@ -116,7 +117,7 @@ def open_stage(
             run.end(succeeded)
 
 
-def _public(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
     """A fingerprint without the signatures of links, which are new each time."""
     return {name: without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()}
 
@@ -127,7 +128,7 @@ def _anew(name: str) -> str:
     return f"pipelines/{_COMMANDS.get(stage, stage)} --fresh"
 
 
-def _changes(folder: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _changes(folder: str, name: str, before: Mapping[str, object], now: Mapping[str, object]) -> str:
     fields = sorted(before.keys() | now.keys())
     changed = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
     return "\n".join(
@@ -151,16 +152,13 @@ def _lock(folder: str) -> Generator[None]:
         return
     path = Path(f"{files.filesystem(folder)[1]}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder!r} is in use by process {file.read().strip() or '?'}: wait for it, stop it, "
-                "or choose another --name"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
-        file.flush()
+    try:
+        held = UnixFileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"{folder!r} is in use by process {path.read_text().strip() or '?'}: wait for it, stop it, "
+            "or choose another --name"
+        ) from error
+    with held:
+        path.write_text(f"{os.getpid()} on {os.uname().nodename}")
         yield

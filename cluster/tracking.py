@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -52,6 +53,8 @@ def connect(uri: str) -> MlflowClient:
     """
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
+    for library in ("mlflow", "alembic"):  # making or renewing a database is told step by step at INFO
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         return MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, OSError, ModuleNotFoundError) as error:

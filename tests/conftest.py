@@ -22,10 +22,10 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import ImageConfig
 from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.latents.writer import LatentConfig
 from bld_core.prior.transformer import Prior, PriorConfig
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER, PRIOR
 from bld_core.training.checkpoint import save_model
 from bld_core.training.loop import TrainingConfig
 from cluster.config.experiment import Experiment

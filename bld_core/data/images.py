@@ -235,6 +235,13 @@ def read_images(url: str, config: ImageConfig, skipped: Skipped) -> Iterator[Lab
     return decode_samples(name, shard.samples, config, skipped)
 
 
+def read_batches(url: str, config: ImageConfig, size: int, skipped: Skipped) -> Iterator[list[LabelledImage]]:
+    """The same, `size` images at a time; the last may be fewer."""
+    images = read_images(url, config, skipped)
+    while batch := list(itertools.islice(images, size)):
+        yield batch
+
+
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
     """The shards of a split, after a look at the first image of each (of the first 64).
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bld_core.errors import MissingError, UserError
-from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, Split
+from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentFile, Manifest, Split
 from bld_core.storage import files
 from bld_core.storage.cache import read_verified
 
@@ -69,15 +69,14 @@ class Latents:
     """
 
     path: str
-    manifest: dict[str, Any]
-    shards: list[dict[str, Any]]
+    manifest: Manifest
+    shards: Sequence[LatentFile]
     hash: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(h, w, c) of a code."""
-        h, w, c = self.manifest["shape"]
-        return h, w, c
+        return self.manifest.shape
 
     @property
     def width(self) -> int:
@@ -87,12 +86,12 @@ class Latents:
     @property
     def sizes(self) -> list[int]:
         """Rows of each shard."""
-        return [entry["rows"] for entry in self.shards]
+        return [shard.rows for shard in self.shards]
 
     @property
     def classes(self) -> int:
-        """One more than the largest label; 0 without labels, and where an earlier version did not write it down."""
-        return max(entry.get("classes", 0) for entry in self.shards)
+        """One more than the largest label; 0 without labels, and where an early version did not write it down."""
+        return max(shard.classes for shard in self.shards)
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -124,36 +123,36 @@ class Latents:
             MissingError: a file is missing.
             UserError: a file differs from the manifest.
         """
-        entries = self.shards if shards is None else [self.shards[shard] for shard in shards]
-        ends = list(itertools.accumulate(entry["rows"] for entry in entries))
+        chosen = self.shards if shards is None else [self.shards[shard] for shard in shards]
+        ends = list(itertools.accumulate(shard.rows for shard in chosen))
         packed = np.empty((ends[-1], self.width), np.uint8)
         labels = np.empty(ends[-1], np.int64)
 
-        def place(entry: dict[str, Any], end: int) -> pa.ChunkedArray:
-            table, here = self._read_file(entry), slice(end - entry["rows"], end)
+        def fill(shard: LatentFile, end: int) -> pa.ChunkedArray:
+            table, here = self._read_file(shard), slice(end - shard.rows, end)
             packed[here] = _bits_column(table, self.width)
             labels[here] = table["label"].to_numpy()
             return table["key"].cast(pa.large_string())
 
         with ThreadPoolExecutor(_READERS) as pool:
-            keys = [chunk for column in pool.map(place, entries, ends) for chunk in column.chunks]
+            keys = [chunk for column in pool.map(fill, chosen, ends) for chunk in column.chunks]
         return PackedCodes(packed, labels, pa.concat_arrays(keys), self.shape)
 
-    def _read_file(self, entry: dict[str, Any]) -> pa.Table:
-        url = files.join(self.path, entry["file"])
-        data = read_verified(url, entry["sha256"])
+    def _read_file(self, shard: LatentFile) -> pa.Table:
+        url = files.join(self.path, shard.file)
+        data = read_verified(url, shard.sha256)
         table = pq.read_table(pa.BufferReader(data), use_threads=False)
         bits, expected = table.schema.field("bits").type, pa.binary(self.width)
-        if bits != expected or len(table) != entry["rows"]:
+        if bits != expected or len(table) != shard.rows:
             raise UserError(
-                f"{url!r} holds {len(table)} rows of {bits}, the manifest says {entry['rows']} of {expected}, for "
+                f"{url!r} holds {len(table)} rows of {bits}, the manifest says {shard.rows} of {expected}, for "
                 f"codes of shape {self.shape}: they do not belong together; encode again"
             )
         return table
 
 
 def open_latents(path: str, split: Split = "train") -> Latents:
-    """Open an encoded data set by its manifest, and see that its files are there; none is read yet.
+    """Open one split of an encoded data set by its manifest, and see that its files are there; none is read yet.
 
     Args:
         path: the latents folder, a path or URL.
@@ -163,21 +162,30 @@ def open_latents(path: str, split: Split = "train") -> Latents:
         MissingError: no manifest: the data set was not (completely) encoded; or files of it are missing.
         UserError: another format, or the split is empty.
     """
+    return open_splits(path, split)[0]
+
+
+def open_splits(path: str, *splits: Split) -> list[Latents]:
+    """Several splits of an encoded data set, by one look at its manifest; the errors are those of `open_latents`."""
     location = files.join(path, MANIFEST)
     if not files.exists(location):
         raise MissingError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
     data = files.read_bytes(location)
     try:
-        manifest = json.loads(data)
+        found = json.loads(data)
     except ValueError as error:
         raise UserError(f"{location!r} is not JSON ({error}): it is damaged; encode again") from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise UserError(f"{location!r} has format {manifest.get('format')}; this version reads {FORMAT_VERSION}")
-    entries = [entry for entry in manifest["files"] if entry["split"] == split]
-    if not any(entry["rows"] for entry in entries):
-        raise UserError(f"{path!r} holds no {split} codes; set data.{split} and encode again")
-    _check_present(path, [entry["file"] for entry in entries])
-    return Latents(path, manifest, entries, files.sha256(data))
+    if found.get("format") != FORMAT_VERSION:
+        raise UserError(f"{location!r} has format {found.get('format')}; this version reads {FORMAT_VERSION}")
+    manifest, digest = Manifest.from_json(found), files.sha256(data)
+    opened = [
+        Latents(path, manifest, [shard for shard in manifest.files if shard.split == split], digest) for split in splits
+    ]
+    for split, latents in zip(splits, opened, strict=True):
+        if not len(latents):
+            raise UserError(f"{path!r} holds no {split} codes; set data.{split} and encode again")
+    _check_present(path, [shard.file for latents in opened for shard in latents.shards])
+    return opened
 
 
 def _check_present(path: str, names: list[str]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -166,17 +166,80 @@ def shard_metadata(data: bytes) -> dict[str, Any]:
     return metadata
 
 
-def manifest_entry(
+@dataclass(frozen=True)
+class LatentFile:
+    """What the manifest says of one file.
+
+    Attributes:
+        file: its path within the folder.
+        split: which part of the data set.
+        rows: in it.
+        classes: one more than its largest label; 0 without labels, and where an early version did not write it down.
+        sha256: of its bytes.
+        source: name of the image shard.
+        skipped: samples of the shard that were left out, by reason.
+    """
+
+    file: str
+    split: Split
+    rows: int
+    classes: int
+    sha256: str
+    source: str
+    skipped: dict[str, int]
+
+
+def describe_file(
     file: str, data: bytes, rows: int, source: str, split: Split, skipped: Mapping[str, int]
-) -> dict[str, Any]:
-    """What the manifest says of one file; its `classes` are one more than its largest label."""
+) -> LatentFile:
+    """The manifest's entry of a file with these bytes."""
     labels = pq.read_table(io.BytesIO(data), columns=["label"])["label"].to_numpy()
-    return {
-        "file": file,
-        "split": split,
-        "rows": rows,
-        "classes": int(labels.max(initial=-1)) + 1,
-        "sha256": files.sha256(data),
-        "source": source,
-        "skipped": dict(sorted(skipped.items())),
-    }
+    classes = int(labels.max(initial=-1)) + 1
+    return LatentFile(file, split, rows, classes, files.sha256(data), source, dict(sorted(skipped.items())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an encoded data set is and how it was made.
+
+    Attributes:
+        shape: (h, w, c) of a code.
+        autoencoder_hash: of the autoencoder that made it.
+        seed: of the draws.
+        preprocessing: the form of the images: image_size, channels, fit.
+        latents: draws, views and batch size.
+        files: one for each image shard.
+    """
+
+    shape: tuple[int, int, int]
+    autoencoder_hash: str = ""
+    seed: int = 0
+    preprocessing: Mapping[str, int | str] = field(default_factory=dict[str, int | str])
+    latents: LatentConfig = field(default_factory=lambda: LatentConfig())
+    files: Sequence[LatentFile] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """How it was made, as JSON values: what every file says in its own metadata, too."""
+        return {
+            "shape": list(self.shape),
+            "autoencoder_hash": self.autoencoder_hash,
+            "seed": self.seed,
+            "preprocessing": dict(self.preprocessing),
+            **asdict(self.latents),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        return {"format": FORMAT_VERSION, **self.identity(), "files": [asdict(file) for file in self.files]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_json`."""
+        return cls(
+            shape=tuple(found["shape"]),
+            autoencoder_hash=found["autoencoder_hash"],
+            seed=found["seed"],
+            preprocessing=found["preprocessing"],
+            latents=LatentConfig(**{part.name: found[part.name] for part in fields(LatentConfig)}),
+            files=[LatentFile(**{"classes": 0} | entry) for entry in found["files"]],
+        )

@@ -1,4 +1,4 @@
-"""How close reconstructions are to their images: PSNR and SSIM (Table 4)."""
+"""How close reconstructions are to their images: PSNR, SSIM (Table 4) and LPIPS; and the bits that they come from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bld_core.autoencoder.network import Autoencoder
+from bld_core.autoencoder.perceptual import Perceptual, lpips_name
+from bld_core.autoencoder.quantizer import BernoulliBottleneck
+from bld_core.data.images import to_float, to_uint8
+from bld_core.metrics.code_health import CodeHealth
 
 _WINDOW = 11
 _SIGMA = 1.5
@@ -106,3 +112,55 @@ class ReconstructionQuality:
         """Add another worker's part."""
         self.psnr.merge(other.psnr)
         self.ssim.merge(other.ssim)
+
+
+@dataclass
+class ReconstructionMetrics:
+    """Held-out images and their reconstructions, without the noise of the latent, from sums that merge.
+
+    Attributes:
+        quality: PSNR and SSIM.
+        lpips: the perceptual distance, where it is measured.
+        health: of the bits, where the latent has some.
+    """
+
+    quality: ReconstructionQuality = field(default_factory=ReconstructionQuality)
+    lpips: Moments = field(default_factory=Moments)
+    health: CodeHealth = field(default_factory=CodeHealth)
+
+    @torch.no_grad()
+    def update(self, network: Autoencoder, images: Tensor, perceptual: Perceptual | None = None) -> Tensor:
+        """Reconstruct a batch and add it.
+
+        Args:
+            network: in evaluation mode.
+            images: uint8 (B, H, W, channels); PSNR and SSIM are measured on their device.
+            perceptual: measures LPIPS, too.
+
+        Returns:
+            The reconstructions, uint8 like the images, on the device of the network.
+        """
+        x = to_float(images.to(next(network.parameters()).device))
+        features = network.encode(x)
+        reconstructed = to_uint8(network.decode(network.bottleneck(features)[0]))
+        self.quality.update(images, reconstructed.to(images.device))
+        if isinstance(network.bottleneck, BernoulliBottleneck):
+            self.health.update(features)
+        if perceptual is not None:
+            self.lpips.update(perceptual(x, to_float(reconstructed)).cpu())
+        return reconstructed
+
+    def merge(self, other: ReconstructionMetrics) -> None:
+        """Add another worker's part."""
+        self.quality.merge(other.quality)
+        self.lpips.merge(other.lpips)
+        self.health.merge(other.health)
+
+    def metrics(self, vgg_sha256: str) -> dict[str, float]:
+        """The means by name, `_std` their deviations over images; LPIPS is named by the weights of VGG16."""
+        moments = {"psnr": self.quality.psnr, "ssim": self.quality.ssim, lpips_name(vgg_sha256): self.lpips}
+        found: dict[str, float] = {}
+        for name, values in moments.items():
+            if values.count:
+                found |= {name: values.mean, f"{name}_std": values.deviation}
+        return found | (self.health.figures() if self.health.count else {})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Generator
 from pathlib import Path
+
+from filelock import AcquireReturnProxy, UnixFileLock
 
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -54,17 +53,13 @@ def _find(kept: Path, sha256: str) -> bytes | None:
     return data if files.sha256(data) == sha256 else None
 
 
-@contextlib.contextmanager
-def _lock(kept: Path) -> Generator[None]:
+def _lock(kept: Path) -> AcquireReturnProxy[UnixFileLock]:
     """One process, or thread, at a time; the operating system lets go of the lock when the process ends."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(f"{kept}.lock", "w")  # noqa: SIM115  # closed below
+        return UnixFileLock(f"{kept}.lock", fallback_to_soft=False).acquire()
     except OSError as error:
         raise OSError(
             f"cannot keep remote files in {kept.parent} ({error}); set the variable BLD_CACHE, where Ray is started, "
             "to a local folder with room for the data set"
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

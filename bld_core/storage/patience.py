@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import logging
 import os
-import random
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, stop_after_delay
+from tenacity.wait import wait_exponential, wait_random_exponential
 
 from bld_core.errors import UserError
 
 T = TypeVar("T")
 
-_FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 5.0
+# Seconds: up to 0.2, 0.4, 0.8, ..., 5, at least half of them.
+_wait = wait_exponential(multiplier=0.1, max=2.5) + wait_random_exponential(multiplier=0.1, max=2.5)
 _TRIES_BEFORE_A_WORD = 4
 # s3fs turns what a server answers into OSErrors: 409 and 503 into EBUSY, 500 into EREMOTEIO, 502 and 504 into EIO.
 _PASSING = {errno.EBUSY, errno.EREMOTEIO, errno.EIO}
@@ -63,29 +63,28 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
     Raises:
         StorageError: the time limit is over.
     """
-    began = time.monotonic()
     limit = time_limit()
-    for tries in itertools.count(1):
-        try:
-            return attempt(*arguments, **settings)
-        except OSError as error:
-            failure = error
-        except _broken() as error:
-            failure = error
-        if not _passes(failure):
-            raise failure
-        tried = time.monotonic() - began
-        if tried >= limit:
-            raise StorageError(
-                f"cannot {what}: tried {tries} times in {tried:.0f} s, at last: {failure!r}; check the server, its "
-                "address (AWS_ENDPOINT_URL) and the network, then run the same command again, which goes on where it "
-                "stopped; BLD_STORAGE_SECONDS is how long to try"
-            ) from failure
-        if tries == _TRIES_BEFORE_A_WORD:
-            _log.warning("cannot %s (%r); trying for up to %g s", what, failure, limit)
-        wait = min(_FIRST_WAIT_S * 2**tries, _LONGEST_WAIT_S) * random.uniform(0.5, 1)
-        time.sleep(min(wait, limit - tried))
-    raise AssertionError("the loop ends only by return or raise")
+
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == _TRIES_BEFORE_A_WORD and state.outcome:
+            _log.warning("cannot %s (%r); trying for up to %g s", what, state.outcome.exception(), limit)
+
+    retrying = Retrying(
+        retry=retry_if_exception(_passes),
+        stop=stop_after_delay(limit),
+        wait=lambda state: min(_wait(state), limit - (state.seconds_since_start or 0.0)),  # a last try at the limit
+        before_sleep=say,
+    )
+    try:
+        return retrying(attempt, *arguments, **settings)
+    except RetryError as error:
+        tries, failure = error.last_attempt.attempt_number, error.last_attempt.exception()
+        seconds = retrying.statistics["delay_since_first_attempt"]
+        raise StorageError(
+            f"cannot {what}: tried {tries} times in {seconds:.0f} s, at last: {failure!r}; check the server, its "
+            "address (AWS_ENDPOINT_URL) and the network, then run the same command again, which goes on where it "
+            "stopped; BLD_STORAGE_SECONDS is how long to try"
+        ) from failure
 
 
 @functools.cache
@@ -100,9 +99,10 @@ def _broken() -> tuple[type[Exception], ...]:
     )
 
 
-def _passes(error: Exception) -> bool:
+def _passes(error: BaseException) -> bool:
     """Whether the same request may succeed a moment later."""
-    if isinstance(error, (FileNotFoundError, PermissionError, StorageError)):
+    known = isinstance(error, (OSError, *_broken()))
+    if not known or isinstance(error, (FileNotFoundError, PermissionError, StorageError)):
         return False
     status = getattr(error, "status", None)  # of aiohttp: what an HTTP server answered
     if status is not None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.training.averages import Ema
 from bld_core.training.layers import Layers
-from bld_core.training.replicas import sum_over_replicas
+from bld_core.training.replicas import gradients_laid_out_as_weights, sum_over_replicas
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -189,6 +189,7 @@ def make_state(
             part.checkpointing = config.checkpointing
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
+    gradients_laid_out_as_weights(module)
     compiled = torch.compile(module) if config.compile else module
     assert isinstance(compiled, nn.Module), "a compiled network is one, too"
     replica = wrap(compiled)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, distributed
+from functools import partial
+
+from torch import Tensor, distributed, nn
 
 
 def place() -> tuple[int, int]:
@@ -17,3 +19,22 @@ def sum_over_replicas(x: Tensor) -> Tensor:
     if place()[1] > 1:
         distributed.all_reduce(x)
     return x
+
+
+def gradients_laid_out_as_weights(module: nn.Module) -> None:
+    """Give gradients the strides of their weights also where a dimension of size 1 makes both name the same memory.
+
+    Beside feature maps with their channels innermost (those of images of one channel always are), the gradient of a
+    convolution of one pixel has the strides (C, 1, C, C), its weights (C, 1, 1, 1). DistributedDataParallel takes them
+    for different layouts and warns that they cost speed.
+    """
+    for weights in module.parameters():
+        if 1 in weights.shape:
+            weights.register_hook(partial(_relabelled, weights.stride()))
+
+
+def _relabelled(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The gradient with other strides, if they name the same memory."""
+    pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    same = all(size == 1 or mine == other for size, mine, other in pairs)
+    return gradient.as_strided(gradient.shape, strides) if same else gradient

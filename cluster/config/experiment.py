@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,11 +11,11 @@ from bld_core.data.images import AugmentationConfig, ImageConfig
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import UserError
-from bld_core.generator import check_binary
 from bld_core.latents.writer import LatentConfig
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import PriorConfig
 from bld_core.storage import files
+from bld_core.trained import AutoencoderRecord
 from bld_core.training.loop import TrainingConfig, worker_share
 from cluster.config.tracking import TrackingConfig
 from cluster.evaluation.config import EvaluationConfig, StudyConfig
@@ -130,31 +129,27 @@ class Experiment:
         )
         return replace(self, name=name, root=files.join(self.folder, place), tracking=tracking, **changes)
 
-    def check_autoencoder(self, trained: Mapping[str, Any], *, binary: bool = True) -> None:
-        """Compare a trained autoencoder's config.json with this configuration.
+    def check_autoencoder(self, trained: AutoencoderRecord, *, binary: bool = True) -> None:
+        """Compare a trained autoencoder with this configuration.
 
         Args:
-            trained: that file.
+            trained: its record.
             binary: whether what follows needs its bits.
 
         Raises:
             UserError: it was trained for other images or another code, or has no bits where they are needed.
         """
-        expected = {
-            "code_shape": list(self.code_shape),
-            "image_size": self.data.image_size,
-            "channels": self.data.channels,
-        }
         if binary:
-            check_binary(trained)
+            trained.check_binary()
+        expected = {"code_shape": self.code_shape, "image_size": self.data.image_size, "channels": self.data.channels}
         wrong = [
-            f"{name} {trained[name]} (configured: {value})"
+            f"{name} {found} (configured: {value})"
             for name, value in expected.items()
-            if trained[name] != value
+            if (found := getattr(trained, name)) != value
         ]
         if wrong:
             raise UserError(
-                f"the trained autoencoder {trained['hash'][:12]} has {', '.join(wrong)}: set data and autoencoder "
+                f"the trained autoencoder {trained.hash[:12]} has {', '.join(wrong)}: set data and autoencoder "
                 "back to what it was trained with, or train another one under another --name"
             )
 

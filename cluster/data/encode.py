@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
 
-from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_images
+from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
 from bld_core.data.skipped import Skipped
 from bld_core.errors import MissingError, UserError
-from bld_core.generator import AUTOENCODER, load_autoencoder
 from bld_core.latents.writer import (
-    FORMAT_VERSION,
     MANIFEST,
+    LatentFile,
+    Manifest,
     Split,
+    describe_file,
     encode_images,
     latent_shard_bytes,
-    manifest_entry,
     shard_metadata,
 )
 from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from bld_core.trained import load_autoencoder
+from cluster.config.artifacts import open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.lineage import lineage
+from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 class Encoded(NamedTuple):
     """A job done: what the manifest says of its file, the file's size, what it leaves out, and whether it is new."""
 
-    entry: dict[str, Any]
+    file: LatentFile
     bytes: int
     skipped: Skipped
     anew: bool
@@ -70,57 +71,55 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
         MissingError: no autoencoder yet.
         UserError: bad input, each with its remedy, before anything is started.
     """
-    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
-    experiment.check_autoencoder(autoencoder)
-    jobs = _jobs(experiment)
+    autoencoder, jobs = open_autoencoder(experiment).autoencoder, _jobs(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "latents"),
         "shards": files.fingerprint([job.source for job in jobs]),
-        "autoencoder_hash": autoencoder["hash"],
+        "autoencoder_hash": autoencoder.hash,
     }
     with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
         if not stage.done:
-            entries = _encode(stage, jobs, autoencoder["hash"])
-            manifest = {"format": FORMAT_VERSION, **_identity(experiment, autoencoder["hash"]), "files": entries}
+            manifest = _empty_manifest(experiment, autoencoder.hash)
+            manifest = replace(manifest, files=_encode(stage, jobs, manifest))
             manifest_url = files.join(stage.folder, MANIFEST)
-            files.write_json(manifest_url, manifest)
+            files.write_json(manifest_url, manifest.to_json())
             latents_hash = files.sha256(files.read_bytes(manifest_url))
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})
         return stage.folder
 
 
-def _encode(stage: Stage, jobs: list[Job], autoencoder_hash: str) -> list[dict[str, Any]]:
-    """Every job's manifest entry, in order; how far it is goes to the terminal and to MLflow."""
+def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFile]:
+    """What the manifest is to say of every job's file, in order; how far it is goes to the terminal and to MLflow."""
     experiment = stage.experiment
     views = max(1, experiment.latents.draws) * (1 + experiment.latents.mirror)
-    entries: dict[int, dict[str, Any]] = {}
+    encoded_files: dict[int, LatentFile] = {}
     totals: Counter[str] = Counter()
     images, left_out = 0, Skipped()
     began = spoke = time.monotonic()
     progress = Progress("encode", len(jobs))
-    arguments, calls = (experiment, autoencoder_hash), experiment.cluster.decode_tasks
+    arguments, calls = (experiment, manifest), experiment.cluster.decode_tasks
     try:
         for position, encoded in finished_on_actors(Encoder, arguments, "encode", jobs, experiment.cluster, calls):
-            entries[position] = encoded.entry
-            totals["images"] += encoded.entry["rows"] // views
-            totals["rows"] += encoded.entry["rows"]
+            encoded_files[position] = encoded.file
+            totals["images"] += encoded.file.rows // views
+            totals["rows"] += encoded.file.rows
             totals["bytes"] += encoded.bytes
-            totals.update({f"skipped {reason}": count for reason, count in encoded.entry["skipped"].items()})
+            totals.update({f"skipped {reason}": count for reason, count in encoded.file.skipped.items()})
             left_out.merge(encoded.skipped)
-            left_out.check(experiment.data.max_skipped, whole=len(entries) == len(jobs))
+            left_out.check(experiment.data.max_skipped, whole=len(encoded_files) == len(jobs))
             if encoded.anew:
-                images += encoded.entry["rows"] // views
+                images += encoded.file.rows // views
             else:
                 progress.start += 1
             now = time.monotonic()
             rate = images / (now - began)
-            progress.update(len(entries), {"images/s": rate})
-            if now - spoke > _SECONDS_BETWEEN_METRICS or len(entries) == len(jobs):
+            progress.update(len(encoded_files), {"images/s": rate})
+            if now - spoke > _SECONDS_BETWEEN_METRICS or len(encoded_files) == len(jobs):
                 spoke = now
-                stage.run.metrics({**totals, "images_per_second": rate}, len(entries))
+                stage.run.metrics({**totals, "images_per_second": rate}, len(encoded_files))
     finally:
         progress.close()
-    return [entries[position] for position in range(len(jobs))]
+    return [encoded_files[position] for position in range(len(jobs))]
 
 
 def _jobs(experiment: Experiment) -> list[Job]:
@@ -137,24 +136,22 @@ def _jobs(experiment: Experiment) -> list[Job]:
     return jobs
 
 
-def _identity(experiment: Experiment, autoencoder_hash: str) -> dict[str, Any]:
-    """What every latent shard and the manifest say of how they were made."""
+def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
+    """How the data set is made, before any file is there."""
     data = experiment.data
-    return {
-        "shape": list(experiment.code_shape),
-        "autoencoder_hash": autoencoder_hash,
-        "seed": experiment.seed,
-        "preprocessing": {"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
-        **asdict(experiment.latents),
-    }
+    return Manifest(
+        shape=experiment.code_shape,
+        autoencoder_hash=autoencoder_hash,
+        seed=experiment.seed,
+        preprocessing={"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
+        latents=experiment.latents,
+    )
 
 
 def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
     """A shard's images, as they are, some at a time; and at the end what was left out."""
     skipped = Skipped()
-    images = read_images(source, data, skipped)
-    while some := list(itertools.islice(images, size)):
-        yield some
+    yield from read_batches(source, data, size, skipped)
     yield skipped
 
 
@@ -165,15 +162,15 @@ class Encoder:
     each shard wait there, never a whole one. While one shard's batch is encoded, the others' are decoded.
     """
 
-    def __init__(self, experiment: Experiment, autoencoder_hash: str) -> None:
+    def __init__(self, experiment: Experiment, manifest: Manifest) -> None:
         experiment.cluster.limit_threads()
         self.experiment = experiment
-        self.identity = _identity(experiment, autoencoder_hash)
+        self.identity = manifest.identity()
         trained = load_autoencoder(experiment.folder, experiment.cluster.device)
-        if trained.config["hash"] != autoencoder_hash:
+        if trained.record.hash != manifest.autoencoder_hash:
             raise UserError(
-                f"the autoencoder in {experiment.folder!r} is {trained.config['hash'][:12]}, but this job began with "
-                f"{autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
+                f"the autoencoder in {experiment.folder!r} is {trained.record.hash[:12]}, but this job began with "
+                f"{manifest.autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
             )
         self.autoencoder = trained.network
         self.turn = threading.Lock()
@@ -181,7 +178,7 @@ class Encoder:
             num_cpus=DECODE_CPUS,
             num_returns="streaming",
             max_retries=experiment.cluster.max_failures,
-            _generator_backpressure_num_objects=_BATCHES_AHEAD,
+            **ahead(_BATCHES_AHEAD),
         )
 
     def encode(self, job: Job) -> Encoded:
@@ -192,8 +189,8 @@ class Encoder:
             metadata = shard_metadata(data)
             if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
                 skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
-                entry = manifest_entry(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
-                return Encoded(entry, len(data), skipped, anew=False)
+                file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
+                return Encoded(file, len(data), skipped, anew=False)
         skipped = Skipped()
         latents = self.experiment.latents
         images = self._decoded(job.source, skipped)
@@ -207,8 +204,8 @@ class Encoder:
         }
         data = latent_shard_bytes(rows, {**self.identity, **facts})
         files.write_bytes(url, data)
-        entry = manifest_entry(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
-        return Encoded(entry, len(data), skipped, anew=True)
+        file = describe_file(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
+        return Encoded(file, len(data), skipped, anew=True)
 
     def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
@@ -232,25 +229,25 @@ def verify_latents(experiment: Experiment) -> str:
     location = files.join(folder, MANIFEST)
     if not files.exists(location):
         raise MissingError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
-    entries = files.read_json(location)["files"]
-    listed = {entry["file"] for entry in entries}
+    listed_files = Manifest.from_json(files.read_json(location)).files
+    listed = {file.file for file in listed_files}
     due = {job.file for job in _jobs(experiment)}
     there = {
         f"{split}/{name}"
-        for split in sorted({entry["split"] for entry in entries})
+        for split in sorted({file.split for file in listed_files})
         if files.exists(files.join(folder, split))
         for name in files.listing(files.join(folder, split))
         if name.endswith(".parquet")
     }
     faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
     connect(experiment.cluster)
-    checks = list(map_on_actors(Verifier, (folder,), "check", entries, experiment.cluster, "verify"))
+    checks = list(map_on_actors(Verifier, (folder,), "check", listed_files, experiment.cluster, "verify"))
     faults += [check.fault for check in checks if check.fault]
     if faults:
         remedy = f"delete these files and {MANIFEST}, and run encode_latents.py again, which makes what is missing"
         raise UserError("\n".join([f"{len(faults)} faults in {folder!r}:", *faults, remedy]))
-    rows, size = sum(entry["rows"] for entry in entries), sum(check.bytes for check in checks)
-    return f"verified {len(entries)} files, {rows} rows, {size} bytes: all are as the manifest says"
+    rows, size = sum(file.rows for file in listed_files), sum(check.bytes for check in checks)
+    return f"verified {len(listed_files)} files, {rows} rows, {size} bytes: all are as the manifest says"
 
 
 class Checked(NamedTuple):
@@ -266,12 +263,12 @@ class Verifier:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def check(self, entry: dict[str, Any]) -> Checked:
-        """Compare one file with its entry in the manifest."""
+    def check(self, listed: LatentFile) -> Checked:
+        """Compare one file with what the manifest says of it."""
         try:
-            data = files.read_bytes(files.join(self.folder, entry["file"]))
+            data = files.read_bytes(files.join(self.folder, listed.file))
         except FileNotFoundError:
-            return Checked(0, f"{entry['file']}: missing")
-        found, said = files.sha256(data), entry["sha256"]
-        fault = "" if found == said else f"{entry['file']}: sha256 {found[:12]}, the manifest says {said[:12]}"
+            return Checked(0, f"{listed.file}: missing")
+        found, said = files.sha256(data), listed.sha256
+        fault = "" if found == said else f"{listed.file}: sha256 {found[:12]}, the manifest says {said[:12]}"
         return Checked(len(data), fault)

@@ -10,7 +10,6 @@ with the very next image, and nothing can be lost without notice.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from bld_core.data.blocks import DELIVERED, REASONS, Columns, decode_block, read_visit, unpack
 from bld_core.data.skipped import Left, Skipped
@@ -27,28 +25,12 @@ from bld_core.noise import permutation
 from bld_core.storage import files
 from bld_core.training.loop import Batch, worker_share
 from cluster.config.experiment import Experiment
+from cluster.ray_private import Breathe, quiet_data
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
 _DECODE_TASKS_PER_READ = 4
-_TURN_S = 0.05
 _log = logging.getLogger(__name__)
-
-
-class Breathe(ExecutionCallback):
-    """A shortest time for each turn of Ray Data's scheduling loop.
-
-    While its output waits to be consumed, that loop (a thread of the training worker) spins without one, and takes
-    half a core and the interpreter lock from the training step.
-    """
-
-    def __init__(self) -> None:
-        self._turned = time.monotonic()
-
-    def on_execution_step(self, executor: object) -> None:
-        """Called by Ray Data once a turn."""
-        time.sleep(max(0.0, self._turned + _TURN_S - time.monotonic()))
-        self._turned = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -169,14 +151,11 @@ class Stream:
     def _execute(self, visits: list[dict[str, Any]]) -> Iterator[Columns]:
         """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
         data, cluster, seed = self.experiment.data, self.experiment.cluster, self.experiment.seed
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        quiet_data(context)
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=cluster.blocks * cluster.read_ahead << 20
-        )
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=cluster.read_ahead)
         context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))

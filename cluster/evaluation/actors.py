@@ -1,4 +1,4 @@
-"""The actor of the evaluation job: it draws, decodes, and takes features; images leave it only where they are shown."""
+"""The actor of evaluations and studies: it draws, decodes, and takes features; images leave it only to be shown."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.autoencoder.perceptual import load_perceptual, lpips_name
-from bld_core.autoencoder.quantizer import BernoulliBottleneck, CodeHealth
-from bld_core.data.images import read_images, stack, to_float, to_uint8
+from bld_core.autoencoder.perceptual import load_perceptual
+from bld_core.data.images import read_batches, stack
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Skipped
 from bld_core.diffusion.bound import Bound
+from bld_core.latents.reader import Latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
-from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
+from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.evaluation.extractors import Inception, SpaceName
 from cluster.evaluation.references import Space, load_extractor
-from cluster.sampling.sampler import Draw, Judge, Sampler
+from cluster.sampling.sampler import Draw, MeasureBound, Sampler
 
 CALLS = 2
 """Pieces that an actor is to work on at the same time."""
@@ -32,13 +32,14 @@ CALLS = 2
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Piece of work: reconstruct the images of one validation shard."""
+    """Piece of work: reconstruct the images of one validation shard, and hand back the first of them as `shown`."""
 
     url: str
+    shown: int = 0
 
 
 @dataclass(frozen=True)
-class Look:
+class SampleFeatures:
     """Piece of work: draw samples and take their features.
 
     Attributes:
@@ -76,84 +77,86 @@ class Drawn(NamedTuple):
 
 @dataclass
 class Reconstructions:
-    """What held-out images look like through their codes, from sums that merge; features by space."""
+    """What was measured of held-out images and their reconstructions, from sums that merge.
 
-    quality: ReconstructionQuality = field(default_factory=ReconstructionQuality)
-    lpips: Moments = field(default_factory=Moments)
-    health: CodeHealth = field(default_factory=CodeHealth)
+    Attributes:
+        metrics: PSNR, SSIM, LPIPS, health of the bits.
+        real: moments of the features of the images, by space.
+        reconstructed: the same of the reconstructions.
+        skipped: what was left out.
+        shown: the first images and their reconstructions, uint8 (n, H, W, channels) each.
+    """
+
+    metrics: ReconstructionMetrics = field(default_factory=ReconstructionMetrics)
     real: dict[Space, FeatureMoments] = field(default_factory=dict)
-    remade: dict[Space, FeatureMoments] = field(default_factory=dict)
+    reconstructed: dict[Space, FeatureMoments] = field(default_factory=dict)
     skipped: Skipped = field(default_factory=Skipped)
+    shown: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def merge(self, other: Reconstructions) -> None:
-        """Add another piece of work."""
-        self.quality.merge(other.quality)
-        self.lpips.merge(other.lpips)
-        self.health.merge(other.health)
+        """Add the next piece of work."""
+        self.metrics.merge(other.metrics)
         self.skipped.merge(other.skipped)
-        for ours, more in ((self.real, other.real), (self.remade, other.remade)):
+        self.shown += other.shown
+        for ours, more in ((self.real, other.real), (self.reconstructed, other.reconstructed)):
             for space, moments in more.items():
                 ours.setdefault(space, FeatureMoments()).merge(moments)
 
     def figures(self, vgg_sha256: str) -> dict[str, float]:
-        """The figures by name; those that were measured. LPIPS is by the weights of VGG16 of that hash."""
-        found = {
-            "psnr": self.quality.psnr.mean,
-            "psnr_std": self.quality.psnr.deviation,
-            "ssim": self.quality.ssim.mean,
-            "ssim_std": self.quality.ssim.deviation,
-        }
-        if self.health.count:  # there are bits
-            found |= self.health.figures()
-        if self.lpips.count:
-            name = lpips_name(vgg_sha256)
-            found |= {name: self.lpips.mean, f"{name}_std": self.lpips.deviation}
+        """The metrics by name; those that were measured. LPIPS is by the weights of VGG16 of that hash."""
+        found = self.metrics.metrics(vgg_sha256)
         for space, moments in self.real.items():
-            found[space.figure("rfd")] = frechet_distance(moments, self.remade[space])
+            found[space.figure("rfd")] = frechet_distance(moments, self.reconstructed[space])
         if self.skipped.total:
             found["skipped_images"] = self.skipped.total
         return found
 
+    def pictures(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` images and their reconstructions."""
+        images, reconstructed = (torch.cat(parts)[:count] for parts in zip(*self.shown, strict=True))
+        return images, reconstructed
+
 
 class Evaluator(Sampler):
-    """An actor that judges reconstructions and, where there is a prior, draws samples and judges its bound.
+    """An actor that measures reconstructions and, where there is a prior, samples and the bound.
 
     Args:
         experiment: finished; stage 1 alone, too.
-        spaces: whose extractors look at images.
+        spaces: in whose features images are compared.
+        held_out: the validation part of the latents, where there is a prior.
     """
 
-    def __init__(self, experiment: Experiment, spaces: Sequence[Space]) -> None:
-        super().__init__(experiment)
+    def __init__(self, experiment: Experiment, spaces: Sequence[Space], held_out: Latents | None = None) -> None:
+        super().__init__(experiment, held_out)
         self.perceptual = (
             load_perceptual(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         )
         self.extractors = {space: load_extractor(experiment, space) for space in spaces}
-        self._prior, self._eyes = (
+        self._for_prior, self._for_features = (
             ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in range(2)
         )
 
-    def work(self, piece: Reconstruct | Look | Judge) -> Reconstructions | Drawn | Bound:
-        """Do one piece: sums over reconstructions, drawn images, or the bound.
+    def work(self, piece: Reconstruct | SampleFeatures | MeasureBound) -> Reconstructions | Drawn | Bound:
+        """Do one piece: sums over reconstructions, drawn images and their features, or the bound.
 
-        What draws or judges has a thread of its own, and so has what looks at images: of two pieces in work at the same
-        time, one is drawn while the other is looked at.
+        What the prior does has a thread of its own, and so has what takes features: of two pieces in work at the same
+        time, one is drawn while features are taken of the other.
         """
         match piece:
-            case Reconstruct(url):
-                return self._eyes.submit(self._reconstruct, url).result()
-            case Look():
-                images, seconds = self._prior.submit(self._draw_timed, piece.draw).result()
-                return self._eyes.submit(self._look, piece, images, seconds).result()
-            case Judge():
-                return self._prior.submit(self.judge, piece).result()
+            case Reconstruct():
+                return self._for_features.submit(self._reconstruct, piece).result()
+            case SampleFeatures():
+                images, seconds = self._for_prior.submit(self._draw_timed, piece.draw).result()
+                return self._for_features.submit(self._take_features, piece, images, seconds).result()
+            case MeasureBound():
+                return self._for_prior.submit(self.bound, piece).result()
 
     def _draw_timed(self, draw: Draw) -> tuple[Tensor, float]:
         began = time.perf_counter()
         images = self.draw(draw)
         return images, time.perf_counter() - began
 
-    def _look(self, piece: Look, images: Tensor, seconds: float) -> Drawn:
+    def _take_features(self, piece: SampleFeatures, images: Tensor, seconds: float) -> Drawn:
         features: dict[SpaceName, Tensor] = {}
         logits: Tensor | None = None
         for space, extractor in self.extractors.items():
@@ -167,7 +170,7 @@ class Evaluator(Sampler):
             piece.draw.seed, piece.draw.first_index, features, logits, images if piece.pixels else None, seconds
         )
 
-    def _write(self, piece: Look, images: Tensor) -> None:
+    def _write(self, piece: SampleFeatures, images: Tensor) -> None:
         draw = piece.draw
         labels = draw.labels or [-1] * draw.count
         samples = [
@@ -180,25 +183,17 @@ class Evaluator(Sampler):
         if piece.shard:
             write_shard(piece.shard, samples)
 
-    @torch.no_grad()
-    def _reconstruct(self, url: str) -> Reconstructions:
-        found, autoencoder = Reconstructions(), self.generator.autoencoder.network
-        images = list(read_images(url, self.experiment.data, found.skipped))
-        if not images:
-            return found
+    def _reconstruct(self, piece: Reconstruct) -> Reconstructions:
+        found, network = Reconstructions(), self.generator.autoencoder.network
         spaces = [space for space in self.extractors if space.has_moments]
-        found.real |= {space: FeatureMoments() for space in spaces}
-        found.remade |= {space: FeatureMoments() for space in spaces}
-        for batch in stack(images).split(self.experiment.latents.batch_size):
-            x = to_float(batch.to(self.generator.device))
-            features = autoencoder.encode(x)
-            remade = to_uint8(autoencoder.decode(autoencoder.bottleneck(features)[0]))
-            found.quality.update(batch, remade.cpu())
-            if isinstance(autoencoder.bottleneck, BernoulliBottleneck):
-                found.health.update(features)
-            if self.perceptual is not None:
-                found.lpips.update(self.perceptual(x, to_float(remade)))
+        size, missing = self.experiment.latents.batch_size, piece.shown
+        for batch in read_batches(piece.url, self.experiment.data, size, found.skipped):
+            images = stack(batch)
+            reconstructed = found.metrics.update(network, images, self.perceptual)
             for space in spaces:
-                found.real[space].update(self.extractors[space](batch))
-                found.remade[space].update(self.extractors[space](remade))
+                found.real.setdefault(space, FeatureMoments()).update(self.extractors[space](images))
+                found.reconstructed.setdefault(space, FeatureMoments()).update(self.extractors[space](reconstructed))
+            if missing > 0:
+                found.shown.append((images[:missing], reconstructed[:missing].cpu()))
+                missing -= len(images)
         return found

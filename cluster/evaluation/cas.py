@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.data.images import EXTENSIONS, check_shards, first_images, read_images, stack, to_float
+from bld_core.data.images import EXTENSIONS, check_shards, first_images, read_batches, stack, to_float
 from bld_core.data.skipped import Skipped
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -89,9 +88,7 @@ class CasTask(AutoencoderTask):
         """How often the true class of a held-out image is the likeliest, or among the five likeliest; in percent."""
         data, hits, seen = self.experiment.data, torch.zeros(2, dtype=torch.int64), 0
         for url in check_shards(data, "validation"):
-            images = list(read_images(url, data, Skipped()))
-            for start in range(0, len(images), self.experiment.latents.batch_size):
-                some = images[start : start + self.experiment.latents.batch_size]
+            for some in read_batches(url, data, self.experiment.latents.batch_size, Skipped()):
                 logits = network(_planes(stack(some).to(device))).cpu()
                 hits += hits_of(logits, [image.label for image in some])
                 seen += len(some)
@@ -109,14 +106,14 @@ def hits_of(logits: Tensor, labels: Sequence[int]) -> Tensor:
     return torch.stack([likeliest[:, 0].sum(), likeliest.any(1).sum()])
 
 
-def measure_cas(experiment: Experiment, identity: dict[str, Any]) -> dict[str, float]:
+def measure_cas(experiment: Experiment, identity: Mapping[str, object]) -> dict[str, float]:
     """Samples in evaluation/cas/samples -> the figures cas_top1 and cas_top5, in percent, by a Ray Train job.
 
     Args:
         experiment: `cas_experiment`.
         identity: what the samples were made by.
     """
-    fingerprint = identity | experiment.fingerprint("data", "augmentation", "autoencoder_training")
+    fingerprint = {**identity} | experiment.fingerprint("data", "augmentation", "autoencoder_training")
     with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo") as stage:
         if not stage.done:
             fit(stage, CasTask(experiment), {"classes": experiment.prior.classes})

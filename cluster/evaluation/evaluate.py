@@ -5,33 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-import bld_core
-from bld_core.data.images import check_shards, first_images, stack
+from bld_core.data.images import check_shards
 from bld_core.data.pictures import fitting, grid, png, reconstruction_grid
 from bld_core.diffusion.bound import Bound, merge_bounds
 from bld_core.errors import MissingError, UserError
-from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.latents.reader import open_latents
-from bld_core.prior.model import trained_model
 from bld_core.storage import files
 from bld_core.storage.weights import VGG16
-from bld_core.training.checkpoint import CONFIG, read_model_config
+from bld_core.trained import has_prior, read_autoencoder, read_prior
+from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import CALLS, Evaluator, Look, Reconstruct, Reconstructions
+from cluster.evaluation.actors import CALLS, Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
-from cluster.evaluation.references import Reference, check_space, make_reference, spaces_of
+from cluster.evaluation.references import Reference, Space, check_space, make_reference, spaces_of
 from cluster.evaluation.sample_metrics import SHOWN, Samples, check_references, over_seeds
 from cluster.lineage import lineage
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.runtime import map_on_actors
-from cluster.sampling.sampler import Judge, balanced_labels, drawn_labels, draws, judges
+from cluster.sampling.sampler import MeasureBound, balanced_labels, bound_pieces, draw_pieces, drawn_labels
 from cluster.stages import Stage, open_stage
 
 _REPORT, _MEASURED = "report.json", "measured.json"
@@ -40,19 +38,43 @@ _PICTURE_IMAGES = 32
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation works with, opened and checked before anything is started.
+
+    Attributes:
+        experiment: its configuration.
+        artifacts: the autoencoder; with a prior, that and its latents.
+        shards: validation shards.
+        spaces: in whose features images are compared.
+        identity: what decides the report.
+    """
+
+    experiment: Experiment
+    artifacts: Artifacts
+    shards: Sequence[str]
+    spaces: Sequence[Space]
+    identity: Mapping[str, object]
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether samples can be drawn; else it is stage 1 alone that is evaluated."""
+        return self.artifacts.prior is not None
+
+
 @dataclass
 class Measured:
     """What the actors have found.
 
     Attributes:
         samples: drawn images, a set for each seed; none without a prior.
-        remade: held-out images and their reconstructions.
+        reconstructions: of held-out images.
         bounds: of all steps, of parts of the held-out codes.
         bounds_sampling: the same of the steps sampled.
     """
 
     samples: list[Samples] = field(default_factory=list)
-    remade: Reconstructions = field(default_factory=Reconstructions)
+    reconstructions: Reconstructions = field(default_factory=Reconstructions)
     bounds: list[Bound] = field(default_factory=list)
     bounds_sampling: list[Bound] = field(default_factory=list)
 
@@ -61,51 +83,34 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     """Finished experiment -> <folder>/evaluation: report.json and pictures, and the samples where they are exported.
 
     Where there is no prior (yet), it is stage 1 alone that is evaluated, whatever its latent. Samples are drawn,
-    decoded, rounded and looked at by the actors; see `Samples` for what grows with their number.
+    decoded, rounded and their features taken by the actors; see `Samples` for what grows with their number.
 
     Args:
         experiment: its configuration.
         fresh: evaluate again even if the same report is there.
 
     Returns:
-        The report: figures by name.
+        The report: metrics by name.
 
     Raises:
         MissingError: stage 1 is not finished, or weights of an extractor are missing.
         UserError: bad input, before anything is started.
     """
-    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
-    has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
-    prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
-    experiment.check_autoencoder(autoencoder, binary=has_prior)
-    _check(experiment, prior)
-    identity = {"autoencoder_hash": autoencoder["hash"]}
-    if prior is not None:
-        identity |= {"prior_hash": prior["hash"], "prior_run": prior["run"]}
-    config = experiment.evaluation
-    fingerprint = {
-        **identity,
-        **experiment.fingerprint("data", "sampling", "evaluation"),
-        "vgg_sha256": experiment.loss.vgg_sha256,
-        "shards": files.fingerprint(files.expand(experiment.data.validation)),
-    }
-    if spaces_of(experiment) or (prior is not None and (config.neighbours or config.class_accuracy)):
-        fingerprint["train_shards"] = files.fingerprint(files.expand(experiment.data.train))
-    if config.classifier:
-        fingerprint["classifier_steps"] = experiment.study.classifier_steps
+    inputs = _open(experiment)
+    artifacts, fingerprint = inputs.artifacts, inputs.identity
     with open_stage(experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo") as stage:
         report_url, measured_url = (files.join(stage.folder, name) for name in (_REPORT, _MEASURED))
         if stage.done:
             return files.read_json(report_url)
-        stage.run.tags(lineage(autoencoder, prior))
+        stage.run.tags(lineage(artifacts.autoencoder, artifacts.prior))
         if not files.exists(measured_url):  # kept before what may wait for a server, or be interrupted in training
-            report, pictures = _measured(experiment, prior, stage)
+            report, pictures = _measured(inputs, stage)
             for name, picture in pictures.items():
                 files.write_bytes(files.join(stage.folder, name), png(picture))
-            about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **identity}
+            about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **artifacts.identity}
             files.write_json(measured_url, report | about)
         report = files.read_json(measured_url)
-        if prior is not None and config.cas_steps:
+        if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), fingerprint)
         for name in report.pop("pictures"):
             picture = Image.open(io.BytesIO(files.read_bytes(files.join(stage.folder, name))))
@@ -115,20 +120,51 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
-def _measured(
-    experiment: Experiment, prior: dict[str, Any] | None, stage: Stage
-) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+def _open(experiment: Experiment) -> Inputs:
+    """Find models, images, latents, and weights of extractors that are asked for, before anything is started."""
+    config, loss, data = experiment.evaluation, experiment.loss, experiment.data
+    artifacts, spaces = open_finished(experiment), spaces_of(experiment)
+    has_prior = artifacts.prior is not None
+    if has_prior:
+        artifacts.model.steps(experiment.sampling)
+    shards = check_shards(data, "validation")
+    if config.lpips:
+        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    for space in spaces:
+        check_space(experiment, space)
+    if config.cas_steps:
+        cas_experiment(experiment)
+    identity = {
+        **artifacts.identity,
+        **experiment.fingerprint("data", "sampling", "evaluation"),
+        "vgg_sha256": loss.vgg_sha256,
+        "shards": files.fingerprint(shards),
+    }
+    if spaces or (has_prior and (config.neighbours or config.class_accuracy)):
+        identity["train_shards"] = files.fingerprint(files.expand(data.train))
+    if config.classifier:
+        identity["classifier_steps"] = experiment.study.classifier_steps
+    return Inputs(experiment, artifacts, shards, spaces, identity)
+
+
+def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """What the report says of reconstructions and, where there is a prior, of bound and samples; and its pictures."""
-    spaces = spaces_of(experiment)
-    references = [make_reference(experiment, space) for space in spaces] if prior is not None else []
-    check_references(experiment.evaluation, references)
-    found = _measure(experiment, prior, references, stage)
-    figures, pictures = found.remade.figures(experiment.loss.vgg_sha256), _reconstructions(experiment)
+    experiment = inputs.experiment
+    config, size = experiment.evaluation, experiment.data.image_size
+    references = [make_reference(experiment, space) for space in inputs.spaces] if inputs.has_prior else []
+    check_references(config, references)
+    found = _measure(inputs, references, stage)
+    reconstructions = found.reconstructions
+    figures = reconstructions.figures(experiment.loss.vgg_sha256)
     report: dict[str, Any] = {"figures": figures}
-    if found.remade.health.count:
-        report["bit_usage"] = found.remade.health.usage.tolist()
-        pictures["bit-usage.png"] = bit_usage_plot(found.remade.health.usage)
-    if prior is None:
+    pictures = {
+        "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
+    }
+    health = reconstructions.metrics.health
+    if health.count:
+        report["bit_usage"] = health.usage.tolist()
+        pictures["bit-usage.png"] = bit_usage_plot(health.usage)
+    if not inputs.has_prior:
         return report, pictures
     shown = found.samples[0].shown
     bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
@@ -136,14 +172,13 @@ def _measured(
     figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
     figures |= over_seeds([samples.figures() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)
-    columns = prior["prior"]["classes"] or 10
-    pictures["samples.png"] = grid(shown[: fitting(experiment.data.image_size, len(shown))], columns)
-    steps = trained_model(prior, experiment.code_shape).steps(experiment.sampling)
-    report |= {"bound_profile": bound.profile, "samples": experiment.evaluation.samples}
+    pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], inputs.artifacts.classes or 10)
+    report |= {"bound_profile": bound.profile, "samples": config.samples}
+    steps = inputs.artifacts.model.steps(experiment.sampling)
     report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
     report["references"] = {made.space.name: made.hash for made in references}
-    if experiment.evaluation.neighbours:
-        near = find_neighbours(experiment, shown, spaces)
+    if config.neighbours:
+        near = find_neighbours(experiment, shown, list(inputs.spaces))
         figures |= near.figures
         pictures["neighbours.png"], report["neighbours_by"] = near.picture, near.space
     return report, pictures
@@ -156,22 +191,24 @@ def read_report(experiment: Experiment) -> dict[str, Any]:
         MissingError: not evaluated yet.
         UserError: the report is about other weights.
     """
-    url = files.join(experiment.folder, "evaluation", _REPORT)
+    folder = experiment.folder
+    url = files.join(folder, "evaluation", _REPORT)
     if not files.exists(url):
         raise MissingError(f"{url!r} is missing: run evaluate.py first")
     report = files.read_json(url)
-    for part, place in (("autoencoder_hash", AUTOENCODER), ("prior_hash", PRIOR)):
-        if files.exists(files.join(experiment.folder, place, CONFIG)):
-            trained = read_model_config(files.join(experiment.folder, place))["hash"]
-            if report.get(part) != trained:
-                raise UserError(
-                    f"{url!r} has {part} {str(report.get(part))[:12]}, but the trained one is {trained[:12]}: run "
-                    "evaluate.py again"
-                )
+    hashes = {"autoencoder_hash": read_autoencoder(folder).hash}
+    if has_prior(folder):
+        hashes["prior_hash"] = read_prior(folder).hash
+    for part, trained in hashes.items():
+        if report.get(part) != trained:
+            raise UserError(
+                f"{url!r} has {part} {str(report.get(part))[:12]}, but the trained one is {trained[:12]}: run "
+                "evaluate.py again"
+            )
     return report
 
 
-def _protocol(fingerprint: dict[str, Any]) -> str:
+def _protocol(fingerprint: Mapping[str, object]) -> str:
     """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
     images = {
         "shards",
@@ -188,33 +225,14 @@ def _protocol(fingerprint: dict[str, Any]) -> str:
     return files.sha256(json.dumps(decides, sort_keys=True).encode())
 
 
-def _check(experiment: Experiment, prior: dict[str, Any] | None) -> None:
-    """Find the images, latents, and weights of extractors that are asked for, before anything is started."""
-    config, loss = experiment.evaluation, experiment.loss
-    if prior is not None:
-        trained_model(prior, experiment.code_shape).steps(experiment.sampling)
-        latents = open_latents(files.join(experiment.folder, "latents"))
-        if latents.hash != prior["latents_hash"]:
-            raise UserError(
-                f"the prior in {experiment.folder!r} was trained on latents {prior['latents_hash'][:12]}, but those "
-                f"there are {latents.hash[:12]}: bring the former back, or train the prior on these by "
-                "stage2_prior.py --fresh"
-            )
-    check_shards(experiment.data, "validation")
-    if config.lpips:
-        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
-    for space in spaces_of(experiment):
-        check_space(experiment, space)
-    if config.cas_steps:
-        cas_experiment(experiment)
-
-
-def _labels(experiment: Experiment, classes: int) -> list[int] | None:
+def _labels(inputs: Inputs) -> list[int] | None:
     """The classes of all samples; None without classes."""
+    experiment, classes = inputs.experiment, inputs.artifacts.classes
     total = experiment.evaluation.samples
     if experiment.evaluation.labels == "balanced" or not classes:
         return balanced_labels(total, classes)
-    latents, counts = open_latents(files.join(experiment.folder, "latents")), np.zeros(classes, np.int64)
+    assert inputs.artifacts.codes is not None, "opened with the prior"
+    latents, counts = inputs.artifacts.codes.train, np.zeros(classes, np.int64)
     for shard in range(len(latents.shards)):
         labels = latents.read([shard]).labels
         counts += np.bincount(labels[labels >= 0], minlength=classes)
@@ -223,53 +241,47 @@ def _labels(experiment: Experiment, classes: int) -> list[int] | None:
     return drawn_labels(counts.tolist(), total, experiment.seed)
 
 
-def _looks(experiment: Experiment, labels: list[int] | None, folder: str) -> list[Look]:
+def _sample_pieces(experiment: Experiment, labels: list[int] | None, folder: str) -> list[SampleFeatures]:
     """The samples, piece by piece; images are handed back where something is made of them."""
     config = experiment.evaluation
     all_pixels = config.export == "npz" or (config.class_accuracy and labels is not None)
-    looks: list[Look] = []
-    for draw in draws(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed):
+    pieces: list[SampleFeatures] = []
+    for draw in draw_pieces(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed):
         png_folder = files.join(folder, "samples") if config.export == "png" else ""
         shard = files.join(folder, f"cas/samples/{draw.first_index:06d}.tar") if config.cas_steps else ""
-        looks.append(Look(draw, all_pixels or draw.first_index < SHOWN, png_folder, shard))
+        pieces.append(SampleFeatures(draw, all_pixels or draw.first_index < SHOWN, png_folder, shard))
     again = range(experiment.seed + 1, experiment.seed + config.seeds)
-    return looks + [Look(replace(look.draw, seed=seed)) for seed in again for look in looks]
+    return pieces + [SampleFeatures(replace(piece.draw, seed=seed)) for seed in again for piece in pieces]
 
 
-def _measure(
-    experiment: Experiment, prior: dict[str, Any] | None, references: list[Reference], stage: Stage
-) -> Measured:
+def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> Measured:
     """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
+    experiment, codes = inputs.experiment, inputs.artifacts.codes
     config, seed = experiment.evaluation, experiment.seed
-    pieces: list[Look | Judge | Reconstruct] = [Reconstruct(url) for url in check_shards(experiment.data, "validation")]
-    # Of stage 1 alone only published networks look at reconstructions: no classifier is trained for them.
-    spaces = [space for space in spaces_of(experiment) if prior is not None or space.name != "classifier"]
-    found, npz = Measured(), contextlib.nullcontext()
-    if prior is not None:
-        labels = _labels(experiment, prior["prior"]["classes"])
-        held_out = len(open_latents(files.join(experiment.folder, "latents"), "validation"))
-        pieces = [*_looks(experiment, labels, stage.folder), *pieces]
-        pieces += judges(None, held_out) + judges(experiment.sampling, held_out)
+    shown = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
+    pieces: list[SampleFeatures | MeasureBound | Reconstruct] = [Reconstruct(url, shown) for url in inputs.shards]
+    # Of stage 1 alone only published networks see reconstructions: no classifier is trained for them.
+    spaces = [space for space in inputs.spaces if inputs.has_prior or space.name != "classifier"]
+    found, npz, held_out = Measured(), contextlib.nullcontext(), None
+    if codes is not None:
+        held_out, labels = codes.held_out, _labels(inputs)
+        pieces = [*_sample_pieces(experiment, labels, stage.folder), *pieces]
+        pieces += bound_pieces(None, len(held_out)) + bound_pieces(experiment.sampling, len(held_out))
         plain = replace(config, class_accuracy=False)
         for number in range(config.seeds):
             found.samples.append(Samples(plain if number else config, experiment, references, labels))
         if config.export == "npz":
             npz = found.samples[0].exported(stage.folder)
-    work = map_on_actors(Evaluator, (experiment, spaces), "work", pieces, experiment.cluster, "evaluate", CALLS)
+    arguments = (experiment, spaces, held_out)
+    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work), npz:
         for piece, result in zip(pieces, work, strict=True):
             match piece:
-                case Look():
+                case SampleFeatures():
                     found.samples[result.seed - seed].add(result)
                 case Reconstruct():
-                    found.remade.merge(result)
-                case Judge():
+                    found.reconstructions.merge(result)
+                case MeasureBound():
                     (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
-    found.remade.skipped.check(experiment.data.max_skipped)
+    found.reconstructions.skipped.check(experiment.data.max_skipped)
     return found
-
-
-def _reconstructions(experiment: Experiment) -> dict[str, Image.Image]:
-    count = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
-    pixels = stack(first_images(experiment.data.validation, experiment.data, count))
-    return {"reconstructions.png": reconstruction_grid(pixels, bld_core.load(experiment.folder).reconstruct(pixels))}

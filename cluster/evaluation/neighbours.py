@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from bld_core.data.images import check_shards, first_images, read_images, stack
+from bld_core.data.images import check_shards, first_images, read_batches, stack
 from bld_core.data.pictures import fitting, grid
 from bld_core.data.skipped import Skipped
 from cluster.config.experiment import Experiment
@@ -59,10 +59,9 @@ class Finder:
 
     def find(self, url: str) -> Nearest | None:
         """The nearest images of a shard; None where it has none."""
-        images = list(read_images(url, self.experiment.data, Skipped()))
         found: Nearest | None = None
-        for start in range(0, len(images), self.experiment.latents.batch_size):
-            some = stack(images[start : start + self.experiment.latents.batch_size])
+        for batch in read_batches(url, self.experiment.data, self.experiment.latents.batch_size, Skipped()):
+            some = stack(batch)
             x, y = self.queries, self._vectors(some)
             squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
             distances, index = squares.clamp(min=0).sqrt().topk(min(self.count, len(some)), largest=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from bld_core.data.images import ImageConfig, check_shards, first_images, read_images, stack
+from bld_core.data.images import ImageConfig, check_shards, first_images, read_batches, stack
 from bld_core.data.skipped import Skipped
 from bld_core.errors import UserError
 from bld_core.metrics.classifier import Classifier, accuracy, train_classifier
@@ -165,9 +165,7 @@ class Looker:
     def look(self, piece: Look) -> Seen:
         """Do one piece, a batch of images at a time."""
         seen, size = Seen(FeatureMoments(), Selection(piece.most), Skipped()), self.experiment.latents.batch_size
-        images = list(read_images(piece.url, self.experiment.data, seen.skipped))
-        for start in range(0, len(images), size):
-            some = images[start : start + size]
+        for some in read_batches(piece.url, self.experiment.data, size, seen.skipped):
             features = self.extractor(stack(some))
             seen.kept.update([image.key for image in some], features)
             if self.space.has_moments:

@@ -12,23 +12,25 @@ from PIL.Image import Image
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.schedule import ScheduleName
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from bld_core.trained import read_prior
+from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import Look, Reconstruct, Reconstructions
-from cluster.evaluation.examiner import Examine, Examiner
+from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_reference
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
-from cluster.sampling.sampler import Judge, balanced_labels, draws
+from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
 from cluster.stages import open_stage
 from cluster.training.train import train_prior
 
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
-_REMADE = "rows/remade.json"
+_RECONSTRUCTIONS = "rows/reconstructions.json"
+_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
 _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -66,7 +68,7 @@ class Row:
     label: str
     experiment: Experiment
     sampling: SamplingConfig
-    bounds: dict[str, Judge] = field(default_factory=dict)
+    bounds: dict[str, MeasureBound] = field(default_factory=dict)
     x: float | None = None
 
 
@@ -117,7 +119,7 @@ def _samplers(experiment: Experiment) -> list[Row]:
 def _schedule(experiment: Experiment) -> list[Row]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
     rows: list[Row] = []
-    for schedule in experiment.study.schedules:
+    for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
         for spacing in ("k", "t"):
@@ -125,7 +127,7 @@ def _schedule(experiment: Experiment) -> list[Row]:
             bounds = _whole_bound(experiment)
             for steps in _STRIDES:
                 if steps <= diffusion.steps:
-                    bounds[f"bound_{steps}"] = Judge(replace(sampling, steps=steps), 0, experiment.study.codes)
+                    bounds[f"bound_{steps}"] = MeasureBound(replace(sampling, steps=steps), 0, experiment.study.codes)
             rows.append(Row(f"{schedule}, equal {spacing}", variant, sampling, bounds))
     return rows
 
@@ -136,7 +138,7 @@ def _steps(experiment: Experiment) -> list[Row]:
     for steps in experiment.study.steps:
         if steps <= experiment.diffusion.steps:
             sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
-            bounds = {"bound": Judge(sampling, 0, experiment.study.codes)}
+            bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
             rows.append(Row(str(steps), experiment, sampling, bounds, steps))
     return rows
 
@@ -149,8 +151,8 @@ def _temperature(experiment: Experiment) -> list[Row]:
     ]
 
 
-def _whole_bound(experiment: Experiment) -> dict[str, Judge]:
-    return {"bound": Judge(None, 0, experiment.study.codes)}
+def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
+    return {"bound": MeasureBound(None, 0, experiment.study.codes)}
 
 
 _STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[Row]]]] = {
@@ -188,17 +190,17 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
     rows = make_rows(experiment)
     if not rows:
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
+    codes = open_encoded(experiment).codes
+    assert codes is not None, "`open_encoded` opens them"
     reference = make_reference(experiment, _space(experiment))
     variants = {row.experiment.folder: row.experiment for row in rows}
     trained = {
-        folder: read_model_config(train_prior(variant, fresh and folder != experiment.folder, source=experiment.folder))
+        folder: _trained_hash(variant, fresh and folder != experiment.folder, experiment.folder)
         for folder, variant in variants.items()
     }
     fingerprint = {
         "reference": reference.hash,
-        "rows": [
-            [row.label, trained[row.experiment.folder]["hash"], asdict(row.sampling), list(row.bounds)] for row in rows
-        ],
+        "rows": [[row.label, trained[row.experiment.folder], asdict(row.sampling), list(row.bounds)] for row in rows],
         "samples": study.samples,
         "codes": study.codes,
         **experiment.fingerprint(),
@@ -208,7 +210,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         if not stage.done:
             source, paper = _PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
-            for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference), strict=True):
+            for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
                 stage.run.metrics(figures, len(found))
                 x = row.label if row.x is None else row.x
                 found.append({column: row.label, "x": x, **figures, "paper": paper.get(row.label, ())})
@@ -218,7 +220,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "rows": found,
                 "paper": source,
                 "distance": reference.space.figure("fd"),
-                "reference": reference.figures | files.read_json(files.join(stage.folder, _REMADE)),
+                "reference": reference.figures | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
@@ -231,6 +233,12 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         return files.read_json(table_url)
 
 
+def _trained_hash(variant: Experiment, fresh: bool, source: str) -> str:
+    """Train a variant, unless it is there; the hash of its prior."""
+    train_prior(variant, fresh, source=source)
+    return read_prior(variant.folder).hash
+
+
 def _space(experiment: Experiment) -> Space:
     """Where a study compares images: Inception's features where they are asked for, or else a classifier's."""
     config = experiment.evaluation
@@ -238,35 +246,40 @@ def _space(experiment: Experiment) -> Space:
 
 
 def _measure(
-    experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference
+    experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference, codes: Codes
 ) -> Iterator[dict[str, float]]:
     """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
-    remade_url = files.join(folder, _REMADE)
+    reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
     urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
-    held_out = [] if files.exists(remade_url) else check_shards(experiment.data, "validation")
+    held_out = [] if files.exists(reconstructions_url) else check_shards(experiment.data, "validation")
     open_rows = [row for row, url in zip(rows, urls, strict=True) if not files.exists(url)]
-    pieces = [Examine(experiment.folder, Reconstruct(url)) for url in held_out]
+    pieces: list[Reconstruct | MeasureBound | SampleFeatures] = [Reconstruct(url) for url in held_out]
     pieces += [piece for row in open_rows for piece in _pieces(experiment, row)]
-    work = map_on_actors(Examiner, (experiment, reference.space), "examine", pieces, experiment.cluster, "measure")
+    plain = replace(experiment.evaluation, lpips=False, inception_score=False)  # no study shows them
+    arguments = (replace(experiment, evaluation=plain), [reference.space], codes.held_out)
+    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "measure")
     with contextlib.closing(work):
         if held_out:
-            remade = Reconstructions()
+            found = Reconstructions()
             for _ in held_out:
-                remade.merge(next(work))
-            distance = frechet_distance(reference.moments, remade.remade[reference.space])
-            files.write_json(remade_url, {f"{reference.space.figure('fd')}_remade": distance})
+                found.merge(next(work))
+            distance = frechet_distance(reference.moments, found.reconstructed[reference.space])
+            files.write_json(reconstructions_url, {f"{reference.space.figure('fd')}_reconstructed": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
                 files.write_json(url, _figures(row, work, experiment.study.samples, reference))
             yield files.read_json(url)
 
 
-def _pieces(experiment: Experiment, row: Row) -> list[Examine]:
+def _pieces(experiment: Experiment, row: Row) -> list[MeasureBound | SampleFeatures]:
     """What has to be done for a row: its bounds, then its samples."""
-    total, batch = experiment.study.samples, experiment.evaluation.batch_size
+    total, batch, prior = experiment.study.samples, experiment.evaluation.batch_size, row.experiment.folder
     labels = balanced_labels(total, experiment.prior.classes)
-    looks = [Look(draw) for draw in draws(row.sampling, labels, total, batch, experiment.seed)]
-    return [Examine(row.experiment.folder, piece) for piece in (*row.bounds.values(), *looks)]
+    drawn = draw_pieces(row.sampling, labels, total, batch, experiment.seed)
+    return [
+        *(replace(bound, prior=prior) for bound in row.bounds.values()),
+        *(SampleFeatures(replace(draw, prior=prior)) for draw in drawn),
+    ]
 
 
 def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
@@ -304,10 +317,12 @@ def table(made: dict[str, Any]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     real = made["reference"]
+    early = real.get(f"{distance}_remade")  # what tables of early versions call it
+    reconstructed = real.get(f"{distance}_reconstructed", early)
     lines += [
         "bounds: bits a bit of held-out codes; rows share codes and noise, so their differences are surer than +- says",
         f"{distance}: of {made['samples']} samples to the training images; held-out images have "
-        f"{real[f'{distance}_held_out']:.3g}, their reconstructions {real[f'{distance}_remade']:.3g}",
+        f"{real[f'{distance}_held_out']:.3g}, their reconstructions {reconstructed:.3g}",
         "seconds: a sample, decoding included, in batches, of one worker",
     ]
     if "classifier_accuracy" in real:

@@ -17,11 +17,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-import bld_core
-from bld_core.errors import MissingError, UserError
-from bld_core.generator import AUTOENCODER, PRIOR
+from bld_core.errors import UserError
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER, PRIOR
 from bld_core.training.checkpoint import CONFIG, WEIGHTS
+from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.evaluation.evaluate import read_report
@@ -68,10 +68,8 @@ def register(experiment: Experiment) -> Registered:
         UserError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
             MLflow refuses the name or is away.
     """
-    pair = bld_core.load(experiment.folder)
-    if pair.prior is None:
-        raise MissingError(f"{experiment.folder!r} has no finished prior: run stage2_prior.py first")
-    made_from = lineage(pair.autoencoder.config, pair.prior.config)
+    pair = open_pair(experiment)
+    made_from = lineage(pair.autoencoder, pair.prior)
     report = read_report(experiment)
     _check(report, experiment.tracking.champion_figure)
     with plain_errors(experiment.tracking.resolve(experiment.root)):
@@ -138,9 +136,7 @@ def _make_version(
                 local.parent.mkdir(parents=True, exist_ok=True)
                 local.write_bytes(files.read_bytes(files.join(experiment.folder, file)))
             model = Model(run_id=run.run_id)
-            mlflow.pyfunc.add_to_model(
-                model, "cluster.registry.serving"
-            )  # a module that opens the folder: nothing is pickled
+            mlflow.pyfunc.add_to_model(model, "cluster.serving")  # a module that opens the folder: nothing is pickled
             model.save(str(Path(folder, "MLmodel")))
             run.artifacts(folder, "model")
         source = f"{client.get_run(run.run_id).info.artifact_uri}/model"

@@ -11,13 +11,14 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import reprlib
 from collections.abc import Generator
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Self
 
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 import bld_core
 from bld_core import generator
@@ -27,9 +28,15 @@ from bld_core.errors import UserError
 _MOST_IMAGES = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One row of a request. A field that is left out, or null, has its default.
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]  # JSON and pandas make floats of whole numbers
+
+
+class Wanted(BaseModel):
+    """One row of a request. A field that is left out, or null, has its default; descriptions end "it must be".
 
     Args:
         label: class of the images; -1 asks for none.
@@ -43,31 +50,32 @@ class Wanted:
         box: in place of a mask, left, top, right, bottom in pixels of the part that is made anew.
     """
 
-    label: int = -1
-    seed: int = 0
-    count: int = 1
-    steps: int | None = None
-    temperature: float | None = None
-    guidance: float | None = None
-    image: str = ""
-    mask: str = ""
-    box: tuple[int, ...] = ()
+    model_config = ConfigDict(strict=True, frozen=True)
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count is {self.count}; it must be at least 1")
+    label: _Whole = Field(-1, description="a whole number")
+    seed: _Whole = Field(0, description="a whole number")
+    count: _Whole = Field(1, ge=1, description="a whole number of at least 1")
+    steps: _Whole | None = Field(None, description="a whole number")
+    temperature: float | None = Field(None, description="a number")
+    guidance: float | None = Field(None, description="a number")
+    image: str = Field("", description="base64 text")
+    mask: str = Field("", description="base64 text")
+    box: tuple[_Whole, ...] = Field((), strict=False, description="a list of whole numbers")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
         if bool(self.image) != bool(self.mask or self.box):
             raise UserError("an image to complete comes with a mask or a box, and these with an image")
         if self.mask and self.box:
             raise UserError(f"mask and box {list(self.box)} both say what is made anew; leave one of them out")
         if self.box and len(self.box) != 4:
             raise UserError(f"box is {list(self.box)}; it must be [left, top, right, bottom] in pixels")
+        return self
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling settings that are given."""
-        given = {"steps": self.steps, "temperature": self.temperature, "guidance": self.guidance}
-        return {name: value for name, value in given.items() if value is not None}
+        return self.model_dump(include={"steps", "temperature", "guidance"}, exclude_none=True)
 
 
 def read_row(row: dict[str, Any]) -> Wanted:
@@ -76,26 +84,18 @@ def read_row(row: dict[str, Any]) -> Wanted:
     Raises:
         UserError: an unknown field, or a value of another type or out of bounds.
     """
-    known = {field.name: field.type for field in fields(Wanted)}
-    if unknown := [str(name) for name in row if name not in known]:
+    known = Wanted.model_fields
+    if unknown := [name for name in row if name not in known]:
         raise UserError(f"unknown field {', '.join(unknown)}; a row may have {', '.join(known)}")
     given = {name: value for name, value in row.items() if not (value is None or value != value)}  # NaN: left out
-    return Wanted(**{name: _read(name, str(known[name]), value) for name, value in given.items()})
-
-
-def _read(name: str, kind: str, value: Any) -> Any:
-    """A value of the type that a field of `Wanted` has; JSON and pandas make floats of whole numbers."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if kind.startswith("float"):
-            return float(value)
-        if kind.startswith("int") and (isinstance(value, int) or value.is_integer()):
-            return int(value)
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind.startswith("tuple") and isinstance(value, list):
-        return tuple(_read(name, "int", part) for part in value)
-    wanted = {"f": "a number", "i": "a whole number", "s": "base64 text", "t": "a list of whole numbers"}[kind[0]]
-    raise UserError(f"{name} is {str(value)[:40]!r}; it must be {wanted}")
+    try:
+        return Wanted.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise UserError(first["msg"].removeprefix("Value error, ")) from error  # of `_agree`
+        name = str(first["loc"][0])
+        raise UserError(f"{name} is {reprlib.repr(given[name])}; it must be {known[name].description}") from error
 
 
 class Served:
@@ -132,9 +132,9 @@ class Served:
         return self.pair.sample(labels=[row.label] * row.count, seed=row.seed, **row.sampling)
 
     def _complete(self, row: Wanted) -> torch.Tensor:
-        config = self.pair.autoencoder.config
-        size = config["image_size"]
-        image = read_picture(_decode(row.image, "image"), size, config["channels"], "image")
+        record = self.pair.autoencoder.record
+        size = record.image_size
+        image = read_picture(_decode(row.image, "image"), size, record.channels, "image")
         mask = (
             mask_of_picture(_decode(row.mask, "mask"), size, "mask") if row.mask else mask_of_box(row.box, size, "box")
         )
@@ -159,6 +159,6 @@ def _decode(text: str, name: str) -> bytes:
         raise UserError(f"{name} is not base64: {error}") from error
 
 
-def _load_pyfunc(path: str) -> Served:  # pyright: ignore[reportUnusedFunction]  # MLflow looks for this name
+def load_served(path: str) -> Served:
     """Open the folder of a registered version; on a GPU, where there is one."""
     return Served(bld_core.load(path, "cuda" if torch.cuda.is_available() else "cpu"))

@@ -16,9 +16,8 @@ from mlflow.entities import Run as RecordedRun
 from PIL import Image
 
 from bld_core.data.pictures import png
-from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.storage import files
-from bld_core.training.checkpoint import CONFIG, read_model_config
+from bld_core.trained import AutoencoderRecord, has_prior, read_autoencoder, read_prior
 from cluster.config.experiment import Experiment
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import git_commit, lineage
@@ -66,16 +65,15 @@ def write_report(experiment: Experiment) -> str:
         UserError: evaluated with other weights than those that are there.
     """
     report, folder = read_report(experiment), files.join(experiment.folder, "evaluation")
-    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
-    has_prior = files.exists(files.join(experiment.folder, PRIOR, CONFIG))
-    prior = read_model_config(files.join(experiment.folder, PRIOR)) if has_prior else None
+    autoencoder = read_autoencoder(experiment.folder)
+    prior = read_prior(experiment.folder) if has_prior(experiment.folder) else None
     figures, runs = report["figures"], _runs(experiment)
     shown = rows(figures)
     made_from = lineage(autoencoder, prior).items()
     tables = tables_for(experiment.data.image_size, experiment.prior.classes)
     page = {
         "name": experiment.name,
-        "summary": _summary(experiment, autoencoder, report),
+        "summary": _summary(autoencoder, report),
         "tiles": [shown[name] for name in _TILES if name in shown],
         "groups": {group: [row for row in shown.values() if row.group == group] for group in GROUPS},
         "pictures": _pictures(folder, report),
@@ -103,9 +101,9 @@ def _runs(experiment: Experiment) -> list[RecordedRun]:
     return [run for run in found if run is not None]
 
 
-def _summary(experiment: Experiment, autoencoder: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    size, channels, (h, w, c) = autoencoder["image_size"], autoencoder["channels"], autoencoder["code_shape"]
-    binary = autoencoder["autoencoder"]["latent"] == "binary"
+def _summary(autoencoder: AutoencoderRecord, report: Mapping[str, Any]) -> list[str]:
+    size, channels, (h, w, c) = autoencoder.image_size, autoencoder.channels, autoencoder.code_shape
+    binary = autoencoder.autoencoder.latent == "binary"
     latent = f"{h} x {w} x {c} bits, {h * w * c // 8:,} bytes" if binary else f"a {h} x {w} x {c} latent"
     lines = [f"images of {size} x {size} x {channels} as {latent}"]
     if "sampling" in report:

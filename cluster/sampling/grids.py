@@ -11,15 +11,13 @@ from PIL.Image import Image
 
 from bld_core.data.pictures import grid, png
 from bld_core.errors import UserError
-from bld_core.generator import AUTOENCODER, PRIOR
 from bld_core.prior.binary import BinaryModel
-from bld_core.prior.model import trained_model
 from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
-from cluster.sampling.sampler import Draw, Sampler, Show, draws
+from cluster.sampling.sampler import Draw, DrawProcess, Sampler, draw_pieces
 from cluster.stages import open_stage
 
 _IMAGES_AT_ONCE = 64
@@ -35,26 +33,22 @@ class GridConfig:
         seed: of the noise; another seed gives other images.
         process: also make process.png (Fig. 3): a row for each sample of the first row, that many states of its way
             from noise to image; 0 makes none.
-        file: name of the grid's folder; empty makes one from the settings.
     """
 
     classes: list[int] = field(default_factory=list)
     rows: int = 8
     seed: int = 0
     process: int = 0
-    file: str = ""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise UserError(f"grid.rows is {self.rows}; it must be at least 1")
         if self.process < 0 or self.process == 1:
             raise UserError(f"grid.process is {self.process}; it must be 0 (no such picture), or at least 2 states")
-        if "/" in self.file or self.file.startswith("."):
-            raise UserError(f"grid.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False) -> str:
-    """Finished experiment -> <folder>/samples/<file>/: grid.png to look at, samples.npz to measure, maybe process.png.
+    """Finished experiment -> a folder of its samples/: grid.png to look at, samples.npz to measure, maybe process.png.
 
     The npz holds arr_0, uint8 images (N, H, W, channels), and arr_1, their classes.
 
@@ -70,26 +64,21 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         MissingError: a stage is not finished.
         UserError: an unknown class, or the process of a prior that is no binary diffusion.
     """
-    prior = read_model_config(files.join(experiment.folder, PRIOR))
-    known = prior["prior"]["classes"]
-    columns = settings.classes or list(range(known)) or [-1] * 10
+    found = open_pair(experiment)
+    columns = settings.classes or list(range(found.classes)) or [-1] * 10
     sampling = experiment.sampling
     shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
-    model = trained_model(prior, experiment.code_shape)
+    model = found.model
+    assert found.prior is not None, "`open_pair` opens both"
     if settings.process and not isinstance(model, BinaryModel):
         raise UserError(
-            f"grid.process is {settings.process}, but prior.model is {prior['prior']['model']}: only binary diffusion "
+            f"grid.process is {settings.process}, but prior.model is {found.prior.prior.model}: only binary diffusion "
             "goes from noise to image; set grid.process to 0"
         )
     steps = model.steps(sampling)
-    name = settings.file or (
-        f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
-    )
-    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    name = f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     fingerprint = {
-        "autoencoder_hash": autoencoder["hash"],
-        "prior_hash": prior["hash"],
-        "prior_run": prior["run"],
+        **found.identity,
         **experiment.fingerprint("sampling"),
         **asdict(settings),
         "classes": columns,
@@ -98,11 +87,13 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     with open_stage(experiment, stage_name, fingerprint, "samples.npz", fresh=fresh, on_change="redo") as stage:
         picture_url = files.join(stage.folder, "grid.png")
         if not stage.done:
-            stage.run.tags(lineage(autoencoder, prior))
+            stage.run.tags(lineage(found.autoencoder, found.prior))
             labels = columns * settings.rows
-            pieces: list[Draw | Show] = [*draws(sampling, labels, len(labels), _IMAGES_AT_ONCE, settings.seed)]
+            pieces: list[Draw | DrawProcess] = [
+                *draw_pieces(sampling, labels, len(labels), _IMAGES_AT_ONCE, settings.seed)
+            ]
             if settings.process:
-                pieces.append(Show(sampling, columns, settings.process, settings.seed))
+                pieces.append(DrawProcess(sampling, columns, settings.process, settings.seed))
             made = list(map_on_actors(Sampler, (experiment,), "draw", pieces, experiment.cluster, "draw"))
             pictures: dict[str, Image] = {}
             if settings.process:

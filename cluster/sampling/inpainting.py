@@ -11,10 +11,8 @@ from torch import Tensor
 from bld_core.data.images import ImageConfig, decode, first_images, stack
 from bld_core.data.pictures import grid, mask_of_box, mask_of_picture, png
 from bld_core.errors import UserError
-from bld_core.generator import AUTOENCODER, PRIOR
-from bld_core.prior.model import trained_model
 from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.lineage import lineage
 from cluster.runtime import map_on_actors
@@ -37,7 +35,6 @@ class InpaintConfig:
         completions: how many of each image.
         label: class of the completions; -1 asks for none.
         seed: of the noise; another seed gives other completions.
-        file: the picture's folder is named inpainting-<file>; empty makes a name from the settings.
     """
 
     image: str = ""
@@ -47,7 +44,6 @@ class InpaintConfig:
     completions: int = 6
     label: int = -1
     seed: int = 0
-    file: str = ""
 
     def __post_init__(self) -> None:
         if self.completions < 1:
@@ -60,8 +56,6 @@ class InpaintConfig:
             )
         if self.box and len(self.box) != 4:
             raise UserError(f"inpaint.box is {self.box}; it must be [left, top, right, bottom] in pixels")
-        if "/" in self.file or self.file.startswith("."):
-            raise UserError(f"inpaint.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 class Piece(NamedTuple):
@@ -125,7 +119,7 @@ def read_mask(settings: InpaintConfig, size: int) -> Tensor:
 
 
 def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False) -> str:
-    """Finished experiment -> <folder>/samples/inpainting-<file>/inpainting.png.
+    """Finished experiment -> <folder>/samples/inpainting-<settings>/inpainting.png.
 
     A row for each image: the image, what is known of it, its completions.
 
@@ -142,23 +136,20 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
         UserError: an unknown class, an autoregressive prior, or an image, mask or box that does not fit.
     """
     images, mask = read_images(settings, experiment.data), read_mask(settings, experiment.data.image_size)
-    prior = read_model_config(files.join(experiment.folder, PRIOR))
-    trained_model(prior, experiment.code_shape).steps(experiment.sampling, completing=True)
-    autoencoder = read_model_config(files.join(experiment.folder, AUTOENCODER))
+    found = open_pair(experiment)
+    found.model.steps(experiment.sampling, completing=True)
     fingerprint = {
-        "autoencoder_hash": autoencoder["hash"],
-        "prior_hash": prior["hash"],
-        "prior_run": prior["run"],
+        **found.identity,
         "pixels": files.sha256(images.numpy().tobytes() + mask.numpy().tobytes()),
         **experiment.fingerprint("sampling"),
         **asdict(settings),
     }
     shown = files.sha256(repr((fingerprint["pixels"], settings, experiment.sampling)).encode())[:6]
-    stage_name = f"samples/inpainting-{settings.file or f'seed{settings.seed}-{shown}'}"
+    stage_name = f"samples/inpainting-seed{settings.seed}-{shown}"
     with open_stage(experiment, stage_name, fingerprint, "inpainting.png", fresh=fresh, on_change="redo") as stage:
         picture_url = files.join(stage.folder, "inpainting.png")
         if not stage.done:
-            stage.run.tags(lineage(autoencoder, prior))
+            stage.run.tags(lineage(found.autoencoder, found.prior))
             pieces = [Piece(number, image, mask, settings) for number, image in enumerate(images)]
             drawn = map_on_actors(Inpainter, (experiment,), "complete", pieces, experiment.cluster, "inpaint")
             masked = torch.where(mask[..., None], images, _HIDDEN).to(torch.uint8)

@@ -11,10 +11,9 @@ import yaml
 from ray.tune import RunConfig, TuneConfig, Tuner
 
 from bld_core.errors import UserError
-from bld_core.generator import AUTOENCODER
-from bld_core.latents.reader import open_latents
 from bld_core.storage import files
-from bld_core.training.checkpoint import read_model_config
+from bld_core.trained import read_prior
+from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.runtime import connect
 from cluster.storage import run_storage
@@ -42,16 +41,15 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
             f"prior.model is {experiment.prior.model}, but lambda and the schedule are those of binary "
             "diffusion: sweep with prior.model binary"
         )
-    read_model_config(files.join(experiment.folder, AUTOENCODER))
-    for split in ("train", "validation"):
-        open_latents(files.join(experiment.folder, "latents"), split)
+    open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
     connect(experiment.cluster)
 
     def run_trial(config: dict[str, Any]) -> None:
         trial = trials[config["trial"]]
-        final = read_model_config(train_prior(trial, source=experiment.folder))
-        ray.tune.report({"bound": final["metrics"]["val_bound"], "bound_se": final["metrics"]["val_bound_se"]})
+        train_prior(trial, source=experiment.folder)
+        metrics = read_prior(trial.folder).metrics
+        ray.tune.report({"bound": metrics["val_bound"], "bound_se": metrics["val_bound_se"]})
 
     folder = files.join(experiment.folder, "sweep")
     if fresh:

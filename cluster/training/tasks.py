@@ -16,20 +16,20 @@ from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.autoencoder.perceptual import Perceptual, load_perceptual, lpips_name
-from bld_core.autoencoder.quantizer import CodeHealth
-from bld_core.data.images import first_images, stack, to_float, to_uint8
+from bld_core.autoencoder.perceptual import Perceptual, load_perceptual
+from bld_core.data.images import first_images, stack
 from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.generator import load_autoencoder
+from bld_core.diffusion.process import CodeBatch
+from bld_core.diffusion.sampling import SampleSpec, SamplingConfig
 from bld_core.latents.loader import latent_batches
-from bld_core.latents.reader import open_latents
-from bld_core.metrics.reconstruction import Moments, ReconstructionQuality
+from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.prior.model import make_model
 from bld_core.storage import files
+from bld_core.trained import load_autoencoder
 from bld_core.training.loop import Batch, Objective, TrainingConfig
+from cluster.config.artifacts import Codes
 from cluster.config.experiment import Experiment
 from cluster.data.ingest import Position, image_batches, resume_position
 from cluster.plots import bit_usage_plot, profile_plot
@@ -149,44 +149,31 @@ class AutoencoderTask(Task):
         if self._held_out is None:
             data = self.experiment.data
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
-        quality, distance, health = ReconstructionQuality(), Moments(), CodeHealth()
-        binary = self.experiment.autoencoder.latent == "binary"
-        outputs: list[Tensor] = []
+        found, outputs = ReconstructionMetrics(), list[Tensor]()
         for images in self._held_out.split(self.experiment.latents.batch_size):
-            x = to_float(images.to(device))
-            features = network.encode(x)
-            remade = to_uint8(network.decode(network.bottleneck(features)[0]))
-            quality.update(images.to(device), remade)
-            if self._perceptual is not None:
-                distance.update(self._perceptual(x, to_float(remade)).cpu())
-            if binary:
-                health.update(features)
-            outputs.append(remade.cpu())
-        figures = {"psnr": quality.psnr.mean, "ssim": quality.ssim.mean}
-        if self._perceptual is not None:
-            figures[lpips_name(self.experiment.loss.vgg_sha256)] = distance.mean
+            outputs.append(found.update(network, images.to(device), self._perceptual).cpu())
+        metrics = found.metrics(self.experiment.loss.vgg_sha256)
+        figures = {name: value for name, value in metrics.items() if not name.endswith("_std")}
         if isinstance(network.bottleneck, VectorBottleneck):
             figures["perplexity"] = float(network.bottleneck.perplexity)
         count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
         pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
-        if binary:
-            figures |= health.figures()
-            pictures["bit-usage"] = bit_usage_plot(health.usage)
+        if found.health.count:
+            pictures["bit-usage"] = bit_usage_plot(found.health.usage)
         return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
 
 
 class PriorTask(Task):
     """Stage 2."""
 
-    def __init__(self, experiment: Experiment, source: str) -> None:
+    def __init__(self, experiment: Experiment, source: str, codes: Codes) -> None:
         self.experiment = experiment
         self.training = experiment.prior_training
-        self._latents = files.join(source, "latents")
         self.skipped = Skipped()
-        self.source = source
+        self.source, self.codes = source, codes
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
-        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._held_out: CodeBatch | None = None
 
     def network(self) -> nn.Module:
         return self.model.network()
@@ -195,14 +182,15 @@ class PriorTask(Task):
         return self.model.objective(self.experiment.seed)
 
     def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        experiment, latents = self.experiment, open_latents(self._latents)
+        experiment, latents = self.experiment, self.codes.train
         memory_gb, device = experiment.cluster.latents_gb, place.device
         return latent_batches(latents, self.training, experiment.seed, step, place.rank, place.world, memory_gb, device)
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:
-            self._held_out = open_latents(self._latents, "validation").read().part(slice(_VALIDATION_CODES), device)
-        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
+            held_out = self.codes.held_out.read()
+            self._held_out = CodeBatch.numbered(*held_out.part(slice(_VALIDATION_CODES), device))
+        return self.model.bound(network, self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         bounds = [self._bound(network, device).bits_per_bit for network in networks]
@@ -213,7 +201,7 @@ class PriorTask(Task):
         bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = model.sample(network, labels, index, experiment.sampling, seed)
+        z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         figures["val_bound_sampling"] = sampled.bits_per_bit

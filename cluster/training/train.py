@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-import tqdm
-from ray.experimental import tqdm_ray
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -34,17 +32,17 @@ from bld_core.autoencoder.perceptual import load_perceptual
 from bld_core.data.images import check_shards
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
-from bld_core.generator import AUTOENCODER
-from bld_core.latents.reader import open_latents
 from bld_core.noise import key_of
 from bld_core.storage import files
 from bld_core.storage.patience import StorageError
-from bld_core.training.checkpoint import CONFIG, average_name, load_state, read_model_config, save_model, save_state
+from bld_core.training.checkpoint import CONFIG, average_name, load_state, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
+from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
+from cluster.ray_private import bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
@@ -120,21 +118,9 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
         UserError: latents of another autoencoder, or other bad input, before anything is started.
     """
     source = source or experiment.folder
-    autoencoder = read_model_config(files.join(source, AUTOENCODER))
-    experiment.check_autoencoder(autoencoder)
-    latents = open_latents(files.join(source, "latents"))
-    held_out = len(open_latents(files.join(source, "latents"), "validation"))
-    if held_out < 2:
-        raise UserError(
-            f"{held_out} validation codes in {source!r}; the likelihood bound and its error need at least 2: add "
-            "images to data.validation and encode again with --fresh"
-        )
-    made_by = latents.manifest["autoencoder_hash"]
-    if made_by != autoencoder["hash"]:
-        raise UserError(
-            f"the latents in {source!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
-            f"{autoencoder['hash'][:12]}: run encode_latents.py --fresh"
-        )
+    found = open_encoded(experiment, source)
+    assert found.codes is not None, "`open_encoded` opens them"
+    autoencoder, latents = found.autoencoder, found.codes.train
     classes = experiment.prior.classes
     if latents.classes > classes > 0:
         raise UserError(f"the latents hold class {latents.classes - 1}; prior.classes is {classes}: raise it")
@@ -148,26 +134,26 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
-                "autoencoder_hash": made_by,
+                "autoencoder_hash": autoencoder.hash,
                 "latents_hash": latents.hash,
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
-            fit(stage, PriorTask(experiment, source), config)
+            fit(stage, PriorTask(experiment, source, found.codes), config)
         return files.join(stage.folder, FINAL)
 
 
-def fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
-    """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights."""
+def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
+    """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights.
+
+    Args:
+        stage: open.
+        task: what is trained.
+        facts: what config.json is to say beside run and metrics; JSON values.
+    """
     cluster = stage.experiment.cluster
     trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "task": task,
-            "label": stage.name,
-            "folder": stage.folder,
-            "run": stage.run,
-            "bar": on_terminal(),
-        },
+        train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
         ),
@@ -194,7 +180,7 @@ def fit(stage: Stage, task: Task, config: dict[str, Any]) -> None:
         best = task.training.ema_decays.index(metrics["ema_decay"])
         weights = load_file(f"{folder}/{average_name(best)}.safetensors")
     final = files.join(stage.folder, FINAL)
-    digest = save_model(final, weights, {**config, "run": stage.run.run_id, "metrics": metrics})
+    digest = save_model(final, weights, {**facts, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
 
 
@@ -205,11 +191,33 @@ def _storage_failure(error: TrainingFailedError) -> StorageError | None:
     return next((failure for failure in map(unwrap, failures) if isinstance(failure, StorageError)), None)
 
 
-def _work(config: dict[str, Any]) -> Exception | None:
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a training is told.
+
+    Attributes:
+        task: what is trained.
+        label: of the progress lines.
+        folder: of the stage.
+        run: the MLflow run.
+        bar: whether a person watches the command.
+    """
+
+    task: Task
+    label: str
+    folder: str
+    run: Run
+    bar: bool
+
+
+def _work(settings: dict[str, Job]) -> Exception | None:
     """One training worker; returns why all of them have stopped early: to start again would not help."""
-    task: Task = config["task"]
+    job = settings["job"]
+    task = job.task
     training = task.training
     task.experiment.cluster.limit_threads()
+    if remote := task.experiment.cluster.workers > 0:
+        quiet_training_worker()
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
@@ -217,15 +225,14 @@ def _work(config: dict[str, Any]) -> Exception | None:
     if (critic := task.critic()) is not None:
         state.critic = make_state(*critic, ray.train.torch.prepare_model)
     positions: list[list[int]] = []
-    checkpoint = ray.train.get_checkpoint() or _last_checkpoint(config["folder"])
+    checkpoint = ray.train.get_checkpoint() or _last_checkpoint(job.folder)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             positions = load_state(folder, state)["positions"]
-    run: Run | None = config["run"] if place.rank == 0 else None
+    run: Run | None = job.run if place.rank == 0 else None
     load = SystemLoad() if place.rank == 0 else None
-    bars = tqdm_ray.tqdm if task.experiment.cluster.workers else tqdm.tqdm
-    bar = bars if config["bar"] else None
-    progress = Progress(config["label"], training.steps, state.step, bar) if place.rank == 0 else None
+    shown = bar(remote) if job.bar else None
+    progress = Progress(job.label, training.steps, state.step, shown) if place.rank == 0 else None
     batches = task.batches(state.step, positions, place)
     metrics: dict[str, float] = {}
     try:
@@ -244,7 +251,7 @@ def _work(config: dict[str, Any]) -> Exception | None:
             if look:
                 metrics = _evaluate(task, state, run, place)
             if look or keep:
-                _meet(task, state, metrics, place, config["folder"] if keep else None)
+                _meet(task, state, metrics, place, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(_join(str(error), place))
     if progress is not None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +381,8 @@ def test_outpainting_continues_an_image(inpainter: Generator) -> None:
 def test_steps_that_are_asked_for_take_the_place_of_a_stored_grid(generator: Generator) -> None:
     assert generator.prior is not None
     expected = generator.sample(4, steps=8), generator.sample(4, steps=4)
-    generator.prior.config["sampling"] |= {"grid": [16, 12, 8, 4, 0]}
+    record = generator.prior.record
+    stored = replace(record, sampling=replace(record.sampling, grid=[16, 12, 8, 4, 0]))
+    generator.prior = replace(generator.prior, record=stored)
     assert torch.equal(generator.sample(4, steps=8), expected[0])
     assert torch.equal(generator.sample(4), expected[1])

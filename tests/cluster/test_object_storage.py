@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import bld_core
-from bld_core.generator import AUTOENCODER
 from bld_core.storage import files
 from bld_core.storage.patience import StorageError
+from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import CONFIG, WEIGHTS
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig

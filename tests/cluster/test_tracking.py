@@ -16,7 +16,12 @@ import pytest
 from PIL import Image
 
 import cluster.lineage as lineage_module
+from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import ImageConfig
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.prior.transformer import PriorConfig
+from bld_core.trained import AutoencoderRecord, PriorRecord
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.data.shards import ShardConfig
@@ -191,10 +196,16 @@ def test_a_deleted_mlflow_experiment_is_named_with_its_cure(experiment: Experime
 
 
 def test_lineage_names_what_each_result_was_made_from() -> None:
-    autoencoder, prior = {"hash": "a", "data_hash": "d"}, {"hash": "p", "latents_hash": "l"}
+    early = AutoencoderRecord(
+        hash="a", autoencoder=AutoencoderConfig(), code_shape=(16, 16, 32), image_size=256, channels=3
+    )
+    autoencoder = replace(early, data_hash="d")
+    prior = PriorRecord(
+        hash="p", prior=PriorConfig(), diffusion=DiffusionConfig(), sampling=SamplingConfig(), latents_hash="l"
+    )
     assert lineage(autoencoder) == {"bld.data_hash": "d", "bld.autoencoder_hash": "a"}
     assert list(lineage(autoencoder, prior).values()) == ["d", "a", "l", "p"]
-    assert lineage({"hash": "a"})["bld.data_hash"] == "unknown"  # of an early version
+    assert lineage(early)["bld.data_hash"] == "unknown"
 
 
 def test_the_commit_is_of_the_repository_that_tracks_this_code(tmp_path: Path) -> None:

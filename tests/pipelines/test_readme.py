@@ -67,7 +67,30 @@ def test_the_python_lines_run_without_ray(finished: Experiment) -> None:
     assert getattr(names["again"], "shape", None) == getattr(names["images"], "shape", ())
 
 
-def test_the_tree_names_every_file_of_the_three_rings() -> None:
-    for ring in ("bld_core", "cluster"):
-        for path in sorted((REPOSITORY / ring).glob("*.py")):
-            assert path.name == "__init__.py" or re.search(rf"^  {path.name}\s", README, re.M), f"{path} is missing"
+@pytest.mark.parametrize("ring", ["bld_core", "cluster"])
+def test_the_listing_of_a_ring_is_its_tree(ring: str) -> None:
+    (block,) = re.findall(rf"```\n({ring}/ .*?)```", (REPOSITORY / ring / "README.md").read_text(), re.S)
+    listed, folders = list[str](), list[str]()
+    for line in block.splitlines():
+        indent, name, words = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        assert words
+        folders[len(indent) // 2 :] = [name]
+        listed.append("".join(folders))
+    tree = [
+        f"{path.relative_to(REPOSITORY).as_posix()}{'/' if path.is_dir() else ''}"
+        for path in (REPOSITORY / ring, *(REPOSITORY / ring).rglob("*"))
+        if not {"__pycache__", "__init__.py", "README.md"} & {*path.parts}
+    ]
+    assert sorted(listed) == sorted(tree)
+
+
+def test_every_text_that_is_named_is_in_the_repository() -> None:
+    folders = ("bld_core", "cluster", "pipelines", "configs", "tests", "benchmarks")
+    found = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.is_file()]
+    for path in [*found, *(REPOSITORY / name for name in ("README.md", "Makefile", "pyproject.toml"))]:
+        if path.suffix not in ("", ".py", ".md", ".yaml", ".toml", ".html"):
+            continue
+        for name in re.findall(r"\w[\w/-]*\.md\b", path.read_text()):
+            assert any(place.as_posix().endswith(f"/{name}") for place in [*found, REPOSITORY / "README.md"]), (
+                f"{path} names {name}, which is not in the repository"
+            )

@@ -17,7 +17,7 @@ from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.losses import LossConfig, hinge_critic_loss
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.data.images import stack
+from bld_core.data.images import stack, to_float
 from bld_core.noise import uniform
 from bld_core.training.checkpoint import load_state, save_state
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
@@ -71,6 +71,26 @@ def first_gradient(config: TrainingConfig) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in state.module.named_parameters() if parameter.grad is not None}
 
 
+def test_the_loss_is_the_weighted_sum_of_the_terms_that_have_a_weight() -> None:
+    config, loss = replace(CONFIG, steps=1), LossConfig(l1=0.5, mse=2.0)
+    batch = next(batches())
+    x, u = to_float(batch.data), uniform(0, "autoencoder draw", batch.sample_index, 8 * 4 * 4)
+    with torch.no_grad():
+        error = new_state(config).module(x, u)[0] - x
+    terms = next(train(new_state(config), batches(), objective(loss), config)).terms
+    assert {name: float(terms[name]) for name in ("l1", "mse", "loss")} == pytest.approx(
+        {
+            "l1": float(error.abs().mean()),
+            "mse": float(error.square().mean()),
+            "loss": float(0.5 * error.abs().mean() + 2 * error.square().mean()),
+        },
+        rel=1e-5,
+    )
+    only = next(train(new_state(config), batches(), objective(LossConfig(l1=0.0, mse=1.0)), config)).terms
+    assert "l1" not in only
+    assert float(only["loss"]) == float(only["mse"])
+
+
 # --- What saves time or memory ---------------------------------------------------------------------------------------
 
 
@@ -79,6 +99,28 @@ def test_it_changes_nothing_but_rounding(change: dict[str, int]) -> None:
     other = first_gradient(replace(CONFIG, **change))  # pyright: ignore[reportArgumentType]
     for name, gradient in first_gradient(CONFIG).items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_have_the_strides_of_their_weights_and_the_same_bits(channels: int, channels_last: bool) -> None:
+    images = to_float(stack(toy_images(8, SIDE, channels)))
+
+    def gradients(config: TrainingConfig | None) -> list[tuple[nn.Parameter, Tensor]]:
+        torch.manual_seed(0)
+        network = make_autoencoder(TINY_AUTOENCODER, channels)
+        if config is None:
+            network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        else:
+            make_state(network, config)
+        (network(images)[0] - images).square().mean().backward()
+        return [(weights, weights.grad) for weights in network.parameters() if weights.grad is not None]
+
+    plain, ours = gradients(None), gradients(replace(CONFIG, channels_last=channels_last))
+    assert all(torch.equal(mine, other) for (_, mine), (_, other) in zip(ours, plain, strict=True))
+    assert all(gradient.stride() == weights.stride() for weights, gradient in ours)
+    if channels == 1 and not channels_last:  # else they have them already
+        assert not all(gradient.stride() == weights.stride() for weights, gradient in plain)
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.autoencoder.quantizer import BernoulliBottleneck, CodeHealth, entropy_term, quantize
+from bld_core.autoencoder.quantizer import BernoulliBottleneck, entropy_term, quantize
+from bld_core.metrics.code_health import CodeHealth
 from bld_core.noise import uniform
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bld_core.latents.reader import open_latents
-from bld_core.latents.writer import MANIFEST, LatentConfig, encode_images, latent_shard_bytes, manifest_entry
+from bld_core.latents.writer import MANIFEST, LatentConfig, Manifest, describe_file, encode_images, latent_shard_bytes
 from bld_core.storage import cache, files
 from tests.bld_core.toys import random_latents, tiny_autoencoder, toy_images, write_latents
 
@@ -36,8 +36,8 @@ def test_a_data_set_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
         for i, part in enumerate(parts):
             data = latent_shard_bytes(part, {"shape": [2, 2, 8]})
             files.write_bytes(files.join(folder, f"{i}.parquet"), data)
-            entries.append(manifest_entry(f"{i}.parquet", data, len(part.key), f"{i}.tar", "train", {}))
-        files.write_json(files.join(folder, MANIFEST), {"format": 1, "shape": [2, 2, 8], "files": entries})
+            entries.append(describe_file(f"{i}.parquet", data, len(part.key), f"{i}.tar", "train", {}))
+        files.write_json(files.join(folder, MANIFEST), Manifest(shape=(2, 2, 8), files=entries).to_json())
         latents = open_latents(folder)
         rows = latents.read()
         assert latents.shape == rows.shape == (2, 2, 8)
@@ -204,7 +204,7 @@ def test_remote_files_are_fetched_once(remote: Remote) -> None:
 
 
 def test_processes_of_one_machine_share_what_they_fetch(remote: Remote) -> None:
-    wanted = [(f"{remote.url}/{entry['file']}", entry["sha256"]) for entry in open_latents(remote.url).shards]
+    wanted = [(f"{remote.url}/{shard.file}", shard.sha256) for shard in open_latents(remote.url).shards]
     code = f"from bld_core.storage.cache import read_verified\nfor file in {wanted}:\n    read_verified(*file)"
     readers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [reader.wait() for reader in readers] == [0, 0, 0]
@@ -216,7 +216,7 @@ def test_processes_of_one_machine_share_what_they_fetch(remote: Remote) -> None:
 def test_a_damaged_file_of_the_cache_is_fetched_again(remote: Remote, damage: str) -> None:
     latents = open_latents(remote.url)
     whole = latents.read()
-    kept = cache.folder() / latents.shards[1]["sha256"]
+    kept = cache.folder() / latents.shards[1].sha256
     data = kept.read_bytes()
     kept.write_bytes(data[: len(data) // 2] if damage == "half of it" else data[:60] + b"x" + data[61:])
     assert np.array_equal(latents.read().packed, whole.packed)
@@ -231,7 +231,7 @@ def test_what_is_wrong_at_the_source_is_never_kept(remote: Remote) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"train/1\.parquet' has sha256 .* the manifest says"):
         latents.read()
-    assert not (cache.folder() / latents.shards[1]["sha256"]).exists()
+    assert not (cache.folder() / latents.shards[1].sha256).exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from bld_core.latents.writer import (
     FORMAT_VERSION,
     LatentConfig,
     LatentRows,
+    describe_file,
     encode_images,
     latent_shard_bytes,
-    manifest_entry,
     shard_metadata,
 )
 from bld_core.noise import key_of, uniform
@@ -105,8 +106,8 @@ def test_a_thousand_codes_cost_at_most_a_tenth_more_than_their_bits() -> None:
         LatentRows(keys, list(range(count)), [0] * count, [0] * count, bits),
         {"shape": [h, w, c], "autoencoder_hash": "0" * 64, "preprocessing": {"image_size": 256}, "seed": 0},
     )
-    entry = manifest_entry("train-0000.parquet", data, count, "s3://bucket/train-0000.tar", "train", {"unreadable": 1})
-    assert len(data) + len(json.dumps(entry, indent=2)) <= 1.10 * width * count
+    entry = describe_file("train-0000.parquet", data, count, "s3://bucket/train-0000.tar", "train", {"unreadable": 1})
+    assert len(data) + len(json.dumps(asdict(entry), indent=2)) <= 1.10 * width * count
 
 
 # --- Encoding -------------------------------------------------------------------------------------------------------

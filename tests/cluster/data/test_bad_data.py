@@ -56,7 +56,7 @@ def test_encoding_stops_with_the_report_and_goes_on_when_it_may(encoded: Experim
     latents = open_latents(f"{experiment.folder}/latents")
     assert len(latents) == 57
     expected = {Reason.DAMAGED: 1, Reason.NO_IMAGE: 1, Reason.UNREADABLE: 1, Reason.EMPTY: 1}
-    assert [entry["skipped"] for entry in latents.manifest["files"]] == [dict(sorted(expected.items()))] * 2
+    assert [file.skipped for file in latents.manifest.files] == [dict(sorted(expected.items()))] * 2
 
 
 def test_evaluation_counts_what_it_leaves_out(encoded: Experiment, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ import ray
 import torch
 
 from bld_core.data.images import first_images, stack, to_float
-from bld_core.generator import load_autoencoder
 from bld_core.latents.bits import unpack_bits
 from bld_core.latents.reader import open_latents
 from bld_core.latents.writer import LatentConfig, encode_images
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
 from bld_core.storage.files import read_json
+from bld_core.trained import load_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents, verify_latents
 from cluster.tracking import Run
@@ -46,7 +46,7 @@ def test_every_image_is_encoded_once_and_the_manifest_says_so(encoded: Experimen
     rows = train.read()
     assert len({*rows.keys.to_pylist(), *validation.read().keys.to_pylist()}) == 1797
     assert set(rows.labels.tolist()) == set(range(10))
-    assert all(entry["skipped"] == {} for entry in train.manifest["files"])
+    assert all(file.skipped == {} for file in train.manifest.files)
     run = Run(encoded.tracking.resolve(encoded.root), read_json(f"{folder}/stage.json")["run"])
     figures = run.client.get_run(run.run_id).data.metrics
     assert figures["images"] == figures["rows"] == 1797

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,30 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import vgg16
 
 import bld_core
 from bld_core.autoencoder.baselines.vector import VectorBottleneck
+from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.perceptual import load_perceptual
 from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.generator import AUTOENCODER
+from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
+from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import Drawn, Evaluator, Look
+from cluster.evaluation.actors import Drawn, Evaluator, SampleFeatures
 from cluster.evaluation.cas import CasTask, cas_experiment
 from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConfig
 from cluster.evaluation.evaluate import evaluate
@@ -45,11 +52,13 @@ from cluster.training.sweep import table as table_of_trials
 from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
+from tests.cluster.evaluation.test_exactness import small_file
 from tests.conftest import copy_of
+from tests.console import unknown
 
 
 def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
-    task, decays = PriorTask(finished, finished.folder), finished.prior_training.ema_decays
+    task, decays = PriorTask(finished, finished.folder, open_codes(finished.folder)), finished.prior_training.ema_decays
     networks = [task.network().eval() for _ in decays]
     checkpoint = max(Path(finished.folder, "prior").glob("checkpoint-*"))
     for number, network in enumerate(networks):
@@ -148,14 +157,13 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 <= figures["class_accuracy"] <= 1
     assert figures["class_accuracy_real"] > 0.95
     assert "classifier_accuracy" not in figures, "that of the classifier in whose features images are compared"
-    prior, schedule = bld_core.load(finished.folder).prior, finished.diffusion.make_schedule()
+    prior, process = bld_core.load(finished.folder).prior, finished.diffusion.make_process()
     assert prior is not None
-    codes, labels = (
-        open_latents(f"{finished.folder}/latents", "validation").read().part(slice(None), torch.device("cpu"))
-    )
-    grid = finished.sampling.times(schedule)
+    held_out = open_latents(f"{finished.folder}/latents", "validation").read()
+    codes = CodeBatch.numbered(*held_out.part(slice(None), torch.device("cpu")))
+    grid = finished.sampling.make_grid(process.schedule)
     assert len(grid) == 5
-    strided = likelihood_bound(prior.network, codes, labels, schedule, grid)
+    strided = likelihood_bound(prior.network, process, codes, grid)
     assert figures["bound_sampling"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
     evaluation = Path(experiment.folder, "evaluation")
@@ -190,7 +198,7 @@ def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict
     for seed, samples in enumerate(sets):
         for start in range(0, len(labels), size):
             some = labels[start : start + size]
-            drawn = evaluator.work(Look(Draw(experiment.sampling, some, len(some), start, seed)))
+            drawn = evaluator.work(SampleFeatures(Draw(experiment.sampling, some, len(some), start, seed)))
             assert isinstance(drawn, Drawn)
             samples.add(drawn)
     return over_seeds([samples.figures() for samples in sets])
@@ -354,17 +362,29 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
         "channels": 1,
     }
     save_model(str(Path(experiment.folder, AUTOENCODER)), network.state_dict(), config)
+    images = stack(first_images(experiment.data.validation, experiment.data, 24))
+    shard = str(tmp_path / "held-out.tar")
+    write_shard(shard, [Sample(str(i), "png", png(picture(pixels)), 0) for i, pixels in enumerate(images)])
+    with torch.device("meta"):
+        vgg = nn.Sequential(OrderedDict(features=vgg16().features))
+    weights, sha256 = small_file(vgg, tmp_path / "vgg.pth")
+    loss = LossConfig(vgg_weights=weights, vgg_sha256=sha256)
+    data, asked = replace(experiment.data, validation=shard), replace(experiment.evaluation, lpips=True)
+    experiment = replace(experiment, data=data, loss=loss, evaluation=asked)
     report = evaluate(experiment)
-    images = stack(first_images(experiment.data.validation, experiment.data, 1000))
     generator = bld_core.load(experiment.folder)
     quality = ReconstructionQuality()
-    quality.update(images, generator.reconstruct(images))
+    reconstructions = generator.reconstruct(images)
+    quality.update(images, reconstructions)
+    distance = load_perceptual(loss, torch.device("cpu"))(to_float(images), to_float(reconstructions))
     assert report["figures"] == pytest.approx(
         {
             "psnr": quality.psnr.mean,
             "psnr_std": quality.psnr.deviation,
             "ssim": quality.ssim.mean,
             "ssim_std": quality.ssim.deviation,
+            f"lpips_{sha256[:8]}": float(distance.mean()),
+            f"lpips_{sha256[:8]}_std": float(distance.std()),
         },
         rel=1e-4,  # another batch size
     )
@@ -418,9 +438,10 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
 
 
 @pytest.mark.long
-def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment) -> None:
+def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
     rows = sweep_prior(experiment)
+    assert unknown(capsys.readouterr().out) == []
     assert sorted((row["vlb_weight"], row["schedule"]) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
     assert rows[0]["bound"] < rows[1]["bound"]
     best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())

@@ -106,6 +106,7 @@ def registered(
     tmp_path_factory: pytest.TempPathFactory, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> Experiment:
     pair = random_pair(tmp_path_factory.mktemp("registered"), digits, mlflow_server.uri)
+    pair = replace(pair, tracking=replace(pair.tracking, alias="tried"))
     made = register(evaluated(pair, bound=0.5, psnr=20.0))
     assert (made.name, made.version) == ("pair", "1")
     return pair
@@ -116,7 +117,7 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
     assert register(registered).version == "1", "the same pair was registered twice"
     folders = [
         fetch_model(f"models:/pair{which}", str(tmp_path / str(number)), uri)
-        for number, which in enumerate(("@latest-trained", f"@{CHAMPION}", "/1"))
+        for number, which in enumerate(("@tried", f"@{CHAMPION}", "/1"))
     ]
     before, *after = (bld_core.load(folder).sample(labels=[1, 2], seed=3) for folder in (registered.folder, *folders))
     assert all(torch.equal(before, images) for images in after)
@@ -131,12 +132,12 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
     assert version.tags["figure.bound"] == "0.5"
     pair = bld_core.load(registered.folder)
     assert pair.prior is not None
-    assert version.tags["bld.autoencoder_hash"] == pair.autoencoder.config["hash"]
-    assert version.tags["bld.prior_hash"] == pair.prior.config["hash"]
+    assert version.tags["bld.autoencoder_hash"] == pair.autoencoder.record.hash
+    assert version.tags["bld.prior_hash"] == pair.prior.record.hash
     assert version.run_id
     run = connect(uri).get_run(version.run_id)
     assert run.data.metrics == {"bound": 0.5, "psnr": 20.0}
-    assert run.data.tags["bld.prior_hash"] == pair.prior.config["hash"]
+    assert run.data.tags["bld.prior_hash"] == pair.prior.record.hash
     assert run.info.status == "FINISHED"
 
 
@@ -276,8 +277,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"label": 0}, {"label": 10}), "row 1: class 10 asked for; the classes of this prior: 0..9"),
         (rows({"lable": 3}), "row 0: unknown field lable; a row may have label, seed"),
         (rows({"label": "three"}), "label is 'three'; it must be a whole number"),
-        (rows({"label": 1.5}), "label is '1.5'; it must be a whole number"),
-        (rows({"count": 0}), "count is 0; it must be at least 1"),
+        (rows({"label": 1.5}), "label is 1.5; it must be a whole number"),
+        (rows({"count": 0}), "count is 0; it must be a whole number of at least 1"),
         (rows({"count": 200}, {"count": 200}), "row 1: 400 images asked for; one request gives at most 256"),
         (rows({"steps": 1000}), "steps"),
         (rows({"temperature": 0}), "temperature is 0.0; it must be above 0"),

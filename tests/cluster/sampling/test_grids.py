@@ -18,7 +18,7 @@ from cluster.evaluation.export import samples_npz
 from cluster.evaluation.neighbours import Finder, Nearest
 from cluster.evaluation.references import Space, check_space, make_references
 from cluster.evaluation.sample_metrics import over_seeds
-from cluster.sampling.sampler import balanced_labels, drawn_labels, judges
+from cluster.sampling.sampler import balanced_labels, bound_pieces, drawn_labels
 
 
 def small_digits(digits: dict[str, str]) -> ImageConfig:
@@ -42,8 +42,8 @@ def test_drawn_classes_have_the_frequencies_of_the_training_set() -> None:
 
 
 @pytest.mark.parametrize("total", [2, 256, 257, 1025])
-def test_held_out_codes_are_judged_in_pieces_each_of_which_has_an_error(total: int) -> None:
-    pieces = judges(None, total)
+def test_held_out_codes_are_measured_in_pieces_each_of_which_has_an_error(total: int) -> None:
+    pieces = bound_pieces(None, total)
     assert [code for piece in pieces for code in range(piece.start, piece.stop)] == list(range(total))
     assert all(2 <= piece.stop - piece.start <= 256 for piece in pieces)
 

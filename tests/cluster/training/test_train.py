@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from bld_core.noise import key_of
 from bld_core.storage import files
 from bld_core.training.checkpoint import read_model_config
 from bld_core.training.loop import Batch
+from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking import Run
@@ -55,7 +57,7 @@ def curve_of(experiment: Experiment, stage: str) -> list[tuple[int, float]]:
 def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished: Experiment, tmp_path: Path) -> None:
     two = replace(finished, root=str(tmp_path), cluster=replace(finished.cluster, workers=2))
     with open_stage(two, "prior", {}, "never") as stage:
-        cluster_train.fit(stage, FingerprintTask(two, finished.folder), {})
+        cluster_train.fit(stage, FingerprintTask(two, finished.folder, open_codes(finished.folder)), {})
     meta = files.read_json(str(max(Path(two.folder, "prior").glob("checkpoint-*")) / "meta.json"))
     assert len(meta["positions"]) == 2
     assert meta["positions"][0] == meta["positions"][1], "replicas differ"
@@ -149,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     experiment = replace(
         encoded,
         root=str(tmp_path),
-        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
+        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2, entropy=0.1),
         autoencoder_training=small_training(6, checkpoint_every=2),
         cluster=replace(encoded.cluster, workers=2),
     )
@@ -165,6 +167,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
     critic = run.client.get_metric_history(run.run_id, "train_critic")
     assert sorted({metric.step for metric in critic}) == [2, 3, 4, 5, 6]
+    entropy = run.client.get_metric_history(run.run_id, "train_entropy")
+    assert all(-0.1 * math.log(2) <= metric.value < 0 for metric in entropy)
+    assert len(entropy) >= 6
 
 
 def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Path) -> None:

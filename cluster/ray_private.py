@@ -1,0 +1,126 @@
+"""All that relies on Ray's private modules, or on switches that its guide does not name; each seen in Ray 2.60.
+
+Where Ray is upgraded, this is the file to read: it says what each of them is for, and what happens without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Generator
+from typing import Any
+
+import tqdm
+from ray._private import ray_constants
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.experimental import tqdm_ray
+
+_TURN_S = 0.05
+_EVERYWHERE = {
+    # Ray Train gives a group of workers 60 s to start, within which a large environment is not unpacked.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray Tune's older reporter says nothing where `verbose` is 0; the newer one prints a table and two paths anyway.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_LOCAL = {
+    # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
+    # writes of its actor: "max_restarts > 0 ... the actor restart will fail".
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Data shares out what cores Ray Train leaves it in whole ones: of the one core that two workers of half a core
+    # leave on two, its two streams get none each on paper, and still decode. After a minute it takes that for a job
+    # that "may hang forever". That there are cores enough for all is what `connect` checks.
+    "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
+}
+
+
+def set_environment() -> None:
+    """Set up Ray's processes that start from here on, unless the user has."""
+    for name, value in _EVERYWHERE.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def local_cluster() -> Generator[int]:
+    """Around `ray.init` of a cluster that ends with this process; yields the port for its dashboard.
+
+    Ray Train asks the dashboard every second whether the training is still alive. Without RAY_API_SERVER_ADDRESS its
+    processes would ask the cluster that was last started on this machine: if that is gone, every training ends 12 s
+    late.
+
+    What workers say is shown as they say it. Without that, "(RayTrainWorker pid=5395)" in cyan stands before each line,
+    in files, too; on one machine it tells nothing, and on a cluster with an address of its own Ray keeps to it.
+
+    Ray announces at each start that it asks for a token, as it should; its level is raised for the start alone.
+    """
+    for name, value in _LOCAL.items():
+        os.environ.setdefault(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+    log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield port
+    finally:
+        log.setLevel(before)
+
+
+def quiet_training_worker() -> None:
+    """Bring a training worker's log back to warnings, Python's own level.
+
+    Ray Train sets the root logger of its workers to INFO, whatever its LoggingConfig says. Without this, each report
+    is written out ("Reporting training result 1: TrainingReport(...)", by a logger that is named after its file), and
+    so is what any library has to say.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def quiet_data(context: DataContext) -> None:
+    """Ray Data without its progress bars and their announcements: the training has a progress of its own.
+
+    Its logger for choosing a bar warns that there is none ("Progress bars disabled. To enable, ...").
+    """
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+class Breathe(ExecutionCallback):
+    """A shortest time for each turn of Ray Data's scheduling loop.
+
+    While its output waits to be consumed, that loop (a thread of the training worker) spins without one, and takes
+    half a core and the interpreter lock from the training step.
+    """
+
+    def __init__(self) -> None:
+        self._turned = time.monotonic()
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called by Ray Data once a turn."""
+        time.sleep(max(0.0, self._turned + _TURN_S - time.monotonic()))
+        self._turned = time.monotonic()
+
+
+def bar(remote: bool) -> type:
+    """The class of progress bars: Ray's own in a remote worker, whose terminal is that of the command.
+
+    Plain tqdm there would come line by line, each time that the bar moves.
+    """
+    return tqdm_ray.tqdm if remote else tqdm.tqdm
+
+
+def ahead(results: int) -> dict[str, Any]:
+    """The option of a task by which it waits while this many of its streamed results are not yet taken.
+
+    Without it, the task decodes a whole shard into Ray's object store.
+    """
+    return {"_generator_backpressure_num_objects": results}

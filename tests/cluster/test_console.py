@@ -1,0 +1,82 @@
+"""The console of a local run: what Ray and MLflow chat about is gone, what goes wrong is not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ray.train import TrainingFailedError
+
+from bld_core.training.loop import Batch
+from cluster.config.artifacts import open_codes
+from cluster.config.experiment import Experiment
+from cluster.runtime import map_on_actors
+from cluster.stages import open_stage
+from cluster.training.tasks import Place, PriorTask
+from cluster.training.train import fit
+from tests.conftest import small_experiment
+from tests.console import unknown
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Failing(PriorTask):
+    """Stage 2 that warns and fails on its worker."""
+
+    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+        warnings.warn("ours, by Python", stacklevel=1)
+        logging.getLogger("cluster.ours").warning("ours, by a logger")
+        sys.stderr.write("ours, by a library\n")
+        raise RuntimeError("no space left on device")
+
+
+class Killed:
+    """An actor that is killed, as one that needs too much memory is."""
+
+    def work(self, item: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(root: str, source: str, digits: dict[str, str]) -> None:
+    """What the process does whose console is read: a training and a job of actors, which fail on their one worker."""
+    small = small_experiment(Path(root), digits)
+    experiment = replace(small, cluster=replace(small.cluster, workers=1, max_failures=0))
+    with open_stage(experiment, "prior", {}, "never") as stage:
+        try:
+            fit(stage, Failing(experiment, source, open_codes(source)), {})
+        except TrainingFailedError:
+            traceback.print_exc()
+    print("the training has failed", file=sys.stderr)
+    list(map_on_actors(Killed, (), "work", [1], experiment.cluster, "killed"))
+
+
+def test_what_goes_wrong_on_a_worker_is_shown(finished: Experiment, digits: dict[str, str], tmp_path: Path) -> None:
+    call = "import json, sys; from tests.cluster.test_console import fail; fail(*json.loads(sys.argv[1]))"
+    arguments = [sys.executable, "-c", call, json.dumps([str(tmp_path), finished.folder, digits])]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    failing, killed = done.stderr.split("the training has failed\n")
+    assert re.search(r"^.*test_console.py:\d+: UserWarning: ours, by Python$", failing, re.M)
+    assert re.search(r"^ours, by a logger$", failing, re.M)
+    assert re.search(r"^ours, by a library$", failing, re.M)
+    assert 'in batches\n    raise RuntimeError("no space left on device")' in failing
+    assert failing.index("ours, by") < failing.index("RuntimeError: no space left on device")
+    assert done.returncode == 1
+    assert "ActorDiedError: The actor died unexpectedly" in killed
+    assert all("A worker died or was killed" in line for line in unknown(done.stdout))
+
+
+@pytest.mark.parametrize("line", ["INFO mlflow: Updating database tables", "(RayTrainWorker pid=1) prior  1/2", "x: y"])
+def test_a_line_of_another_form_is_found(line: str) -> None:
+    ours = "prior  50/800  6.82/s  1m49s left  loss 0.473  learning_rate 2e-05\nprior: already done in runs/demo/prior"
+    assert unknown(f"{ours}\n{line}\n") == [line]
