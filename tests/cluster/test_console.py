@@ -61,6 +61,7 @@ def fail(root: str, source: str, digits: dict[str, str]) -> None:
     list(map_on_actors(Killed, (), "work", [1], experiment.cluster, "killed"))
 
 
+@pytest.mark.long
 def test_what_goes_wrong_on_a_worker_is_shown(finished: Experiment, digits: dict[str, str], tmp_path: Path) -> None:
     call = "import json, sys; from tests.cluster.test_console import fail; fail(*json.loads(sys.argv[1]))"
     arguments = [sys.executable, "-c", call, json.dumps([str(tmp_path), finished.folder, digits])]
