@@ -22,6 +22,7 @@ import ray
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
+from bld_core.diffusion.sampling import SampleSpec
 from bld_core.trained import read_prior
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, SampleFeatures
@@ -55,7 +56,7 @@ def parts(experiment: Experiment) -> dict[str, float]:
     index = torch.arange(batch, device=device)
 
     def sample() -> torch.Tensor:
-        return prior.model.sample(prior.network, labels, index, experiment.sampling, experiment.seed)
+        return prior.model.sample(prior.network, SampleSpec(index, labels, experiment.seed), experiment.sampling)
 
     z = sample().view(-1, *autoencoder.code_shape)
     images = autoencoder.decode(z).cpu()

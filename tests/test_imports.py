@@ -30,7 +30,7 @@ CLUSTER = CORE | {
     "pydantic",
     "sqlalchemy",
 }
-PIPELINES = {"pipelines", "cluster", "jsonargparse"}
+PIPELINES = {"pipelines", "cluster", "jsonargparse", "yaml"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
 
 # The rooms and wings of each ring, the lowest first: each imports from those that stand before it and that it names.
@@ -65,8 +65,8 @@ ARROWS = {
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",
-    "cluster.evaluation": "plots lineage runtime config stages training sampling evaluation.config",
-    "cluster.report": "secrets plots lineage config tracking stages evaluation evaluation.config",
+    "cluster.evaluation": "plots console lineage runtime config stages training sampling evaluation.config",
+    "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
 }

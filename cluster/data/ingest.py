@@ -155,9 +155,7 @@ class Stream:
         quiet_data(context)
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=cluster.blocks * cluster.read_ahead << 20
-        )
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=cluster.read_ahead)
         context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))

@@ -12,12 +12,14 @@ from PIL.Image import Image
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.schedule import ScheduleName
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
 from bld_core.trained import read_prior
 from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
+from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_reference
 from cluster.plots import Line, Panel, panels_plot
@@ -29,6 +31,7 @@ from cluster.training.train import train_prior
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
 _RECONSTRUCTIONS = "rows/reconstructions.json"
+_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
 _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -117,7 +120,7 @@ def _samplers(experiment: Experiment) -> list[Row]:
 def _schedule(experiment: Experiment) -> list[Row]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
     rows: list[Row] = []
-    for schedule in experiment.study.schedules:
+    for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
         for spacing in ("k", "t"):
@@ -224,9 +227,9 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             }
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
-            stage.run.text(table(made), "table.txt")
+            stage.run.text(study_table(made), "table.txt")
             files.write_bytes(files.join(stage.folder, "plot.png"), png(picture))
-            files.write_bytes(files.join(stage.folder, "table.txt"), f"{table(made)}\n".encode())
+            files.write_bytes(files.join(stage.folder, "table.txt"), f"{study_table(made)}\n".encode())
             files.write_json(table_url, made)
         return files.read_json(table_url)
 
@@ -303,7 +306,7 @@ def _names(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(made: dict[str, Any]) -> str:
+def study_table(made: dict[str, Any]) -> str:
     """A study as lines of text, the paper's figures beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
@@ -312,8 +315,7 @@ def table(made: dict[str, Any]) -> str:
         cells.append(
             [row[made["column"]], *shown, *([" / ".join(f"{x:g}" for x in row["paper"])] if made["paper"] else [])]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines = aligned(cells)
     real = made["reference"]
     early = real.get(f"{distance}_remade")  # what tables of early versions call it
     reconstructed = real.get(f"{distance}_reconstructed", early)

@@ -23,7 +23,7 @@ from cluster.evaluation.evaluate import read_report
 from cluster.lineage import git_commit, lineage
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.report.paper import Table, tables_for
-from cluster.report.tables import GROUPS, about, place, rows
+from cluster.report.tables import GROUPS, about, rank, rows
 from cluster.secrets import without_secrets
 from cluster.stages import RECORD
 from cluster.tracking import STARTS, connect, find_run
@@ -149,7 +149,7 @@ def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
     losses = list({tuple(curve.y): curve for curve in map(line, terms)}.values())  # a loss of one term is that term
     panels = [Panel("loss", "step", "", losses)] if losses else []
     for key in sorted(
-        set(keys) - set(terms), key=lambda key: (key.startswith("train_"), place(key.partition("_")[2]), key)
+        set(keys) - set(terms), key=lambda key: (key.startswith("train_"), rank(key.partition("_")[2]), key)
     ):
         title = about(key.partition("_")[2]).title
         panels.append(Panel(f"{title}, held-out" if key.startswith("val_") else title, "step", "", [line(key)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from cluster.console import aligned
 from cluster.evaluation.config import SPREADS
 
 _IMAGES, _CODES, _SAMPLES = GROUPS = ("Reconstruction", "Health of the code", "Prior and samples")
@@ -86,8 +87,8 @@ def about(name: str) -> Figure:
     return Figure(_SAMPLES, name.replace("_", " "), "{:.4g}", "")
 
 
-def place(name: str) -> int:
-    """Where a figure stands among those that are known; the others come last."""
+def rank(name: str) -> int:
+    """Where a metric stands among those that are known; the others come last."""
     return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
 
 
@@ -103,11 +104,11 @@ def rows(figures: Mapping[str, float]) -> dict[str, Row]:
     return found
 
 
-def table(report: Mapping[str, Any]) -> str:
+def report_table(report: Mapping[str, Any]) -> str:
     """The figures of a report as lines of text, by the names that they have in report.json and MLflow."""
     shown = rows(report["figures"])
-    cells = {name: (name, row.value, row.spread, row.says) for name, row in shown.items()}
-    widths = [max(map(len, column)) for column in zip(*cells.values(), strict=True)]
+    text = aligned([(name, row.value, row.spread, row.says) for name, row in shown.items()])
+    line_of = dict(zip(shown, text, strict=True))
     lines: list[str] = []
     for group in GROUPS:
         of_group = [name for name, row in shown.items() if row.group == group]
@@ -115,7 +116,5 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append(f"{group} ({report['samples']:,} of {report['sampling']['steps']} steps)")
         elif of_group:
             lines.append(group)
-        for name in of_group:
-            padded = [cell.ljust(width) for cell, width in zip(cells[name], widths, strict=True)]
-            lines.append("  ".join(["", *padded]).rstrip())
+        lines += [f"  {line_of[name]}" for name in of_group]
     return "\n".join(lines)

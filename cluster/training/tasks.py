@@ -21,7 +21,8 @@ from bld_core.data.images import first_images, stack
 from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.process import CodeBatch
+from bld_core.diffusion.sampling import SampleSpec, SamplingConfig
 from bld_core.latents.loader import latent_batches
 from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.prior.model import make_model
@@ -172,7 +173,7 @@ class PriorTask(Task):
         self.source, self.codes = source, codes
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
-        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._held_out: CodeBatch | None = None
 
     def network(self) -> nn.Module:
         return self.model.network()
@@ -187,8 +188,9 @@ class PriorTask(Task):
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:
-            self._held_out = self.codes.held_out.read().part(slice(_VALIDATION_CODES), device)
-        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
+            held_out = self.codes.held_out.read()
+            self._held_out = CodeBatch.numbered(*held_out.part(slice(_VALIDATION_CODES), device))
+        return self.model.bound(network, self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         bounds = [self._bound(network, device).bits_per_bit for network in networks]
@@ -199,7 +201,7 @@ class PriorTask(Task):
         bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = model.sample(network, labels, index, experiment.sampling, seed)
+        z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         figures["val_bound_sampling"] = sampled.bits_per_bit

@@ -179,11 +179,6 @@ def test_a_run_folder_without_write_permission_is_refused(digits: dict[str, str]
         train_autoencoder(small_experiment(Path("/proc/nowhere"), digits))
 
 
-def test_too_little_memory_for_the_blocks_under_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"read_ahead is 63; it must be at least 64 MiB.*lower cluster.decode_tasks"):
-        ClusterConfig(read_ahead=63)
-
-
 def test_more_workers_than_the_cluster_holds_are_refused(ray_session: None) -> None:
     connect(ClusterConfig(cpus_per_worker=0.25))
     cpus = ray.cluster_resources()["CPU"]

@@ -44,6 +44,7 @@ def experiment(tmp_path: Path, mlflow_server: MlflowServer) -> Experiment:
     return replace(small_experiment(tmp_path, {"train": "t", "validation": "v"}), tracking=tracking)
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_for_a_while_loses_nothing(experiment: Experiment, mlflow_server: MlflowServer) -> None:
     run = start_run(experiment, "prior", None)
     reached, away = [0], threading.Event()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -106,6 +107,7 @@ class DyingTask(AutoencoderTask):
             yield batch
 
 
+@pytest.mark.long
 def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,13 +144,14 @@ class SpoiledTask(AutoencoderTask):
             yield batch._replace(data=data)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = replace(
         encoded,
         root=str(tmp_path),
-        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
+        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2, entropy=0.1),
         autoencoder_training=small_training(6, checkpoint_every=2),
         cluster=replace(encoded.cluster, workers=2),
     )
@@ -164,6 +167,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
     critic = run.client.get_metric_history(run.run_id, "train_critic")
     assert sorted({metric.step for metric in critic}) == [2, 3, 4, 5, 6]
+    entropy = run.client.get_metric_history(run.run_id, "train_entropy")
+    assert all(-0.1 * math.log(2) <= metric.value < 0 for metric in entropy)
+    assert len(entropy) >= 6
 
 
 def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Path) -> None:
