@@ -82,6 +82,7 @@ def test_a_folder_of_images_becomes_shards(
     assert "choose another --output" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_images_of_your_own_go_all_the_way(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
