@@ -4,7 +4,7 @@ ROOT ?= runs
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check ui clean
+.PHONY: demo test test-long check ui clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,8 +16,11 @@ demo: .venv/ready  ## the whole pipeline on handwritten digits, a few minutes on
 	BLD_ROOT=$(ROOT) python pipelines/run_all.py --config configs/demo.yaml
 	@echo 'report: $(abspath $(ROOT))/demo/evaluation/report.html'
 
-test: .venv/ready  ## all tests; BLD_REAL_DATA names a folder of real image shards for those that need them
-	pytest
+test: .venv/ready  ## every module, and one real run of each stage and command; some minutes on two CPU cores
+	pytest -m 'not long'
+
+test-long: .venv/ready  ## outages, kills, photographs, long trainings; BLD_REAL_DATA names a folder of real image shards
+	pytest -m long
 
 check: .venv/ready  ## format, lint, types
 	ruff format --check .

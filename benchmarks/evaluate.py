@@ -22,12 +22,13 @@ import ray
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
 
+from bld_core.diffusion.sampling import SampleSpec
 from bld_core.trained import read_prior
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, SampleFeatures
 from cluster.evaluation.references import make_references
 from cluster.evaluation.sample_metrics import Samples
-from cluster.runtime import connect, map_on_actors
+from cluster.runtime import connect_ray, map_on_actors
 from cluster.sampling.sampler import balanced_labels, draw_pieces
 from pipelines.command import command
 
@@ -55,7 +56,7 @@ def parts(experiment: Experiment) -> dict[str, float]:
     index = torch.arange(batch, device=device)
 
     def sample() -> torch.Tensor:
-        return prior.model.sample(prior.network, labels, index, experiment.sampling, experiment.seed)
+        return prior.model.sample(prior.network, SampleSpec(index, labels, experiment.seed), experiment.sampling)
 
     z = sample().view(-1, *autoencoder.code_shape)
     images = autoencoder.decode(z).cpu()
@@ -73,7 +74,7 @@ def job_rate(experiment: Experiment, workers: int) -> float:
     """Samples a second of the job, from its first result to its figures."""
     experiment = replace(experiment, cluster=replace(experiment.cluster, workers=workers))
     config, references = experiment.evaluation, make_references(experiment)
-    connect(experiment.cluster)
+    connect_ray(experiment.cluster)
     labels = balanced_labels(config.samples, classes_of(experiment))
     pieces = draw_pieces(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed)
     samples = Samples(replace(config, class_accuracy=False), experiment, references, labels)
@@ -87,7 +88,7 @@ def job_rate(experiment: Experiment, workers: int) -> float:
         began = time.perf_counter()
         for drawn in work:
             samples.add(drawn)
-        samples.figures()
+        samples.metrics()
     return (config.samples - workers * config.batch_size) / (time.perf_counter() - began)
 
 

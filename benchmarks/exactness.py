@@ -35,7 +35,7 @@ from bld_core.metrics.frechet import FeatureMoments
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.extractors import Inception
 from cluster.evaluation.references import Reference, Space
-from cluster.evaluation.sample_metrics import SampleFigures
+from cluster.evaluation.sample_metrics import SampleMetrics
 
 NAMES = {
     "fd": "frechet_inception_distance",
@@ -95,13 +95,13 @@ def ours(weights: str, samples: Tensor, real: Tensor, batch: int) -> tuple[dict[
         precision_recall=True,
     )
     space = Space("inception", sha256)
-    figures = SampleFigures(config, Reference(space, "", "", moments, torch.cat(kept), {}), 0)
+    figures = SampleMetrics(config, Reference(space, "", "", moments, torch.cat(kept), {}), 0)
     seen = list[Tensor]()
     for number, some in enumerate(samples.split(batch)):
         seen.append(inception(some))
         figures.update(seen[-1], inception.logits(seen[-1]), number * batch)
-    found = figures.figures()
-    named = {name: found[space.figure(name)] for name in NAMES if space.figure(name) in found}
+    found = figures.metrics()
+    named = {name: found[space.metric_name(name)] for name in NAMES if space.metric_name(name) in found}
     return named, [torch.cat(seen), torch.cat(kept)]
 
 

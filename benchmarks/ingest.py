@@ -39,7 +39,7 @@ from bld_core.storage import files
 from bld_core.training.loop import TrainingConfig
 from cluster.config.experiment import Experiment
 from cluster.data.ingest import Position, image_batches
-from cluster.runtime import ClusterConfig, connect
+from cluster.runtime import ClusterConfig, connect_ray
 
 SHARDS, SIZE, BATCH, PROCESSES = 8, 128, 64, 2
 WARM_IMAGES, IMAGES, ALONE_IMAGES, REPEATS = 6000, 12000, 1000, 5
@@ -81,7 +81,7 @@ def ray_sizes(data: ImageConfig) -> Generator[int]:
         autoencoder_training=TrainingConfig(batch_size=BATCH),
         cluster=ClusterConfig(decode_tasks=PROCESSES),
     )
-    connect(experiment.cluster)
+    connect_ray(experiment.cluster)
     stream = image_batches(experiment, 0, Position(), 0, 1, Skipped())
     try:
         for batch, _ in stream:

@@ -110,7 +110,7 @@ def row(
         "ssim_std": quality.ssim.deviation,
         "steps": training.steps,
         "codes": codes,
-        **(found.health.figures() if latent == "binary" else {}),
+        **(found.health.metrics() if latent == "binary" else {}),
         "seconds": round(seconds),
         "peer": PAPER[side, latent],
     }

@@ -40,7 +40,7 @@ from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
 from cluster.runtime import ClusterConfig
 from cluster.tracking import Run
-from cluster.training.tasks import AutoencoderTask, Place, PriorTask
+from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
 
 WARM_STEPS = {"prior": 40, "autoencoder": 160}
@@ -87,7 +87,7 @@ def direct_rate(experiment: Experiment, stage: str) -> float:
     else:
         task, training = AutoencoderTask(experiment), experiment.autoencoder_training
         batches = image_loop(experiment)
-    objective = task.objective(Place(0, 1, torch.device("cpu")))
+    objective = task.objective(Worker(0, 1, torch.device("cpu")))
     began, warm = 0.0, WARM_STEPS[stage]
     for report in train(make_state(task.network(), training), batches, objective, training):
         if report.step == warm:

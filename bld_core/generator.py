@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import MissingError, UserError
 from bld_core.noise import key_of
 from bld_core.prior.binary import BinaryModel
@@ -225,7 +225,7 @@ class Generator:
         shown = torch.linspace(0, count, min(states, count + 1)).round().int().tolist()
         prior, autoencoder = self._networks(prior, config)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            process = model.states(prior.network, chosen, index, config, seed)
+            process = model.states(prior.network, SampleSpec(index, chosen, seed), config)
             frames = [self._images(autoencoder, z) for n, z in enumerate(process) if n in shown]
         return torch.stack(frames, dim=1)
 
@@ -261,8 +261,9 @@ class Generator:
             some = slice(start, start + batch_size)
             chosen = None if labels is None else torch.tensor(labels[some], device=self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
+            samples = SampleSpec(index[some].to(self.device), chosen, seed)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                z = prior.model.sample(prior.network, chosen, index[some].to(self.device), config, seed, given)
+                z = prior.model.sample(prior.network, samples, config, given)
                 parts.append(self._images(autoencoder, z))
         return torch.cat(parts)
 

@@ -34,7 +34,7 @@ _LOCAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray Data shares out what cores Ray Train leaves it in whole ones: of the one core that two workers of half a core
     # leave on two, its two streams get none each on paper, and still decode. After a minute it takes that for a job
-    # that "may hang forever". That there are cores enough for all is what `connect` checks.
+    # that "may hang forever". That there are cores enough for all is what `connect_ray` checks.
     "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
 }
 

@@ -20,7 +20,7 @@ from cluster.ray_private import local_cluster, set_environment
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
-_LEAST_READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
+_READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,6 @@ class ClusterConfig:
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
             way, so that none of them waits for the scheduler.
-        read_ahead: MiB of shared memory for each of these blocks, read ahead as files and as pixels.
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
@@ -48,7 +47,6 @@ class ClusterConfig:
     workers: int = 1
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
-    read_ahead: int = _LEAST_READ_AHEAD
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
@@ -60,11 +58,6 @@ class ClusterConfig:
             )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
-        if self.read_ahead < _LEAST_READ_AHEAD:
-            raise UserError(
-                f"cluster.read_ahead is {self.read_ahead}; it must be at least {_LEAST_READ_AHEAD} MiB: with half of "
-                "that, images come half as fast, for blocks wait for memory; to save memory, lower cluster.decode_tasks"
-            )
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if self.latents_gb <= 0:
@@ -74,6 +67,11 @@ class ClusterConfig:
     def blocks(self) -> int:
         """Blocks of images that are decoded at the same time for each training worker of stage 1."""
         return self.decode_tasks + _DECODE_TASKS_BESIDE
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes of shared memory for all these blocks together; with half of it, images come more slowly."""
+        return self.blocks * _READ_AHEAD << 20
 
     @property
     def replicas(self) -> int:
@@ -90,7 +88,7 @@ class ClusterConfig:
         torch.set_num_threads(max(1, round(self.cpus_per_worker)))
 
 
-def connect(config: ClusterConfig) -> None:
+def connect_ray(config: ClusterConfig) -> None:
     """Connect to Ray once a process, and check that the cluster can hold the work.
 
     Raises:

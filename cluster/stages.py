@@ -16,7 +16,7 @@ from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.console import COMMANDS
-from cluster.runtime import connect
+from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def open_stage(
             print(f"{name}: already done in {folder}", flush=True)
             yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
             return
-        connect(experiment.cluster)
+        connect_ray(experiment.cluster)
         run = start_run(experiment, name, record["run"] if record else None)
         if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)

@@ -45,7 +45,7 @@ _PATIENCE = {
 }
 
 
-def connect(uri: str) -> MlflowClient:
+def open_client(uri: str) -> MlflowClient:
     """A client of a tracking server that outlasts a server which is away for some minutes; also of its registry.
 
     Raises:
@@ -102,7 +102,7 @@ class Run:
     @property
     def client(self) -> MlflowClient:
         """A client; MLflow shares the connections behind it."""
-        return connect(self.uri)
+        return open_client(self.uri)
 
     @cached_property
     def _reached(self) -> dict[str, int]:
@@ -153,9 +153,9 @@ class SystemLoad:
         ]
         with contextlib.suppress(RuntimeError):  # no GPU
             self._monitors.append(GPUMonitor())
-        self.figures()  # the use of the CPU is a mean since the call before
+        self.metrics()  # the use of the CPU is a mean since the call before
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Figures named system/...: CPU since the call before, network since the object was made, the rest now."""
         found: dict[str, float] = {}
         for monitor in self._monitors:
@@ -185,7 +185,7 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
 
     Raises:
-        UserError: MLflow refuses it, or is away for longer than `connect` waits; or its experiment was deleted.
+        UserError: MLflow refuses it, or is away for longer than `open_client` waits; or its experiment was deleted.
     """
     uri = experiment.tracking.resolve(experiment.root)
     with plain_errors(uri):
@@ -193,7 +193,7 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
 
 
 def _start_run(experiment: Experiment, stage: str, uri: str, run_id: str | None) -> Run:
-    client, commit = connect(uri), git_commit()
+    client, commit = open_client(uri), git_commit()
     before = find_run(uri, run_id) if run_id is not None else None
     if before is not None:
         run = Run(uri, before.info.run_id)
@@ -216,7 +216,7 @@ def find_run(uri: str, run_id: str) -> RecordedRun | None:
     """A run as MLflow knows it, or None: it was deleted, or belongs to another tracking server."""
     with plain_errors(uri):
         try:
-            found = connect(uri).get_run(run_id)
+            found = open_client(uri).get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.config.experiment import Experiment
@@ -19,7 +20,27 @@ from cluster.secrets import without_secrets
 
 
 class Parser(ArgumentParser):
-    """A parser that names the nearest right flag where one is unknown."""
+    """A parser that names the nearest right flag where one is unknown, and lets a settings file stand on another."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """What a settings file says, over what the file says that its own `config` names: field by field.
+
+        The path is relative to the file that names it. Left to jsonargparse, one field of a group in the file would
+        take the base's whole group away.
+        """
+        try:
+            said = get_loader("yaml")(content)
+        except yaml.YAMLError as problem:
+            self.error(f"{kwargs.get('path')} is not YAML: {problem}")
+        if not isinstance(said, dict) or "config" not in said:
+            return super().parse_string(content, *args, **kwargs)
+        how: dict[str, Any] = {"env": False, "defaults": False, "_skip_validation": True}
+        base = said.pop("config")
+        try:
+            settings = self.parse_path(base, **how)
+        except TypeError as problem:
+            self.error(f"config in {kwargs.get('path')} is {base!r}: {problem}")
+        return self.parse_object(said, settings, **how)
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         unknown = re.search(r"(?:option '|arguments: -*)([\w.]+)", message)
@@ -51,7 +72,9 @@ def command(
     """
     # ${...} in a configuration file refers to its other fields and to the environment.
     made = Parser(description=description, parser_mode="omegaconf+", allow_abbrev=False)
-    made.add_argument("--config", action="config", help="settings file; flags after it override its fields")
+    made.add_argument(
+        "--config", action="config", help="settings file; its own config names one below it, flags go above"
+    )
     made.add_class_arguments(settings)
     extras(made)
     try:

@@ -5,12 +5,12 @@ from argparse import Namespace
 from cluster.config.experiment import Experiment
 from cluster.evaluation.evaluate import evaluate
 from cluster.report.page import write_report
-from cluster.report.tables import table
+from cluster.report.tables import report_table
 from pipelines.command import command, fresh_flag, next_command
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
-    print(table(evaluate(experiment, flags.fresh)))
+    print(report_table(evaluate(experiment, flags.fresh)))
     print(f"report: {write_report(experiment)}, its figures beside it in report.json")
     next_command("register.py")
 

@@ -6,7 +6,7 @@ from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents
 from cluster.evaluation.evaluate import evaluate
 from cluster.report.page import write_report
-from cluster.report.tables import table
+from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.training.train import train_autoencoder, train_prior
 from pipelines.command import command, next_command
@@ -17,7 +17,7 @@ def main(experiment: Experiment, _: Namespace) -> None:
     print(f"latents: {encode_latents(experiment)}")
     print(f"prior: {train_prior(experiment)}")
     samples = draw_grid(experiment, GridConfig())
-    print(table(evaluate(experiment)))
+    print(report_table(evaluate(experiment)))
     print(f"samples: {samples}\nreport: {write_report(experiment)}")
     next_command("register.py")
 

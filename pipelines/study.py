@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
-from cluster.evaluation.study import StudyName, run_study, table
+from cluster.evaluation.study import StudyName, run_study, study_table
 from pipelines.command import Parser, command, fresh_flag
 
 
@@ -13,7 +13,7 @@ def extras(made: Parser) -> None:
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
-    print(table(run_study(experiment, flags.which, flags.fresh)))
+    print(study_table(run_study(experiment, flags.which, flags.fresh)))
     print(f"table and plot: {experiment.folder}/study/{flags.which}/table.json, plot.png")
 
 

@@ -1,6 +1,7 @@
-"""Fixtures of the session: one Ray cluster, one S3 server, one MLflow server, one small finished experiment.
+"""Fixtures of a process: one Ray cluster, one S3 server, one MLflow server, one small finished experiment.
 
-Two processes share the tests, one core each; all that needs the cluster runs in the same one.
+Two processes share the tests, one core each. What needs a cluster comes first: some files in one of them, the others in
+the other, each with a cluster of its own. Then both take what is left, test by test.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ STORAGE_SECONDS = 25  # Ray's workers have it from the session's environment
 torch.set_num_threads(1)
 
 
+_FIRST_CLUSTER = {"test_evaluate.py", "test_commands.py"}  # half of the time that tests on a cluster take
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "ray_session" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            group = "first" if item.path.name in _FIRST_CLUSTER else "second"
+            item.add_marker(pytest.mark.xdist_group(f"{group} cluster"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bld_core.errors import UserError
 from bld_core.storage.weights import VGG16
-from bld_core.training.replicas import place, sum_over_replicas
+from bld_core.training.replicas import rank_and_world, sum_over_replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,6 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
             for loss in (reconstruction_loss, adversarial_loss)
         ]
     )
-    gradients = sum_over_replicas(gradients) / place()[1]
+    gradients = sum_over_replicas(gradients) / rank_and_world()[1]
     reconstruction, adversarial = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
     return (reconstruction / (adversarial + 1e-4)).clamp(0, limit).detach()

@@ -58,7 +58,7 @@ class AutoencoderObjective:
         self, state: TrainState, critic: TrainState, x: Tensor, x_hat: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> Tensor:
         """The weighted adversarial term; adds it, its weight and the critic's loss to `terms`."""
-        terms["adversarial"] = hinge_generator_loss(critic.judge(x_hat).float())
+        terms["adversarial"] = hinge_generator_loss(critic.with_constant_weights(x_hat).float())
         assert isinstance(state.module, Autoencoder), "stage 1 trains an autoencoder"
         limit = self.losses.adversarial_limit
         terms["adaptive"] = adaptive_weight(loss, terms["adversarial"], state.module.last_layer, limit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.errors import UserError
-from bld_core.training.replicas import place, sum_over_replicas
+from bld_core.training.replicas import rank_and_world, sum_over_replicas
 
 
 def quantize(logits: Tensor, u: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def entropy_term(logits_BCHW: Tensor, *, synchronize: bool = False) -> Tensor:
     each = y * nn.functional.softplus(-logits_BCHW) + (1 - y) * nn.functional.softplus(logits_BCHW)
     usage = y.mean((0, 2, 3))
     if synchronize:
-        whole = sum_over_replicas(usage.detach().clone()) / place()[1]
+        whole = sum_over_replicas(usage.detach().clone()) / rank_and_world()[1]
         usage = whole + (usage - usage.detach())
     usage = usage.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the slope of the entropy is infinite
     return each.mean() - (torch.special.entr(usage) + torch.special.entr(1 - usage)).mean()

@@ -71,12 +71,12 @@ def parse_shard(data: bytes, extensions: Iterable[str]) -> Shard:
     samples: list[Sample] = []
     others = set[str]()
     for group in _group(memoryview(data), left):
-        judged = _judge(group, wanted)
-        if isinstance(judged, Sample):
-            samples.append(judged)
+        outcome = _sample_or_reason(group, wanted)
+        if isinstance(outcome, Sample):
+            samples.append(outcome)
         else:
-            left.append(Left(judged, group.key))
-            others |= group.fields.keys() if judged == Reason.NO_IMAGE else set()
+            left.append(Left(outcome, group.key))
+            others |= group.fields.keys() if outcome == Reason.NO_IMAGE else set()
     if any(sample.label >= 0 for sample in samples):
         left += [Left(Reason.NO_LABEL, sample.key) for sample in samples if sample.label < 0]
         samples = [sample for sample in samples if sample.label >= 0]
@@ -126,7 +126,7 @@ def _group(tar: memoryview, left: list[Left]) -> Iterable[_Group]:
     return groups.values()
 
 
-def _judge(group: _Group, wanted: list[str]) -> Sample | Reason:
+def _sample_or_reason(group: _Group, wanted: list[str]) -> Sample | Reason:
     """The sample of a group, or why there is none."""
     if group.fault is not None:
         return group.fault

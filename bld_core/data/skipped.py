@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bld_core.errors import UserError
 
 _NAMED = 5
-_JUDGED_FROM = 1000
+_COUNTED_AS = 1000
 
 
 class Reason(StrEnum):
@@ -73,7 +73,7 @@ class Skipped:
 
         Where this is not the `whole` data set, fewer than 1,000 samples are judged as if they were as many.
         """
-        return self.total > limit * (self.seen if whole else max(self.seen, _JUDGED_FROM))
+        return self.total > limit * (self.seen if whole else max(self.seen, _COUNTED_AS))
 
     def check(self, limit: float, *, whole: bool = True) -> None:
         """Stop where too many are left out.

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bld_core.diffusion.process import (
     Denoiser,
-    Target,
+    DiffusionProcess,
     calibrate,
-    check_grid,
     evidence_network,
     network_output,
     reverse_flip_probability,
@@ -78,8 +77,8 @@ class SamplingConfig:
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise UserError(f"`guidance` is {self.guidance}; it must be 0 (none) or more, and finite", self)
 
-    def times(self, schedule: NoiseSchedule) -> list[int]:
-        """The steps t that sampling visits, decreasing from T to 0.
+    def make_grid(self, schedule: NoiseSchedule) -> list[int]:
+        """The noise levels t that sampling visits, decreasing from T to 0.
 
         Raises:
             UserError: more steps than T, or a given grid that does not start at T.
@@ -95,10 +94,29 @@ class SamplingConfig:
         return self.grid
 
 
+@dataclass(frozen=True)
+class SampleSpec:
+    """Which samples to draw. Each is a function of the seed and its own index, label and known tokens.
+
+    Attributes:
+        index: int64 (B,): the number of each sample; the samples are drawn on its device.
+        labels: int64 (B,) class indices, -1 for none; or None.
+        seed: of the noise.
+    """
+
+    index: Tensor
+    labels: Tensor | None = None
+    seed: int = 0
+
+    def uniforms(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform numbers in [0, 1) of a shape for each sample, (B, *shape)."""
+        return uniform(self.seed, purpose, self.index, math.prod(shape)).view(-1, *shape)
+
+
 class Known(NamedTuple):
     """The part of each code that is given.
 
-    z: float 0/1 (B, N, C), clean bits; those of unknown tokens are never looked at.
+    z: float 0/1 (B, N, C), clean bits; those of unknown tokens are never read.
     mask: bool (B, N), True where a token is known.
     """
 
@@ -116,13 +134,13 @@ def guided_evidence(
 ) -> Tensor:
     """Classifier-free guidance on evidence logits: e = (1 + w) e_cond - w e_uncond, in one batched call.
 
-    `known` marks known tokens, bool (B, N), to both halves; None marks nothing.
+    Both halves are told which tokens are known, bool (B, N); None tells nothing.
     """
     if labels is None or guidance == 0:
         return network_output(denoiser, z_t, time, labels, known)
     null = torch.full_like(labels, -1)
-    marks = None if known is None else torch.cat([known, known])
-    both = network_output(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), marks)
+    masks = None if known is None else torch.cat([known, known])
+    both = network_output(denoiser, torch.cat([z_t, z_t]), torch.cat([time, time]), torch.cat([labels, null]), masks)
     conditional, unconditional = both.float().chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
 
@@ -130,16 +148,13 @@ def guided_evidence(
 @torch.no_grad()
 def reverse_process(
     denoiser: Denoiser,
+    process: DiffusionProcess,
     shape: tuple[int, int],
-    labels: Tensor | None,
-    index: Tensor,
-    schedule: NoiseSchedule,
+    samples: SampleSpec,
     config: SamplingConfig,
-    seed: int,
-    target: Target = "flip",
     known: Known | None = None,
 ) -> Iterator[Tensor]:
-    """The states z_T, ..., z_0 of the exact reverse process, one for each t of the grid; the last is the code.
+    """The states z_T, ..., z_0 of the exact reverse process, one for each level of the grid; the last is the code.
 
         z_T ~ Bernoulli(1/2)
         for t > s along the grid T, ..., 0:
@@ -147,38 +162,35 @@ def reverse_process(
             r = sigmoid(calibrate(e / tau, k_t))
             flip each bit of z_t with probability r A + (1 - r) B, giving z_s
 
-    Where tokens are known, they are put into every state z_s: clean and marked to the denoiser (conditioned), or as
-    a draw from q(z_s | z_0) (replacement). With replacement each step is then taken again R times:
+    Known tokens are put into every state z_s, in one of two ways. Conditioned: clean, and the denoiser is told which
+    they are. Replacement: as a draw from q(z_s | z_0); and then each step is taken again, `resample` times:
 
             draw z_t ~ q(z_t | z_s), and step from there to z_s as before
 
     Args:
-        denoiser: network of `target`, (z_BNC, t/T, labels) -> logits; conditioned: (..., known mask).
+        denoiser: network of the process's target, (z_BNC, t/T, labels) -> logits; conditioned: (..., known mask).
+        process: schedule and target; temperature and guidance work on the evidence, whatever the target.
         shape: (tokens, bits) of a code.
-        labels: int64 (B,) class indices, -1 for none; or None.
-        index: int64 (B,): sample i is keyed on (seed, index[i], step, jump) and does not depend on its batch.
-        schedule: of the noise.
+        samples: which to draw. Noise is keyed on (seed, index, level, jump): a sample does not depend on its batch.
         config: the grid and the settings of the reverse process.
-        seed: of the noise.
-        target: what the network predicts; temperature and guidance work on the evidence in any case.
         known: what is given of each code; a sample of which nothing is known is drawn as without it.
 
     Yields:
-        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+        Codes, float 0/1, (B, tokens, bits), on the device of the samples' index.
 
     Raises:
-        UserError: before the first state: a grid that is none, or one that skips steps for target z_prev; or a prior
+        UserError: before the first state: a grid that is none, or one that skips levels for target z_prev; or a prior
             that cannot be told what is known.
     """
-    grid = config.times(schedule)
-    check_grid(grid, schedule, target)
-    network = evidence_network(denoiser, schedule, target)
-    k = schedule.k.tolist()
+    grid = config.make_grid(process.schedule)
+    process.check_grid(grid)
+    network, k = evidence_network(denoiser, process), process.schedule.k.tolist()
     conditioned = known is not None and config.inpainting == "conditioned"  # "auto" is the prior's to decide
+    told = known.mask if known is not None and conditioned else None
     jumps = 0 if known is None or conditioned else config.resample
 
     def draw(purpose: str, probability: Tensor | float) -> Tensor:
-        return (uniform(seed, purpose, index, math.prod(shape)).view(-1, *shape) < probability).float()
+        return (samples.uniforms(purpose, shape) < probability).float()
 
     def put_known(z: Tensor, s: int, jump: int = 0) -> Tensor:
         if known is None:
@@ -188,9 +200,9 @@ def reverse_process(
         return torch.where(known.mask[..., None], bits, z)
 
     def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
-        time = torch.full((len(z),), t / schedule.steps, device=z.device)
-        marks = known.mask if known is not None and conditioned else None
-        evidence = guided_evidence(network, z, time, labels, config.guidance, marks).float()
+        # The posterior of each bit, then the exact reverse step.
+        time = torch.full((len(z),), t / process.schedule.steps, device=z.device)
+        evidence = guided_evidence(network, z, time, samples.labels, config.guidance, told).float()
         r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
         flip_probability = reverse_flip_probability(r, k[s], k[t])
         if s == 0 and config.final == "mode":
@@ -203,6 +215,7 @@ def reverse_process(
     yield z
     for t, s in itertools.pairwise(grid):
         z = step(z, t, s)
+        # Replacement: back to level t and down again, so that unknown tokens settle on the known ones.
         for jump in range(1, jumps + 1):
             assert known is not None, "only known tokens give a reason to jump back"
             again = step(draw(f"sampling jump {t} {jump}", transition(z, k[s], k[t])), t, s, jump)
@@ -212,15 +225,11 @@ def reverse_process(
 
 def sample_codes(
     denoiser: Denoiser,
+    process: DiffusionProcess,
     shape: tuple[int, int],
-    labels: Tensor | None,
-    index: Tensor,
-    schedule: NoiseSchedule,
+    samples: SampleSpec,
     config: SamplingConfig,
-    seed: int,
-    target: Target = "flip",
     known: Known | None = None,
 ) -> Tensor:
     """Draw codes: the last state of `reverse_process`, which says what the arguments and the errors are."""
-    states = reverse_process(denoiser, shape, labels, index, schedule, config, seed, target, known)
-    return deque(states, maxlen=1)[0]
+    return deque(reverse_process(denoiser, process, shape, samples, config, known), maxlen=1)[0]

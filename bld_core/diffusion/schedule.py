@@ -47,6 +47,10 @@ class NoiseSchedule:
         """T, the number of single steps."""
         return len(self.k) - 1
 
+    def signal(self, t: Tensor, like: Tensor) -> Tensor:
+        """k_t for the level t of each sample, int64 (B,): float64, shaped to broadcast over the codes `like`."""
+        return self.k.to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+
     def grid(self, count: int, spacing: Literal["k", "t"] = "k") -> list[int]:
         """The steps t that a sampler of `count` steps visits: decreasing, from T to 0.
 

@@ -1,7 +1,7 @@
 """The order in which the prior sees an encoded data set, and its batches: epochs laid end to end, without a state.
 
 A set that fits in memory is read once. A larger one streams in windows of whole shards, one in use while the next is
-read. A row's place is its global sample index: rows of epoch e have the places e*rows to (e+1)*rows.
+read. A row of the endless order has a global sample index: rows of epoch e have e*rows to (e+1)*rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def latent_batches(
 
 
 class _Visit(NamedTuple):
-    """A window's turn in the endless order of rows: its shards, the order of their rows, the place of the first one."""
+    """A window's turn in the endless order of rows: its shards, the order of their rows, the index of the first one."""
 
     shards: list[int]
     order: Indices
@@ -86,7 +86,7 @@ class _Keys(Sequence[str]):
 
 
 class _Feed:
-    """Batches by their place in the endless order: the window in use is in memory, the following one is being read."""
+    """Batches by their index in the endless order: the window in use is in memory, the following one is being read."""
 
     def __init__(self, latents: Latents, seed: int, window: int, device: torch.device) -> None:
         self._latents, self._seed, self._window, self._device = latents, seed, window, device
@@ -99,7 +99,7 @@ class _Feed:
         self._labels = self._index = np.empty(0, np.int64)  # of the visit's rows, in their order
 
     def batch(self, first: int, count: int) -> Batch:
-        """`count` rows from the place `first` on. Every microsecond here is one of each training step."""
+        """`count` rows from the index `first` on. Every microsecond here is one of each training step."""
         begin = first - self._visit.start
         end = begin + count
         if begin < 0 or end > len(self._visit.order):
@@ -131,9 +131,9 @@ class _Feed:
         h, w, c = codes.shape
         return unpack_bits(packed, (h * w, c))
 
-    def _move(self, place: int) -> None:
-        """Take the window of this place into use, and begin to read the one after it."""
-        visit = self._find(place)
+    def _move(self, index: int) -> None:
+        """Take the window of this index into use, and begin to read the one after it."""
+        visit = self._find(index)
         if visit.shards != self._visit.shards:
             self._codes = None  # before another takes its memory
             ahead = self._ahead.pop(tuple(visit.shards), None)
@@ -149,21 +149,21 @@ class _Feed:
         self._visit, self._labels = visit, self._codes.labels[visit.order]
         self._index = np.arange(visit.start, visit.start + len(visit.order))
 
-    def _find(self, place: int) -> _Visit:
-        epoch, offset = divmod(place, len(self._latents))
-        sizes, start = self._latents.sizes, place - offset
+    def _find(self, index: int) -> _Visit:
+        epoch, offset = divmod(index, len(self._latents))
+        sizes, start = self._latents.sizes, index - offset
         shards = list(range(len(sizes)))
         if self._window < len(sizes):
             shards = permutation(self._seed, "shard order", epoch, len(sizes)).tolist()
         for number in itertools.count():
             window = shards[number * self._window :][: self._window]
             rows = sum(sizes[shard] for shard in window)
-            if place < start + rows:
+            if index < start + rows:
                 purpose = f"latent order of window {number}" if number else "latent order"
                 order = permutation(self._seed, purpose, epoch, rows)
                 return _Visit(window, order.numpy(), start)
             start += rows
-        raise AssertionError("every place lies in a window")
+        raise AssertionError("every index lies in a window")
 
 
 def _has_room(device: torch.device, codes: PackedCodes) -> bool:

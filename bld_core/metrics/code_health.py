@@ -67,7 +67,7 @@ class CodeHealth:
         correlation = (covariance / torch.outer(variance, variance).sqrt()).abs().fill_diagonal_(0)
         return float(correlation.sum()) / (n * (n - 1))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Four figures; NaN over nothing.
 
         Returns:

@@ -163,4 +163,4 @@ class ReconstructionMetrics:
         for name, values in moments.items():
             if values.count:
                 found |= {name: values.mean, f"{name}_std": values.deviation}
-        return found | (self.health.figures() if self.health.count else {})
+        return found | (self.health.metrics() if self.health.count else {})

@@ -8,10 +8,32 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound, likelihood_bound
-from bld_core.diffusion.process import DiffusionConfig, check_grid, diffusion_loss
-from bld_core.diffusion.sampling import Known, SamplingConfig, reverse_process, sample_codes
-from bld_core.prior.transformer import Prior, PriorConfig, draw_known, drop_labels
+from bld_core.diffusion.loss import diffusion_loss
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process, sample_codes
+from bld_core.errors import UserError
+from bld_core.noise import uniform
+from bld_core.prior.transformer import Prior, PriorConfig, drop_labels
 from bld_core.training.loop import Batch, Objective, TrainState
+
+
+def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
+    """The tokens that training keeps clean: a sample, keyed on its global index, gets some with probability `share`.
+
+    The size of the set is uniform in 1..`tokens` - 1, and every set of that size is equally likely.
+
+    Returns:
+        bool (B, tokens), True for known.
+
+    Raises:
+        UserError: a single token, which leaves nothing to learn once it is known.
+    """
+    if tokens < 2:
+        raise UserError("`known_share` is above 0, but a code has only 1 token: set it to 0, or use smaller patches")
+    u = uniform(seed, "known tokens", index, 2 + tokens)
+    size = 1 + (u[:, 1] * (tokens - 1)).long()
+    rank = u[:, 2:].argsort(dim=1, stable=True).argsort(dim=1)
+    return (u[:, 0] < share)[:, None] & (rank < size[:, None])
 
 
 class PriorObjective:
@@ -19,17 +41,17 @@ class PriorObjective:
 
     def __init__(self, diffusion: DiffusionConfig, label_dropout: float, seed: int, known_share: float = 0.0) -> None:
         self.diffusion = diffusion
-        self.schedule = diffusion.make_schedule()
+        self.process = diffusion.make_process()
         self.label_dropout = label_dropout
         self.known_share = known_share
         self.seed = seed
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "residual", "vlb"}, in nats a bit."""
-        labels = drop_labels(batch.labels, batch.sample_index, self.label_dropout, self.seed)
         z_0, index = batch.data.float(), batch.sample_index
+        codes = CodeBatch(z_0, drop_labels(batch.labels, index, self.label_dropout, self.seed), index)
         known = draw_known(index, z_0.shape[1], self.known_share, self.seed) if self.known_share else None
-        return diffusion_loss(state, z_0, labels, index, self.schedule, self.diffusion, self.seed, known)
+        return diffusion_loss(state, self.process, codes, self.diffusion, self.seed, known)
 
 
 class BinaryModel:
@@ -37,7 +59,7 @@ class BinaryModel:
 
     def __init__(self, config: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> None:
         self.config, self.diffusion, self.shape = config, diffusion, (tokens, bits)
-        self.schedule = diffusion.make_schedule()
+        self.process = diffusion.make_process()
 
     def network(self) -> nn.Module:
         """A freshly initialised network."""
@@ -47,50 +69,31 @@ class BinaryModel:
         """Eq. 13."""
         return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
 
-    def bound(
-        self,
-        network: nn.Module,
-        z_0: Tensor,
-        labels: Tensor | None,
-        seed: int,
-        sampling: SamplingConfig | None = None,
-        first: int = 0,
-    ) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
-        schedule, target = self.schedule, self.diffusion.target
-        grid = None if sampling is None else sampling.times(schedule)
-        return likelihood_bound(network, z_0, labels, schedule, grid, target=target, seed=seed, first=first)
+        grid = None if sampling is None else sampling.make_grid(self.process.schedule)
+        return likelihood_bound(network, self.process, codes, grid, seed)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.
 
         Raises:
-            UserError: a grid that is none, or one that skips steps for target z_prev.
+            UserError: a grid that is none, or one that skips levels for target z_prev.
         """
         del completing
-        grid = sampling.times(self.schedule)
-        check_grid(grid, self.schedule, self.diffusion.target)
+        grid = sampling.make_grid(self.process.schedule)
+        self.process.check_grid(grid)
         return len(grid) - 1
 
     def sample(
-        self,
-        network: nn.Module,
-        labels: Tensor | None,
-        index: Tensor,
-        sampling: SamplingConfig,
-        seed: int,
-        known: Known | None = None,
+        self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
         """The reverse process; the errors are those of `bld_core.diffusion.sampling.reverse_process`."""
-        target = self.diffusion.target
         if sampling.inpainting == "auto":  # conditioned is exact, and for priors that were trained for it
             marked = isinstance(network, Prior) and network.known is not None
             sampling = replace(sampling, inpainting="conditioned" if marked else "replacement")
-        return sample_codes(network, self.shape, labels, index, self.schedule, sampling, seed, target, known)
+        return sample_codes(network, self.process, self.shape, samples, sampling, known)
 
-    def states(
-        self, network: nn.Module, labels: Tensor | None, index: Tensor, sampling: SamplingConfig, seed: int
-    ) -> Iterator[Tensor]:
+    def states(self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig) -> Iterator[Tensor]:
         """The states z_T, ..., z_0 of the reverse process that `sample` takes the last of."""
-        target = self.diffusion.target
-        return reverse_process(network, self.shape, labels, index, self.schedule, sampling, seed, target)
+        return reverse_process(network, self.process, self.shape, samples, sampling)

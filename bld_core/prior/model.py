@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.process import DiffusionConfig
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.prior.baselines.absorbing import AbsorbingModel
 from bld_core.prior.baselines.autoregressive import AutoregressiveModel
 from bld_core.prior.binary import BinaryModel
@@ -27,19 +27,11 @@ class PriorModel(Protocol):
         """What stage 2 minimises, in nats a bit."""
         ...
 
-    def bound(
-        self,
-        network: nn.Module,
-        z_0: Tensor,
-        labels: Tensor | None,
-        seed: int,
-        sampling: SamplingConfig | None = None,
-        first: int = 0,
-    ) -> Bound:
-        """The likelihood bound of held-out codes 0/1 (M, N, C), M >= 2, comparable between the models.
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
+        """The likelihood bound of two or more held-out codes, comparable between the models.
 
-        It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has.
-        `first` is the number of the first code, where they are a part of those that the bound is of.
+        It is that of the chain that takes the steps of `sampling`; without, of all the steps that the model has. The
+        codes of a part keep their numbers in the whole: `merge_bounds` makes the bound of the whole of those of parts.
         """
         ...
 
@@ -52,18 +44,9 @@ class PriorModel(Protocol):
         ...
 
     def sample(
-        self,
-        network: nn.Module,
-        labels: Tensor | None,
-        index: Tensor,
-        sampling: SamplingConfig,
-        seed: int,
-        known: Known | None = None,
+        self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
-        """Draw codes, float 0/1 (B, N, C), on the device of `index`; sample i is keyed on (seed, index[i]).
-
-        The errors are those of `steps`.
-        """
+        """Draw codes, float 0/1 (B, N, C), on the device of the samples' index; the errors are those of `steps`."""
         ...
 
 

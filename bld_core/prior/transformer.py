@@ -34,8 +34,8 @@ class PriorConfig:
         heads: attention heads; they divide the width.
         classes: number of classes; 0 makes an unconditional prior.
         label_dropout: probability, for each sample, that training hides its class behind the learned null class.
-        known_share: share of the training samples that get a random set of their tokens, of any size, kept clean and
-            marked as known, so that the prior can complete an image exactly; 0 trains without it. For "binary" alone:
+        known_share: share of the training samples in which a random set of tokens, of any size, is kept clean and
+            marked as known. It teaches the prior to complete images exactly; 0 trains without it. For "binary" alone:
             "absorbing" completes images exactly without it, and "autoregressive" cannot.
     """
 
@@ -151,7 +151,7 @@ class Trunk(nn.Module):
             for linear in (block.attention.out, block.mlp[2]):
                 assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
-        if self.label is not None:  # ten times as loud: heard beside the tokens from the first step on
+        if self.label is not None:  # ten times the scale: a class matters beside the tokens from the first step on
             nn.init.normal_(self.label.weight, std=0.2)
 
     def of_class(self, labels: Tensor | None, count: int) -> Tensor:
@@ -173,11 +173,11 @@ class Prior(Trunk):
         super().__init__(config, tokens, bits, timed=True)
         self.head = nn.Linear(config.width, bits)
         self.initialise()
-        self.known = nn.Parameter(torch.randn(config.width) * 0.2) if config.known_share else None  # as loud as a label
+        self.known = nn.Parameter(torch.randn(config.width) * 0.2) if config.known_share else None  # as a label's
         nn.init.zeros_(self.head.weight)  # no evidence yet: the calibrated answer is that of a uniform source
 
     def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Tensor:
-        """Evidence logits (B, N, C) that each bit of z_t is flipped, judged from the other bits.
+        """Evidence logits (B, N, C) that each bit of z_t is flipped, given the other bits.
 
         Args:
             z_BNC: z_t, float 0/1.
@@ -210,25 +210,6 @@ def _initialise(module: nn.Module) -> None:
 
 
 def drop_labels(labels: Tensor, index: Tensor, probability: float, seed: int) -> Tensor:
-    """Label dropout for guidance: each *sample*, keyed on its global index, loses its class with `probability`."""
+    """Label dropout for guidance: each sample, keyed on its global index, loses its class with `probability`."""
     dropped = uniform(seed, "label dropout", index, 1)[:, 0] < probability
     return labels.masked_fill(dropped, -1)
-
-
-def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
-    """The tokens that training shows clean: each *sample*, keyed on its global index, gets some with chance `share`.
-
-    The size of the set is uniform in 1..`tokens` - 1, and every set of that size is equally likely.
-
-    Returns:
-        bool (B, tokens), True for known.
-
-    Raises:
-        UserError: a single token, which leaves nothing to learn once it is known.
-    """
-    if tokens < 2:
-        raise UserError("`known_share` is above 0, but a code has only 1 token: set it to 0, or use smaller patches")
-    u = uniform(seed, "known tokens", index, 2 + tokens)
-    size = 1 + (u[:, 1] * (tokens - 1)).long()
-    rank = u[:, 2:].argsort(dim=1, stable=True).argsort(dim=1)
-    return (u[:, 0] < share)[:, None] & (rank < size[:, None])

@@ -145,7 +145,7 @@ class TrainState:
         with self._autocast():
             return self.replica(*inputs)
 
-    def judge(self, *inputs: Any) -> Any:
+    def with_constant_weights(self, *inputs: Any) -> Any:
         """The forward pass with constant weights: gradients reach the inputs alone, and replicas do not meet."""
         constants = {name: weight.detach() for name, weight in self.module.named_parameters()}
         with self._autocast():
@@ -155,7 +155,7 @@ class TrainState:
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def players(self) -> list[TrainState]:
+    def states(self) -> list[TrainState]:
         """The state, and its critic's where it has one."""
         return [self] if self.critic is None else [self, self.critic]
 
@@ -230,36 +230,36 @@ def train(
     while state.step < config.steps:
         batch = next(batches)
         rate = learning_rate(config, state.step)
-        for player in state.players():
-            for group in player.optimizer.param_groups:
-                group["lr"] = player.learning_rate * (rate / config.learning_rate)
+        for each in state.states():
+            for group in each.optimizer.param_groups:
+                group["lr"] = each.learning_rate * (rate / config.learning_rate)
         terms = _gradients(state, batch, objective, config.accumulate)
-        moved = [player for player in state.players() if any(p.grad is not None for p in player.module.parameters())]
-        norms = [nn.utils.clip_grad_norm_(player.module.parameters(), config.clip_norm) for player in moved]
+        moved = [each for each in state.states() if any(p.grad is not None for p in each.module.parameters())]
+        norms = [nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm) for each in moved]
         if _finite_everywhere([*norms, terms["loss"]]):
-            for player in moved:
-                player.optimizer.step()
+            for each in moved:
+                each.optimizer.step()
         elif config.non_finite == "stop":
             raise NonFiniteError(_blame(state, batch, objective, terms), config)
         else:
             state.skipped += 1
-        for player in moved:
-            player.step += 1
-            for average in player.averages:
-                average.update(player.module, player.step)
+        for each in moved:
+            each.step += 1
+            for average in each.averages:
+                average.update(each.module, each.step)
         yield Report(state.step, rate, norms[0], terms)
 
 
 def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
     """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
-    for player in state.players():
-        player.optimizer.zero_grad(set_to_none=True)
+    for each in state.states():
+        each.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(batch.parts(parts), 1):
         with contextlib.ExitStack() as alone:
-            for player in state.players():
-                if number < parts and isinstance(player.replica, DistributedDataParallel):
-                    alone.enter_context(player.replica.no_sync())
+            for each in state.states():
+                if number < parts and isinstance(each.replica, DistributedDataParallel):
+                    alone.enter_context(each.replica.no_sync())
             terms = objective(state, part)
             loss = terms["loss"] + terms["critic"] if "critic" in terms else terms["loss"]
             (loss / parts).backward()

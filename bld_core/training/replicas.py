@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, distributed, nn
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) of this training replica; (0, 1) without torch.distributed."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -16,7 +16,7 @@ def place() -> tuple[int, int]:
 
 def sum_over_replicas(x: Tensor) -> Tensor:
     """Sum x over all replicas, in place: every replica must call it, and all get the same bits. Returns x."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         distributed.all_reduce(x)
     return x
 

@@ -120,14 +120,14 @@ class Experiment:
         """(h, w, c) of a code."""
         return self.autoencoder.code_shape(self.data.image_size)
 
-    def variant(self, place: str, name: str, **changes: Any) -> Experiment:
-        """An experiment in <folder>/<place>/<name> for another prior on the same latents, tracked beside this one."""
+    def variant(self, part: str, name: str, **changes: Any) -> Experiment:
+        """An experiment in <folder>/<part>/<name> for another prior on the same latents, tracked beside this one."""
         tracking = replace(
             self.tracking,
             uri=self.tracking.resolve(self.root),
             experiment=self.tracking.experiment or self.name,
         )
-        return replace(self, name=name, root=files.join(self.folder, place), tracking=tracking, **changes)
+        return replace(self, name=name, root=files.join(self.folder, part), tracking=tracking, **changes)
 
     def check_autoencoder(self, trained: AutoencoderRecord, *, binary: bool = True) -> None:
         """Compare a trained autoencoder with this configuration.

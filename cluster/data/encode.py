@@ -31,7 +31,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.lineage import lineage
 from cluster.ray_private import ahead
-from cluster.runtime import DECODE_CPUS, connect, fetch, finished_on_actors, map_on_actors
+from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, open_stage
 
 _BATCHES_AHEAD = 2
@@ -240,7 +240,7 @@ def verify_latents(experiment: Experiment) -> str:
         if name.endswith(".parquet")
     }
     faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
-    connect(experiment.cluster)
+    connect_ray(experiment.cluster)
     checks = list(map_on_actors(Verifier, (folder,), "check", listed_files, experiment.cluster, "verify"))
     faults += [check.fault for check in checks if check.fault]
     if faults:

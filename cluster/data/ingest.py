@@ -48,7 +48,7 @@ class Position:
     skipped: int = 0
 
     def behind(self, total: int) -> Position:
-        """The same place; behind all `total` samples of a visit, it is the start of the next one."""
+        """The same position; behind all `total` samples of a visit, it is the start of the next one."""
         return self if self.offset < total else Position(self.visit + 1, 0, self.skipped)
 
 
@@ -62,8 +62,8 @@ def resume_position(saved: list[list[int]], rank: int, world: int, shards: int) 
         return Position()
     if len(saved) == world:
         return Position(*saved[rank])
-    epoch = min(place[0] // _share(shards, r, len(saved)) for r, place in enumerate(saved))
-    skipped = sum(Position(*place).skipped for place in saved)
+    epoch = min(position[0] // _share(shards, r, len(saved)) for r, position in enumerate(saved))
+    skipped = sum(Position(*position).skipped for position in saved)
     return Position(epoch * _share(shards, rank, world), 0, skipped if rank == 0 else 0)
 
 
@@ -135,9 +135,9 @@ class Stream:
         """
         ledger = Ledger(start, self.skipped, _share(len(self.urls), self.rank, self.world))
         while True:
-            first = ledger.place.visit
+            first = ledger.position.visit
             visits = [self._visit(visit) for visit in range(first, first + _VISITS_PER_STREAM)]
-            visits[0]["start"] = ledger.place.offset
+            visits[0]["start"] = ledger.position.offset
             for block in self._execute(visits):
                 columns = ledger.enter(block, visits[int(block["visit"][0]) - first]["url"])
                 if len(columns["label"]):
@@ -155,9 +155,7 @@ class Stream:
         quiet_data(context)
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources(
-            object_store_memory=cluster.blocks * cluster.read_ahead << 20
-        )
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=cluster.read_ahead)
         context.target_max_block_size = 1  # byte: a block of ours is one row, and goes on as it is
         dataset = (
             ray.data.from_items(visits, override_num_blocks=len(visits))
@@ -186,7 +184,7 @@ class Ledger:
     """Follows a stream row by row: where it stands, that none is missing, what is left out.
 
     Attributes:
-        place: where the stream stands.
+        position: where the stream stands.
         skipped: the account of what is left out.
         share: the worker's shards.
         totals: rows of each shard in its first visit.
@@ -194,7 +192,7 @@ class Ledger:
         here: the account of the visit under way.
     """
 
-    place: Position
+    position: Position
     skipped: Skipped
     share: int
     totals: dict[str, int] = field(default_factory=dict)
@@ -209,21 +207,21 @@ class Ledger:
             RuntimeError: rows are missing.
         """
         visit, offset, total = (int(block[name][0]) for name in ("visit", "offset", "total"))
-        if (visit, offset) != (self.place.visit, self.place.offset) or self.totals.get(url, total) != total:
+        if (visit, offset) != (self.position.visit, self.position.offset) or self.totals.get(url, total) != total:
+            due = f"row {self.position.offset} of {self.totals.get(url, total)} in visit {self.position.visit}"
             raise RuntimeError(
-                f"shard {url!r}: row {offset} of {total} in visit {visit} came where row {self.place.offset} of "
-                f"{self.totals.get(url, total)} in visit {self.place.visit} should: the shard was changed, or a read "
-                "dropped samples; run the command again"
+                f"shard {url!r}: row {offset} of {total} in visit {visit} came where {due} should: the shard was "
+                "changed, or a read dropped samples; run the command again"
             )
         left = block["reason"] != DELIVERED
-        passed = self.place.skipped + np.cumsum(left)
+        passed = self.position.skipped + np.cumsum(left)
         new = Skipped(int((~left).sum()))
         for row in np.flatnonzero(left):
             new.add(files.name(url), Left(REASONS[block["reason"][row]], str(block["key"][row])))
         self.skipped.merge(new)
         self.here.merge(new)
         end = offset + len(left)
-        self.place = Position(visit, end, int(passed[-1])).behind(total)
+        self.position = Position(visit, end, int(passed[-1])).behind(total)
         if end == total:
             self._close(url, total)
         return {name: values[~left] for name, values in block.items()} | {"skipped": passed[~left]}

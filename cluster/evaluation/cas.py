@@ -17,7 +17,7 @@ from bld_core.training.checkpoint import CONFIG, read_model_config
 from bld_core.training.loop import Batch, Objective, TrainState
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
-from cluster.training.tasks import AutoencoderTask, Evaluation, Place
+from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
 from cluster.training.train import FINAL, fit
 
 _PLACE, _STAGE = "cas", "classifier"
@@ -78,7 +78,7 @@ class CasTask(AutoencoderTask):
     def critic(self) -> None:
         """None."""
 
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         def cross_entropy(state: TrainState, batch: Batch) -> dict[str, Tensor]:
             return {"loss": F.cross_entropy(state(_planes(batch.data)).float(), batch.labels)}
 

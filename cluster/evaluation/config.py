@@ -146,7 +146,6 @@ class StudyConfig:
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
             evaluation.frechet is false.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
-        schedules: values of diffusion.schedule of the study schedule.
         steps: numbers of sampling steps of the study steps; those above T are left out.
         temperatures: values of sampling.temperature of the study temperature.
     """
@@ -156,9 +155,6 @@ class StudyConfig:
     codes: int = 1024
     classifier_steps: int = 600
     vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.1, 1.0])
-    schedules: list[Literal["linear", "cosine", "sigmoid"]] = field(
-        default_factory=lambda: ["linear", "cosine", "sigmoid"]
-    )
     steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
 
@@ -170,7 +166,7 @@ class StudyConfig:
         for name in ("samples", "codes"):
             if getattr(self, name) < 2:
                 raise UserError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")
-        for name in ("vlb_weights", "schedules", "steps", "temperatures"):
+        for name in ("vlb_weights", "steps", "temperatures"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"study.{name} is {values}; it must name at least one value, and none twice")

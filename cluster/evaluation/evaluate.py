@@ -155,12 +155,12 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     check_references(config, references)
     found = _measure(inputs, references, stage)
     reconstructions = found.reconstructions
-    figures = reconstructions.figures(experiment.loss.vgg_sha256)
+    figures = reconstructions.metrics(experiment.loss.vgg_sha256)
     report: dict[str, Any] = {"figures": figures}
     pictures = {
         "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
     }
-    health = reconstructions.metrics.health
+    health = reconstructions.quality.health
     if health.count:
         report["bit_usage"] = health.usage.tolist()
         pictures["bit-usage.png"] = bit_usage_plot(health.usage)
@@ -170,7 +170,7 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
     figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
     figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-    figures |= over_seeds([samples.figures() for samples in found.samples])
+    figures |= over_seeds([samples.metrics() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)
     pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], inputs.artifacts.classes or 10)
     report |= {"bound_profile": bound.profile, "samples": config.samples}

@@ -121,7 +121,7 @@ def _planes(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
 
-def figure_name(figure: str, space: SpaceName, sha256: str = "") -> str:
+def metric_name(figure: str, space: SpaceName, sha256: str = "") -> str:
     """What a figure in the features of an extractor may be called; the field's own names need the true weights.
 
     Args:

@@ -107,7 +107,7 @@ def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]
     assert found is not None, "a prior was trained on these images"
     nearest = found.distances[:, 0]
     drawn, real = float(nearest[: len(samples)].mean()), float(nearest[len(samples) :].mean())
-    name = space.figure("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
+    name = space.metric_name("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
     shown = fitting(data.image_size, _SHOWN, 1 + found.images.shape[1])
     rows = torch.cat([samples[:, None], found.images[: len(samples)]], 1)[:shown]
     figures = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing

@@ -23,7 +23,7 @@ from bld_core.storage import files
 from bld_core.storage.weights import DINOV2, INCEPTION, VGG16
 from bld_core.training.checkpoint import load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
-from cluster.evaluation.extractors import DINOv2Features, Extractor, Inception, SpaceName, VGG16Features, figure_name
+from cluster.evaluation.extractors import DINOv2Features, Extractor, Inception, SpaceName, VGG16Features, metric_name
 from cluster.runtime import map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -52,9 +52,9 @@ class Space:
         """Whether Frechet distances are taken here; VGG16 is for precision and recall alone."""
         return self.name != "vgg16"
 
-    def figure(self, figure: str) -> str:
-        """What a figure is called here; see `figure_name`."""
-        return figure_name(figure, self.name, self.sha256)
+    def metric_name(self, figure: str) -> str:
+        """What a figure is called here; see `metric_name`."""
+        return metric_name(figure, self.name, self.sha256)
 
 
 def spaces_of(experiment: Experiment) -> list[Space]:
@@ -139,14 +139,14 @@ def _labelled(pattern: str, data: ImageConfig) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Look:
+class TakeFeatures:
     """Piece of work: the features of the images of one shard, of which `most` are to be kept as they are."""
 
     url: str
     most: int
 
 
-class Seen(NamedTuple):
+class ShardFeatures(NamedTuple):
     """What was seen of some images: their moments, some of their features, and what was left out."""
 
     moments: FeatureMoments
@@ -154,7 +154,7 @@ class Seen(NamedTuple):
     skipped: Skipped
 
 
-class Looker:
+class FeatureActor:
     """An actor that looks at real images through an extractor; images never leave it."""
 
     def __init__(self, experiment: Experiment, space: Space) -> None:
@@ -162,9 +162,12 @@ class Looker:
         self.experiment, self.space = experiment, space
         self.extractor = load_extractor(experiment, space)
 
-    def look(self, piece: Look) -> Seen:
+    def take(self, piece: TakeFeatures) -> ShardFeatures:
         """Do one piece, a batch of images at a time."""
-        seen, size = Seen(FeatureMoments(), Selection(piece.most), Skipped()), self.experiment.latents.batch_size
+        seen, size = (
+            ShardFeatures(FeatureMoments(), Selection(piece.most), Skipped()),
+            self.experiment.latents.batch_size,
+        )
         for some in read_batches(piece.url, self.experiment.data, size, seen.skipped):
             features = self.extractor(stack(some))
             seen.kept.update([image.key for image in some], features)
@@ -243,11 +246,13 @@ def _make(experiment: Experiment, space: Space, shards: dict[str, list[str]], st
         work = map_on_actors(ClassifierTrainer, (experiment,), "train", [folder], experiment.cluster, "classifier")
         [figures["classifier_accuracy"]] = work
     kept = experiment.evaluation.features_kept
-    looks = [Look(url, kept) for url in shards["train"]]
+    pieces = [TakeFeatures(url, kept) for url in shards["train"]]
     if space.has_moments:
-        looks += [Look(url, 0) for url in shards["validation"]]
+        pieces += [TakeFeatures(url, 0) for url in shards["validation"]]
     train, held_out, chosen, skipped = FeatureMoments(), FeatureMoments(), Selection(kept), Skipped()
-    work = map_on_actors(Looker, (experiment, space), "look", looks, experiment.cluster, f"images to {space.name}")
+    work = map_on_actors(
+        FeatureActor, (experiment, space), "take", pieces, experiment.cluster, f"images to {space.name}"
+    )
     for number, seen in enumerate(work):
         (train if number < len(shards["train"]) else held_out).merge(seen.moments)
         chosen.merge(seen.kept)
@@ -255,7 +260,7 @@ def _make(experiment: Experiment, space: Space, shards: dict[str, list[str]], st
     skipped.check(experiment.data.max_skipped)
     digests: list[str] = []
     if space.has_moments:
-        figures[f"{space.figure('fd')}_held_out"] = frechet_distance(train, held_out)
+        figures[f"{space.metric_name('fd')}_held_out"] = frechet_distance(train, held_out)
         digests.append(_save(stage, _MOMENTS, {"mean": train.mean, "scatter": train.scatter}))
         statistics = io.BytesIO()
         np.savez(statistics, mu=train.mean.numpy(), sigma=train.covariance.numpy())

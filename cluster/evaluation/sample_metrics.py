@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 1000  # of a table of distances: 200 MB for 50,000 columns
 class Samples:
     """What is made of drawn images as they come, in the order of their indices.
 
-    Of the images the first 80 are kept; what else grows with their number is said of `SampleFigures`.
+    Of the images the first 80 are kept; what else grows with their number is said of `SampleMetrics`.
 
     Args:
         config: what is measured.
@@ -47,7 +47,7 @@ class Samples:
         labels: list[int] | None,
     ) -> None:
         self.experiment, self.labels = experiment, labels
-        self._judges = [SampleFigures(config, reference, experiment.seed) for reference in references]
+        self._by_space = [SampleMetrics(config, reference, experiment.seed) for reference in references]
         self._accuracy = ClassAccuracy(experiment) if config.class_accuracy and labels is not None else None
         self._shown: list[Tensor] = []
         self._write: Callable[[Tensor], None] | None = None
@@ -67,8 +67,8 @@ class Samples:
 
     def add(self, drawn: Drawn) -> None:
         """Add the next images."""
-        for judge in self._judges:
-            judge.update(drawn.features[judge.reference.space.name], drawn.logits, drawn.first_index)
+        for metrics in self._by_space:
+            metrics.update(drawn.features[metrics.reference.space.name], drawn.logits, drawn.first_index)
         if drawn.images is None:
             return
         if drawn.first_index < SHOWN:
@@ -78,14 +78,14 @@ class Samples:
         if self._write is not None:
             self._write(drawn.images)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The figures by name; the distances of held-out images stand beside those of samples."""
         found: dict[str, float] = {}
-        for judge in self._judges:
-            found |= judge.figures()
-            real = judge.reference.figures
+        for metrics in self._by_space:
+            found |= metrics.metrics()
+            real = metrics.reference.figures
             found |= {name: value for name, value in real.items() if name.endswith("_held_out")}
-        return found | (self._accuracy.figures() if self._accuracy is not None else {})
+        return found | (self._accuracy.metrics() if self._accuracy is not None else {})
 
 
 def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -124,7 +124,7 @@ class ClassAccuracy:
         self._right += int((self._classifier.predict(_pixels(images)) == labels).sum())
         self._seen += len(images)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The two shares."""
         return {
             "class_accuracy": self._right / self._seen,
@@ -136,7 +136,7 @@ def _pixels(images: Tensor) -> Any:
     return images.flatten(1).numpy() / 255.0
 
 
-class SampleFigures:
+class SampleMetrics:
     """The figures of one set of samples against the training images.
 
     Frechet distance, its error and the Inception score come from sums in float64: memory does not grow with the number
@@ -171,24 +171,24 @@ class SampleFigures:
         if self._kernel or self._precision_recall:
             self._kept.append(features)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The figures by name."""
         space, reference, found = self.reference.space, self.reference, dict[str, float]()
         if space.has_moments:
-            found[space.figure("fd")] = frechet_distance(reference.moments, self._moments)
+            found[space.metric_name("fd")] = frechet_distance(reference.moments, self._moments)
             if self._errors:
-                found[f"{space.figure('fd')}_se"] = self._bootstrap.standard_error(reference.moments)
+                found[f"{space.metric_name('fd')}_se"] = self._bootstrap.standard_error(reference.moments)
         if self._score is not None:
-            scores, name = self._score.scores(), space.figure("is")
+            scores, name = self._score.scores(), space.metric_name("is")
             found |= {name: float(scores.mean()), f"{name}_std": float(scores.std(correction=0))}
         if self._kept:
             samples = torch.cat(self._kept)
             if self._kernel:
-                name = space.figure("kd")
+                name = space.metric_name("kd")
                 found[name], found[f"{name}_std"] = kernel_distance(samples, reference.features)
             if self._precision_recall:
                 precision, recall = precision_recall(samples, reference.features)
-                found |= {space.figure("precision"): precision, space.figure("recall"): recall}
+                found |= {space.metric_name("precision"): precision, space.metric_name("recall"): recall}
         return found
 
 

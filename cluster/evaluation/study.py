@@ -12,12 +12,14 @@ from PIL.Image import Image
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.schedule import ScheduleName
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
 from bld_core.trained import read_prior
 from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
+from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_reference
 from cluster.plots import Line, Panel, panels_plot
@@ -29,6 +31,7 @@ from cluster.training.train import train_prior
 StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
 _RECONSTRUCTIONS = "rows/reconstructions.json"
+_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
 # The paper's figures, by study and row: 256 x 256, 50,000 samples.
 _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -52,7 +55,7 @@ _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One row of a study: a prior, and how it is sampled.
 
     Attributes:
@@ -85,39 +88,39 @@ def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
     return experiment.variant("study/variants", name, **changes)
 
 
-def _lambda(experiment: Experiment) -> list[Row]:
-    rows: list[Row] = []
+def _lambda(experiment: Experiment) -> list[StudyRow]:
+    rows: list[StudyRow] = []
     for weight in experiment.study.vlb_weights:
         diffusion = replace(experiment.diffusion, vlb_weight=weight)
         variant = _variant(experiment, f"lambda{weight:g}", diffusion=diffusion)
-        rows.append(Row(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
 
-def _targets(experiment: Experiment) -> list[Row]:
+def _targets(experiment: Experiment) -> list[StudyRow]:
     """All of them sample in all T steps, for z_prev must."""
     sampling = replace(experiment.sampling, steps=experiment.diffusion.steps, grid=[])
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for target in ("flip", "z0", "z_prev"):
         diffusion = replace(experiment.diffusion, target=target)
         variant = _variant(experiment, target, diffusion=diffusion, sampling=sampling)
-        rows.append(Row(target, variant, sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(target, variant, sampling, _whole_bound(experiment)))
     return rows
 
 
-def _samplers(experiment: Experiment) -> list[Row]:
-    rows: list[Row] = []
+def _samplers(experiment: Experiment) -> list[StudyRow]:
+    rows: list[StudyRow] = []
     for model in ("binary", "autoregressive", "absorbing"):
         known_share = experiment.prior.known_share if model == "binary" else 0.0
         variant = _variant(experiment, model, prior=replace(experiment.prior, model=model, known_share=known_share))
-        rows.append(Row(model, variant, experiment.sampling, _whole_bound(experiment)))
+        rows.append(StudyRow(model, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
 
-def _schedule(experiment: Experiment) -> list[Row]:
+def _schedule(experiment: Experiment) -> list[StudyRow]:
     """A row for each schedule and spacing, with the bounds of grids of some steps."""
-    rows: list[Row] = []
-    for schedule in experiment.study.schedules:
+    rows: list[StudyRow] = []
+    for schedule in _SCHEDULES:
         diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
         variant = _variant(experiment, schedule, diffusion=diffusion)
         for spacing in ("k", "t"):
@@ -126,25 +129,25 @@ def _schedule(experiment: Experiment) -> list[Row]:
             for steps in _STRIDES:
                 if steps <= diffusion.steps:
                     bounds[f"bound_{steps}"] = MeasureBound(replace(sampling, steps=steps), 0, experiment.study.codes)
-            rows.append(Row(f"{schedule}, equal {spacing}", variant, sampling, bounds))
+            rows.append(StudyRow(f"{schedule}, equal {spacing}", variant, sampling, bounds))
     return rows
 
 
-def _steps(experiment: Experiment) -> list[Row]:
+def _steps(experiment: Experiment) -> list[StudyRow]:
     """The experiment's own prior; at temperature 1, as in the paper."""
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for steps in experiment.study.steps:
         if steps <= experiment.diffusion.steps:
             sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
             bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
-            rows.append(Row(str(steps), experiment, sampling, bounds, steps))
+            rows.append(StudyRow(str(steps), experiment, sampling, bounds, steps))
     return rows
 
 
-def _temperature(experiment: Experiment) -> list[Row]:
+def _temperature(experiment: Experiment) -> list[StudyRow]:
     """The experiment's own prior; bounds do not depend on the temperature."""
     return [
-        Row(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
+        StudyRow(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
         for tau in experiment.study.temperatures
     ]
 
@@ -153,7 +156,7 @@ def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
     return {"bound": MeasureBound(None, 0, experiment.study.codes)}
 
 
-_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[Row]]]] = {
+_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
     "lambda": ("diffusion.vlb_weight", _lambda),
     "targets": ("diffusion.target", _targets),
     "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
@@ -217,16 +220,16 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "column": column,
                 "rows": found,
                 "paper": source,
-                "distance": reference.space.figure("fd"),
+                "distance": reference.space.metric_name("fd"),
                 "reference": reference.figures | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
-            stage.run.text(table(made), "table.txt")
+            stage.run.text(study_table(made), "table.txt")
             files.write_bytes(files.join(stage.folder, "plot.png"), png(picture))
-            files.write_bytes(files.join(stage.folder, "table.txt"), f"{table(made)}\n".encode())
+            files.write_bytes(files.join(stage.folder, "table.txt"), f"{study_table(made)}\n".encode())
             files.write_json(table_url, made)
         return files.read_json(table_url)
 
@@ -244,7 +247,7 @@ def _space(experiment: Experiment) -> Space:
 
 
 def _measure(
-    experiment: Experiment, rows: Sequence[Row], folder: str, reference: Reference, codes: Codes
+    experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes
 ) -> Iterator[dict[str, float]]:
     """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
     reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
@@ -262,14 +265,14 @@ def _measure(
             for _ in held_out:
                 found.merge(next(work))
             distance = frechet_distance(reference.moments, found.reconstructed[reference.space])
-            files.write_json(reconstructions_url, {f"{reference.space.figure('fd')}_reconstructed": distance})
+            files.write_json(reconstructions_url, {f"{reference.space.metric_name('fd')}_reconstructed": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
                 files.write_json(url, _figures(row, work, experiment.study.samples, reference))
             yield files.read_json(url)
 
 
-def _pieces(experiment: Experiment, row: Row) -> list[MeasureBound | SampleFeatures]:
+def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | SampleFeatures]:
     """What has to be done for a row: its bounds, then its samples."""
     total, batch, prior = experiment.study.samples, experiment.evaluation.batch_size, row.experiment.folder
     labels = balanced_labels(total, experiment.prior.classes)
@@ -280,7 +283,7 @@ def _pieces(experiment: Experiment, row: Row) -> list[MeasureBound | SampleFeatu
     ]
 
 
-def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
+def _figures(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
     """Take from the stream of results those of one row."""
     figures: dict[str, float] = {}
     for name in row.bounds:
@@ -291,7 +294,7 @@ def _figures(row: Row, work: Iterator[Any], samples: int, reference: Reference) 
         drawn = next(work)
         moments.update(drawn.features[reference.space.name])
         seconds += drawn.seconds
-    figures[reference.space.figure("fd")] = frechet_distance(reference.moments, moments)
+    figures[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
     figures["seconds"] = seconds / samples
     return figures
 
@@ -303,7 +306,7 @@ def _names(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(made: dict[str, Any]) -> str:
+def study_table(made: dict[str, Any]) -> str:
     """A study as lines of text, the paper's figures beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
@@ -312,8 +315,7 @@ def table(made: dict[str, Any]) -> str:
         cells.append(
             [row[made["column"]], *shown, *([" / ".join(f"{x:g}" for x in row["paper"])] if made["paper"] else [])]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines = aligned(cells)
     real = made["reference"]
     early = real.get(f"{distance}_remade")  # what tables of early versions call it
     reconstructed = real.get(f"{distance}_reconstructed", early)

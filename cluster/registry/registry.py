@@ -27,7 +27,7 @@ from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import COMMIT, git_commit, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking import connect, plain_errors, quoted, start_run
+from cluster.tracking import open_client, plain_errors, quoted, start_run
 
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
 _PROTOCOL, _FIGURE = "bld.protocol", "figure."
@@ -78,7 +78,7 @@ def register(experiment: Experiment) -> Registered:
 
 def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping[str, str]) -> Registered:
     tracking = experiment.tracking
-    name, client = tracking.model or experiment.name, connect(tracking.resolve(experiment.root))
+    name, client = tracking.model or experiment.name, open_client(tracking.resolve(experiment.root))
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -94,7 +94,7 @@ def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping
             client.set_model_version_tag(name, version.version, tag, value)
     client.set_registered_model_alias(name, tracking.alias, version.version)
     champion = _champion(client, name)
-    moves, rule = judge(tracking, str(version.version), tags, champion)
+    moves, rule = compare_with_champion(tracking, str(version.version), tags, champion)
     if moves:
         client.set_registered_model_alias(name, CHAMPION, version.version)
     return Registered(name, str(version.version), rule)
@@ -152,7 +152,7 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
     return None if number is None else client.get_model_version(name, str(number))
 
 
-def judge(
+def compare_with_champion(
     tracking: TrackingConfig, version: str, tags: Mapping[str, str], champion: ModelVersion | None
 ) -> tuple[bool, str]:
     """Whether a version follows the champion: its figure must be better by the margin, measured in the same way.
@@ -208,7 +208,7 @@ def fetch_model(model: str, folder: str, uri: str) -> str:
     form = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
     if form is None:
         raise UserError(f"model is {model!r}; it must be models:/<name>@<alias> or models:/<name>/<version>")
-    client, (name, alias, number) = connect(uri), form.groups()
+    client, (name, alias, number) = open_client(uri), form.groups()
     with plain_errors(uri):
         try:
             found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)

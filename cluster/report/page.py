@@ -22,11 +22,11 @@ from cluster.config.experiment import Experiment
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import git_commit, lineage
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
-from cluster.report.paper import Table, tables_for
-from cluster.report.tables import GROUPS, about, place, rows
+from cluster.report.paper import PaperTable, tables_for
+from cluster.report.tables import GROUPS, about, rank, shown_metrics
 from cluster.secrets import without_secrets
 from cluster.stages import RECORD
-from cluster.tracking import STARTS, connect, find_run
+from cluster.tracking import STARTS, find_run, open_client
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")
@@ -68,7 +68,7 @@ def write_report(experiment: Experiment) -> str:
     autoencoder = read_autoencoder(experiment.folder)
     prior = read_prior(experiment.folder) if has_prior(experiment.folder) else None
     figures, runs = report["figures"], _runs(experiment)
-    shown = rows(figures)
+    shown = shown_metrics(figures)
     made_from = lineage(autoencoder, prior).items()
     tables = tables_for(experiment.data.image_size, experiment.prior.classes)
     page = {
@@ -133,7 +133,7 @@ def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
     """Diagrams of a training run: the loss and its terms, the held-out figures, how the steps went."""
-    client, known = connect(experiment.tracking.resolve(experiment.root)), run.data.metrics
+    client, known = open_client(experiment.tracking.resolve(experiment.root)), run.data.metrics
 
     def history(key: str) -> dict[int, float]:
         return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
@@ -149,7 +149,7 @@ def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
     losses = list({tuple(curve.y): curve for curve in map(line, terms)}.values())  # a loss of one term is that term
     panels = [Panel("loss", "step", "", losses)] if losses else []
     for key in sorted(
-        set(keys) - set(terms), key=lambda key: (key.startswith("train_"), place(key.partition("_")[2]), key)
+        set(keys) - set(terms), key=lambda key: (key.startswith("train_"), rank(key.partition("_")[2]), key)
     ):
         title = about(key.partition("_")[2]).title
         panels.append(Panel(f"{title}, held-out" if key.startswith("val_") else title, "step", "", [line(key)]))
@@ -162,7 +162,7 @@ def thinned(values: Sequence[float], most: int = 400) -> list[float]:
     return [fmean(values[i : i + share]) for i in range(0, len(values), share)]
 
 
-def _beside(table: Table, experiment: Experiment, figures: Mapping[str, float]) -> dict[str, Any]:
+def _beside(table: PaperTable, experiment: Experiment, figures: Mapping[str, float]) -> dict[str, Any]:
     """Our row above the paper's, of which those of the same images are marked."""
     ours = [f"{figures[figure]:.2f}" if figure in figures else "-" for figure in table.columns.values()]
     rows = [("ours", f"this experiment, {experiment.name}", ours)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from cluster.console import aligned
 from cluster.evaluation.config import SPREADS
 
 _IMAGES, _CODES, _SAMPLES = GROUPS = ("Reconstruction", "Health of the code", "Prior and samples")
 
 
-class Figure(NamedTuple):
+class MetricInfo(NamedTuple):
     """How a figure is shown: where, its name, its digits and unit, and what it says."""
 
     group: str
@@ -19,7 +20,7 @@ class Figure(NamedTuple):
     says: str
 
 
-class Row(NamedTuple):
+class ShownMetric(NamedTuple):
     """A figure as it is shown."""
 
     group: str
@@ -30,37 +31,43 @@ class Row(NamedTuple):
 
 
 _FIGURES = {
-    "psnr": Figure(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
-    "ssim": Figure(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
-    "lpips": Figure(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
-    "rfid": Figure(_IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"),
-    "skipped_images": Figure(_IMAGES, "Images left out", "{:.0f}", "held-out images that could not be read"),
-    "dead_bits": Figure(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
-    "bit_entropy": Figure(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
-    "bit_usage_mean": Figure(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
-    "bit_correlation": Figure(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
-    "bound": Figure(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
-    "bound_sampling": Figure(_SAMPLES, "Likelihood bound, steps sampled", "{:.4f}", "of the steps that samples take"),
-    "fid": Figure(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
-    "inception_score": Figure(_SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"),
-    "kid": Figure(_SAMPLES, "KID", "{:.4f}", "as FID, by kernels: of no bias with few samples; lower is better"),
-    "precision": Figure(_SAMPLES, "Precision", "{:.3f}", "share of samples among real images"),
-    "recall": Figure(_SAMPLES, "Recall", "{:.3f}", "share of real images among samples"),
-    "cas_top1": Figure(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
-    "cas_top5": Figure(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
-    "class_accuracy": Figure(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
-    "class_accuracy_real": Figure(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
+    "psnr": MetricInfo(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
+    "ssim": MetricInfo(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
+    "lpips": MetricInfo(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
+    "rfid": MetricInfo(
+        _IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"
+    ),
+    "skipped_images": MetricInfo(_IMAGES, "Images left out", "{:.0f}", "held-out images that could not be read"),
+    "dead_bits": MetricInfo(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
+    "bit_entropy": MetricInfo(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
+    "bit_usage_mean": MetricInfo(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
+    "bit_correlation": MetricInfo(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),
+    "bound": MetricInfo(_SAMPLES, "Likelihood bound", "{:.4f}", "bits for each bit of held-out codes; 1 knows nothing"),
+    "bound_sampling": MetricInfo(
+        _SAMPLES, "Likelihood bound, steps sampled", "{:.4f}", "of the steps that samples take"
+    ),
+    "fid": MetricInfo(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
+    "inception_score": MetricInfo(
+        _SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"
+    ),
+    "kid": MetricInfo(_SAMPLES, "KID", "{:.4f}", "as FID, by kernels: of no bias with few samples; lower is better"),
+    "precision": MetricInfo(_SAMPLES, "Precision", "{:.3f}", "share of samples among real images"),
+    "recall": MetricInfo(_SAMPLES, "Recall", "{:.3f}", "share of real images among samples"),
+    "cas_top1": MetricInfo(_SAMPLES, "CAS, top-1", "{:.1f} %", "a ResNet-50 trained on samples, on held-out images"),
+    "cas_top5": MetricInfo(_SAMPLES, "CAS, top-5", "{:.1f} %", "the same, among its five likeliest classes"),
+    "class_accuracy": MetricInfo(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
+    "class_accuracy_real": MetricInfo(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }
 # The same in other features, whose name stands behind that of the figure.
 _KINDS = {
-    "rfd": Figure(_IMAGES, "Frechet distance", "{:.4g}", _FIGURES["rfid"].says),
-    "fd": Figure(_SAMPLES, "Frechet distance", "{:.4g}", _FIGURES["fid"].says),
+    "rfd": MetricInfo(_IMAGES, "Frechet distance", "{:.4g}", _FIGURES["rfid"].says),
+    "fd": MetricInfo(_SAMPLES, "Frechet distance", "{:.4g}", _FIGURES["fid"].says),
     "is": _FIGURES["inception_score"],
     "lpips": _FIGURES["lpips"],
-    "kd": Figure(_SAMPLES, "Kernel distance", "{:.4g}", "as Frechet distance, of no bias with few samples"),
+    "kd": MetricInfo(_SAMPLES, "Kernel distance", "{:.4g}", "as Frechet distance, of no bias with few samples"),
     "precision": _FIGURES["precision"],
     "recall": _FIGURES["recall"],
-    "neighbour_ratio": Figure(
+    "neighbour_ratio": MetricInfo(
         _SAMPLES,
         "Nearest training image",
         "{:.3f}",
@@ -71,7 +78,7 @@ _OWN = "; not FID"
 _HELD_OUT = "_held_out"
 
 
-def about(name: str) -> Figure:
+def about(name: str) -> MetricInfo:
     """How a figure is shown; one that nobody knows, by its name alone."""
     if name.endswith(_HELD_OUT):
         same = about(name.removesuffix(_HELD_OUT))
@@ -83,31 +90,31 @@ def about(name: str) -> Figure:
             space = name[len(kind) + 1 :].replace("_", " ") or "inception"
             own = _OWN if space == "classifier" and kind in ("fd", "rfd") else ""
             return figure._replace(title=f"{figure.title}, {space}", says=figure.says + own)
-    return Figure(_SAMPLES, name.replace("_", " "), "{:.4g}", "")
+    return MetricInfo(_SAMPLES, name.replace("_", " "), "{:.4g}", "")
 
 
-def place(name: str) -> int:
-    """Where a figure stands among those that are known; the others come last."""
+def rank(name: str) -> int:
+    """Where a metric stands among those that are known; the others come last."""
     return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
 
 
-def rows(figures: Mapping[str, float]) -> dict[str, Row]:
+def shown_metrics(figures: Mapping[str, float]) -> dict[str, ShownMetric]:
     """The figures as they are shown; a deviation or an error stands behind the figure that it belongs to."""
-    found: dict[str, Row] = {}
+    found: dict[str, ShownMetric] = {}
     for name, value in figures.items():
         if any(name.endswith(end) and name.removesuffix(end) in figures for end in SPREADS):
             continue
         shown = about(name)
         spreads = [f"{short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
-        found[name] = Row(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
+        found[name] = ShownMetric(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
     return found
 
 
-def table(report: Mapping[str, Any]) -> str:
+def report_table(report: Mapping[str, Any]) -> str:
     """The figures of a report as lines of text, by the names that they have in report.json and MLflow."""
-    shown = rows(report["figures"])
-    cells = {name: (name, row.value, row.spread, row.says) for name, row in shown.items()}
-    widths = [max(map(len, column)) for column in zip(*cells.values(), strict=True)]
+    shown = shown_metrics(report["figures"])
+    text = aligned([(name, row.value, row.spread, row.says) for name, row in shown.items()])
+    line_of = dict(zip(shown, text, strict=True))
     lines: list[str] = []
     for group in GROUPS:
         of_group = [name for name, row in shown.items() if row.group == group]
@@ -115,7 +122,5 @@ def table(report: Mapping[str, Any]) -> str:
             lines.append(f"{group} ({report['samples']:,} of {report['sampling']['steps']} steps)")
         elif of_group:
             lines.append(group)
-        for name in of_group:
-            padded = [cell.ljust(width) for cell, width in zip(cells[name], widths, strict=True)]
-            lines.append("  ".join(["", *padded]).rstrip())
+        lines += [f"  {line_of[name]}" for name in of_group]
     return "\n".join(lines)

@@ -33,26 +33,22 @@ class GridConfig:
         seed: of the noise; another seed gives other images.
         process: also make process.png (Fig. 3): a row for each sample of the first row, that many states of its way
             from noise to image; 0 makes none.
-        file: name of the grid's folder; empty makes one from the settings.
     """
 
     classes: list[int] = field(default_factory=list)
     rows: int = 8
     seed: int = 0
     process: int = 0
-    file: str = ""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise UserError(f"grid.rows is {self.rows}; it must be at least 1")
         if self.process < 0 or self.process == 1:
             raise UserError(f"grid.process is {self.process}; it must be 0 (no such picture), or at least 2 states")
-        if "/" in self.file or self.file.startswith("."):
-            raise UserError(f"grid.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False) -> str:
-    """Finished experiment -> <folder>/samples/<file>/: grid.png to look at, samples.npz to measure, maybe process.png.
+    """Finished experiment -> a folder of its samples/: grid.png to look at, samples.npz to measure, maybe process.png.
 
     The npz holds arr_0, uint8 images (N, H, W, channels), and arr_1, their classes.
 
@@ -80,9 +76,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
             "goes from noise to image; set grid.process to 0"
         )
     steps = model.steps(sampling)
-    name = settings.file or (
-        f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
-    )
+    name = f"seed{settings.seed}-steps{steps}-tau{sampling.temperature:g}-w{sampling.guidance:g}-{shown}"
     fingerprint = {
         **found.identity,
         **experiment.fingerprint("sampling"),

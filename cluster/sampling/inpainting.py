@@ -35,7 +35,6 @@ class InpaintConfig:
         completions: how many of each image.
         label: class of the completions; -1 asks for none.
         seed: of the noise; another seed gives other completions.
-        file: the picture's folder is named inpainting-<file>; empty makes a name from the settings.
     """
 
     image: str = ""
@@ -45,7 +44,6 @@ class InpaintConfig:
     completions: int = 6
     label: int = -1
     seed: int = 0
-    file: str = ""
 
     def __post_init__(self) -> None:
         if self.completions < 1:
@@ -58,8 +56,6 @@ class InpaintConfig:
             )
         if self.box and len(self.box) != 4:
             raise UserError(f"inpaint.box is {self.box}; it must be [left, top, right, bottom] in pixels")
-        if "/" in self.file or self.file.startswith("."):
-            raise UserError(f"inpaint.file is {self.file!r}; it must be a folder name without slashes or a leading dot")
 
 
 class Piece(NamedTuple):
@@ -135,7 +131,7 @@ def read_mask(settings: InpaintConfig, size: int) -> Tensor:
 
 
 def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False) -> str:
-    """Finished experiment -> <folder>/samples/inpainting-<file>/inpainting.png.
+    """Finished experiment -> <folder>/samples/inpainting-<settings>/inpainting.png.
 
     A row for each image: the image, what is known of it, its completions.
 
@@ -161,7 +157,7 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
         **asdict(settings),
     }
     shown = files.sha256(repr((fingerprint["pixels"], settings, experiment.sampling)).encode())[:6]
-    stage_name = f"samples/inpainting-{settings.file or f'seed{settings.seed}-{shown}'}"
+    stage_name = f"samples/inpainting-seed{settings.seed}-{shown}"
     with open_stage(experiment, stage_name, fingerprint, "inpainting.png", fresh=fresh, on_change="redo") as stage:
         picture_url = files.join(stage.folder, "inpainting.png")
         if not stage.done:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bld_core
 from bld_core.diffusion.bound import Bound
+from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.generator import Generator
 from bld_core.latents.reader import Latents, PackedCodes
@@ -132,8 +133,8 @@ class Sampler:
         self.use_prior(piece.prior)
         prior, device = self.generator.prior, self.generator.device
         assert prior is not None, "the bound is that of a finished prior"
-        codes, labels = self._held_out.part(slice(piece.start, piece.stop), device)
-        return prior.model.bound(prior.network, codes, labels, self.experiment.seed, piece.sampling, piece.start)
+        codes = CodeBatch.numbered(*self._held_out.part(slice(piece.start, piece.stop), device), piece.start)
+        return prior.model.bound(prior.network, codes, self.experiment.seed, piece.sampling)
 
     @functools.cached_property
     def _held_out(self) -> PackedCodes:

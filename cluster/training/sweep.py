@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.tune
 import yaml
@@ -15,12 +16,31 @@ from bld_core.storage import files
 from bld_core.trained import read_prior
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
-from cluster.runtime import connect
+from cluster.console import aligned
+from cluster.runtime import connect_ray
 from cluster.storage import run_storage
 from cluster.training.train import train_prior
 
 
-def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, Any]]:
+class Trial(NamedTuple):
+    """A trial of the sweep.
+
+    Attributes:
+        trial: its name.
+        vlb_weight: lambda.
+        schedule: of the noise.
+        bound: likelihood bound, bits a bit.
+        bound_se: its standard error.
+    """
+
+    trial: str
+    vlb_weight: float
+    schedule: str
+    bound: float
+    bound_se: float
+
+
+def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
     """Train a short prior for every combination of `sweep`; <folder>/sweep/table.json and best.yaml.
 
     Each trial is an experiment of its own in <folder>/sweep/<trial>, so a sweep that is run again resumes.
@@ -30,7 +50,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
         fresh: start over, deleting the trials that were made before.
 
     Returns:
-        One row a trial, best first: trial, vlb_weight, schedule, bound, bound_se.
+        The trials, the best first.
 
     Raises:
         MissingError: no encoded data set yet.
@@ -43,7 +63,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
         )
     open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
-    connect(experiment.cluster)
+    connect_ray(experiment.cluster)
 
     def run_trial(config: dict[str, Any]) -> None:
         trial = trials[config["trial"]]
@@ -64,19 +84,19 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[dict[str, A
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} of {len(trials)} trials failed; the first: {results.errors[0]}")
     rows = [
-        {
-            "trial": result.config["trial"],
-            "vlb_weight": trials[result.config["trial"]].diffusion.vlb_weight,
-            "schedule": trials[result.config["trial"]].diffusion.schedule,
-            "bound": result.metrics["bound"],
-            "bound_se": result.metrics["bound_se"],
-        }
+        Trial(
+            name := result.config["trial"],
+            trials[name].diffusion.vlb_weight,
+            trials[name].diffusion.schedule,
+            result.metrics["bound"],
+            result.metrics["bound_se"],
+        )
         for result in results
         if result.config and result.metrics
     ]
-    rows.sort(key=lambda row: row["bound"])
-    files.write_json(files.join(folder, "table.json"), {"rows": rows})
-    best = {"diffusion": {name: rows[0][name] for name in ("vlb_weight", "schedule")}}
+    rows.sort(key=lambda trial: trial.bound)
+    files.write_json(files.join(folder, "table.json"), {"rows": [trial._asdict() for trial in rows]})
+    best = {"diffusion": {"vlb_weight": rows[0].vlb_weight, "schedule": rows[0].schedule}}
     files.write_bytes(files.join(folder, "best.yaml"), yaml.safe_dump(best).encode())
     return rows
 
@@ -96,8 +116,9 @@ def _trials(experiment: Experiment) -> list[Experiment]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def sweep_table(trials: Sequence[Trial]) -> str:
     """The trials as lines of text, best first."""
-    lines = ["lambda  schedule  bound (bits a bit)"]
-    lines += [f"{r['vlb_weight']:<6g}  {r['schedule']:<8}  {r['bound']:.4f} +- {r['bound_se']:.4f}" for r in rows]
-    return "\n".join(lines)
+    head = ("lambda", "schedule", "bound (bits a bit)")
+    return "\n".join(
+        aligned([head, *((f"{t.vlb_weight:g}", t.schedule, f"{t.bound:.4f} +- {t.bound_se:.4f}") for t in trials)])
+    )

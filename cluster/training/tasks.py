@@ -21,7 +21,8 @@ from bld_core.data.images import first_images, stack
 from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
 from bld_core.diffusion.bound import Bound
-from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.diffusion.process import CodeBatch
+from bld_core.diffusion.sampling import SampleSpec, SamplingConfig
 from bld_core.latents.loader import latent_batches
 from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.prior.model import make_model
@@ -39,7 +40,7 @@ _PICTURE_IMAGES = 16
 _PICTURE_SAMPLES = 40
 
 
-class Place(NamedTuple):
+class Worker(NamedTuple):
     """A worker among its peers."""
 
     rank: int
@@ -76,11 +77,11 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         """What is minimised."""
 
     @abstractmethod
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         """Batches from `step` on; `positions` are those of the checkpoint, one a worker."""
 
     def position(self) -> list[int]:
@@ -124,18 +125,18 @@ class AutoencoderTask(Task):
             replace(self.training, learning_rate=loss.critic_learning_rate, checkpointing=False),
         )
 
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         experiment = self.experiment
         if experiment.loss.perceptual:
-            self._perceptual = load_perceptual(experiment.loss, place.device)
+            self._perceptual = load_perceptual(experiment.loss, worker.device)
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         shards = len(files.expand(self.experiment.data.train))
-        start = resume_position(positions, place.rank, place.world, shards)
-        stream = image_batches(self.experiment, step, start, place.rank, place.world, self.skipped)
+        start = resume_position(positions, worker.rank, worker.world, shards)
+        stream = image_batches(self.experiment, step, start, worker.rank, worker.world, self.skipped)
         for batch, self._position in stream:
-            yield batch.to(place.device)
+            yield batch.to(worker.device)
 
     def position(self) -> list[int]:
         return [*astuple(self._position)]
@@ -172,25 +173,26 @@ class PriorTask(Task):
         self.source, self.codes = source, codes
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
-        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._held_out: CodeBatch | None = None
 
     def network(self) -> nn.Module:
         return self.model.network()
 
-    def objective(self, place: Place) -> Objective:
+    def objective(self, worker: Worker) -> Objective:
         return self.model.objective(self.experiment.seed)
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         experiment, latents = self.experiment, self.codes.train
-        latents_gb, device = experiment.cluster.latents_gb, place.device
+        latents_gb, device = experiment.cluster.latents_gb, worker.device
         return latent_batches(
-            latents, self.training, experiment.seed, step, place.rank, place.world, latents_gb, device
+            latents, self.training, experiment.seed, step, worker.rank, worker.world, latents_gb, device
         )
 
     def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
         if self._held_out is None:
-            self._held_out = self.codes.held_out.read().part(slice(_VALIDATION_CODES), device)
-        return self.model.bound(network, *self._held_out, self.experiment.seed, sampling)
+            held_out = self.codes.held_out.read()
+            self._held_out = CodeBatch.numbered(*held_out.part(slice(_VALIDATION_CODES), device))
+        return self.model.bound(network, self._held_out, self.experiment.seed, sampling)
 
     def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
         bounds = [self._bound(network, device).bits_per_bit for network in networks]
@@ -201,7 +203,7 @@ class PriorTask(Task):
         bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
         index = torch.arange(_PICTURE_SAMPLES, device=device)
         labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = model.sample(network, labels, index, experiment.sampling, seed)
+        z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         figures["val_bound_sampling"] = sampled.bits_per_bit

@@ -46,7 +46,7 @@ from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tracking import Run, SystemLoad
-from cluster.training.tasks import AutoencoderTask, Place, PriorTask, Task
+from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT = "checkpoint-"
@@ -218,7 +218,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     if remote := task.experiment.cluster.workers > 0:
         quiet_training_worker()
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
     state = make_state(task.network(), training, ray.train.torch.prepare_model)
     if (critic := task.critic()) is not None:
@@ -228,43 +228,43 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             positions = load_state(folder, state)["positions"]
-    run: Run | None = job.run if place.rank == 0 else None
-    load = SystemLoad() if place.rank == 0 else None
+    run: Run | None = job.run if worker.rank == 0 else None
+    load = SystemLoad() if worker.rank == 0 else None
     shown = bar(remote) if job.bar else None
-    progress = Progress(job.label, training.steps, state.step, shown) if place.rank == 0 else None
-    batches = task.batches(state.step, positions, place)
+    progress = Progress(job.label, training.steps, state.step, shown) if worker.rank == 0 else None
+    batches = task.batches(state.step, positions, worker)
     metrics: dict[str, float] = {}
     try:
-        for report in train(state, batches, task.objective(place), training):
+        for report in train(state, batches, task.objective(worker), training):
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
-                figures = _figures(report, state, task, place)
+                figures = _figures(report, state, task, worker)
                 if run is not None and load is not None and progress is not None:
                     named = {f"train_{name}": value for name, value in figures.items()}
-                    run.metrics(named | load.figures(), report.step)
+                    run.metrics(named | load.metrics(), report.step)
                     progress.update(report.step, figures)
                 if _too_many(task, report.step, figures):
-                    return UserError(f"{_join(str(task.skipped), place)}; {above(task.experiment.data.max_skipped)}")
+                    return UserError(f"{_join(str(task.skipped), worker)}; {above(task.experiment.data.max_skipped)}")
             look = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
             if look:
-                metrics = _evaluate(task, state, run, place)
+                metrics = _evaluate(task, state, run, worker)
             if look or keep:
-                _meet(task, state, metrics, place, job.folder if keep else None)
+                _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
-        return NonFiniteError(_join(str(error), place), *error.settings)
+        return NonFiniteError(_join(str(error), worker), *error.settings)
     if progress is not None:
         progress.close()
     return None
 
 
-def _figures(report: Report, state: TrainState, task: Task, place: Place) -> dict[str, float]:
+def _figures(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
     """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
     terms = torch.stack([*report.terms.values()]).double()
-    values = torch.cat([terms, terms.new_tensor([task.left_out() * place.world])])
-    if place.world > 1:
+    values = torch.cat([terms, terms.new_tensor([task.left_out() * worker.world])])
+    if worker.world > 1:
         torch.distributed.all_reduce(values)
-    *means, left_out = (values / place.world).tolist()
+    *means, left_out = (values / worker.world).tolist()
     figures = dict(zip(report.terms, means, strict=True))
     figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
     if state.skipped:
@@ -281,7 +281,7 @@ def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> dict[str, float]:
+def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker) -> dict[str, float]:
     """Look at the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
     if run is None:
         return {}
@@ -289,8 +289,8 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> d
     for network, average in zip(networks, state.averages, strict=True):
         network.load_state_dict(average.weights)
     with torch.no_grad():
-        best = task.choose(networks, place.device) if len(networks) > 1 else 0
-        metrics, pictures = task.evaluate(networks[best], place.device)
+        best = task.choose(networks, worker.device) if len(networks) > 1 else 0
+        metrics, pictures = task.evaluate(networks[best], worker.device)
     metrics["ema_decay"] = state.averages[best].decay
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
@@ -298,14 +298,14 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, place: Place) -> d
     return metrics
 
 
-def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place, folder: str | None) -> None:
+def _meet(task: Task, state: TrainState, metrics: dict[str, float], worker: Worker, folder: str | None) -> None:
     """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
 
-    The checkpoint is written to its place by us, where an upload that fails is an error: pyarrow, which Ray would copy
+    The checkpoint is written by us, where an upload that fails is an error: pyarrow, which Ray would copy
     it with, closes remote files without looking whether that went well.
     """
-    positions = [] if folder is None else _gather(task.position(), place)
-    if place.rank or folder is None:
+    positions = [] if folder is None else _gather(task.position(), worker)
+    if worker.rank or folder is None:
         ray.train.report({"step": state.step})
         return
     url = files.join(folder, f"{_CHECKPOINT}{state.step:07d}")
@@ -321,7 +321,7 @@ def _meet(task: Task, state: TrainState, metrics: dict[str, float], place: Place
 
 
 def _checkpoint(url: str) -> Checkpoint:
-    """A checkpoint in its place, as Ray sees it."""
+    """A checkpoint where it lies, as Ray sees it."""
     return Checkpoint(files.filesystem(url)[1], run_storage(url).get("storage_filesystem"))
 
 
@@ -338,19 +338,19 @@ def _last_checkpoint(folder: str) -> Checkpoint | None:
     return _checkpoint(there[-1]) if there else None
 
 
-def _join(message: str, place: Place) -> str:
+def _join(message: str, worker: Worker) -> str:
     """What all workers say, each once."""
-    everyone: list[str] = [message] * place.world
-    if place.world > 1:
+    everyone: list[str] = [message] * worker.world
+    if worker.world > 1:
         torch.distributed.all_gather_object(everyone, message)
     return "\n".join(dict.fromkeys(everyone))
 
 
-def _gather(position: list[int], place: Place) -> list[list[int]]:
+def _gather(position: list[int], worker: Worker) -> list[list[int]]:
     """Every worker's position, in the order of the ranks."""
-    if place.world == 1:
+    if worker.world == 1:
         return [position]
-    mine = torch.tensor(position, dtype=torch.int64, device=place.device)
-    everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(place.world)]
+    mine = torch.tensor(position, dtype=torch.int64, device=worker.device)
+    everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(worker.world)]
     torch.distributed.all_gather(everyone, mine)
     return [other.tolist() for other in everyone]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.diffusion.process import calibrate, flip_given_residual, reverse_flip_probability
+from bld_core.diffusion.process import DiffusionProcess, calibrate, reverse_flip_coefficients, reverse_flip_probability
 from bld_core.diffusion.schedule import NoiseSchedule, make_schedule
 from tests.bld_core.toys import (
     SCHEDULES,
@@ -135,7 +135,7 @@ def test_the_offset_of_calibration_is_that_of_the_page() -> None:
 def test_a_and_b_are_those_of_the_page() -> None:
     rows, k = table("s, t"), make_schedule("linear", 64).k.tolist()
     pairs = [(int(s), int(t)) for s, t in (cell.split(", ") for cell in rows["s, t"])]
-    found = [flip_given_residual(k[s], k[t]) for s, t in pairs]
+    found = [reverse_flip_coefficients(k[s], k[t]) for s, t in pairs]
     assert_digits(rows["A"], [float(a) for a, _ in found])
     assert_digits(rows["B"], [float(b) for _, b in found])
     for (a, b), (s, t) in zip(found, pairs, strict=True):
@@ -193,7 +193,7 @@ def test_the_errors_of_four_reverse_steps_are_those_of_the_page() -> None:
     for column, count in enumerate(steps):
         schedule = make_schedule("linear", count)
         for p in TOYS:
-            ends = [chain_distribution(p, schedule, schedule.grid(count)), *other_chains(p, schedule)]
+            ends = [chain_distribution(p, DiffusionProcess(schedule), schedule.grid(count)), *other_chains(p, schedule)]
             errors[:, column] += torch.tensor([total_variation(end, p) / len(TOYS) for end in ends])
     for cells, values in zip(rows.values(), errors.tolist(), strict=True):
         assert_digits(cells, values)

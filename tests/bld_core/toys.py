@@ -20,16 +20,17 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.data.images import LabelledImage
 from bld_core.data.shards import Sample
+from bld_core.diffusion.loss import vlb_loss
 from bld_core.diffusion.process import (
     Denoiser,
+    DiffusionProcess,
     Target,
     calibrate,
     reverse_flip_probability,
     to_evidence,
     transition,
-    vlb_loss,
 )
-from bld_core.diffusion.schedule import NoiseSchedule
+from bld_core.diffusion.schedule import NoiseSchedule, make_schedule
 from bld_core.latents.bits import pack_bits
 from bld_core.latents.loader import latent_batches
 from bld_core.latents.reader import Latents, open_latents
@@ -46,6 +47,11 @@ TARGETS: tuple[Target, ...] = ("flip", "z0", "z_prev")
 
 STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
 _FLIPS = STATES[:, None] != STATES[None, :]  # (z_t, z_0, bit)
+
+
+def toy_process(name: str, steps: int, target: Target = "flip") -> DiffusionProcess:
+    """A process of a named schedule."""
+    return DiffusionProcess(make_schedule(name, steps), target)
 
 
 def toy_distribution(seed: int) -> Tensor:
@@ -124,9 +130,9 @@ def exact_profile(p: Tensor, schedule: NoiseSchedule, grid: list[int]) -> Tensor
     return torch.stack(steps[::-1])
 
 
-def chain_distribution(p: Tensor, schedule: NoiseSchedule, grid: list[int], target: Target = "flip") -> Tensor:
+def chain_distribution(p: Tensor, process: DiffusionProcess, grid: list[int]) -> Tensor:
     """The exact distribution over the 8 states that the oracle's reverse chain ends in."""
-    k = schedule.k.tolist()
+    k, target = process.schedule.k.tolist(), process.target
     now = torch.full((8,), 1 / 8, dtype=torch.float64)
     for t, s in itertools.pairwise(grid):
         output = oracle_output(p, k[t - 1], k[t], target)
@@ -182,10 +188,10 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 class Oracle:
     """The perfect denoiser of a 3-bit toy."""
 
-    def __init__(self, p: Tensor, schedule: NoiseSchedule, target: Target = "flip") -> None:
-        self.steps = schedule.steps
-        levels = itertools.pairwise(schedule.k.tolist())
-        self.table = torch.stack([oracle_output(p, k_s, k_t, target).float() for k_s, k_t in levels])
+    def __init__(self, p: Tensor, process: DiffusionProcess) -> None:
+        self.steps = process.schedule.steps
+        levels = itertools.pairwise(process.schedule.k.tolist())
+        self.table = torch.stack([oracle_output(p, k_s, k_t, process.target).float() for k_s, k_t in levels])
 
     def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         t = (time * self.steps).round().long()
@@ -206,9 +212,9 @@ def toy_codes(p: Tensor, count: int) -> Tensor:
 class TokenOracle:
     """The perfect denoiser of a toy whose 3 bits are 3 tokens of one bit; `given` are those of its conditionals."""
 
-    def __init__(self, p: Tensor, schedule: NoiseSchedule, target: Target = "flip") -> None:
-        self.plain = Oracle(p, schedule, target)
-        self.given = [[Oracle(q, schedule, target) for q in of_bit] for of_bit in conditional_distributions(p)]
+    def __init__(self, p: Tensor, process: DiffusionProcess) -> None:
+        self.plain = Oracle(p, process)
+        self.given = [[Oracle(q, process) for q in of_bit] for of_bit in conditional_distributions(p)]
 
     def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
         """Where there are marks, one token of each sample must have one."""

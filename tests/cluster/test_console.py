@@ -23,7 +23,7 @@ from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
-from cluster.training.tasks import Place, PriorTask
+from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import fit
 from tests.conftest import small_experiment
 from tests.console import unknown
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 class Failing(PriorTask):
     """Stage 2 that warns and fails on its worker."""
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         warnings.warn("ours, by Python", stacklevel=1)
         logging.getLogger("cluster.ours").warning("ours, by a logger")
         sys.stderr.write("ours, by a library\n")
@@ -61,6 +61,7 @@ def fail(root: str, source: str, digits: dict[str, str]) -> None:
     list(map_on_actors(Killed, (), "work", [1], experiment.cluster, "killed"))
 
 
+@pytest.mark.long
 def test_what_goes_wrong_on_a_worker_is_shown(finished: Experiment, digits: dict[str, str], tmp_path: Path) -> None:
     call = "import json, sys; from tests.cluster.test_console import fail; fail(*json.loads(sys.argv[1]))"
     arguments = [sys.executable, "-c", call, json.dumps([str(tmp_path), finished.folder, digits])]

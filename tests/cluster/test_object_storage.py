@@ -23,7 +23,7 @@ from cluster.data.encode import encode_latents, verify_latents
 from cluster.evaluation.evaluate import evaluate
 from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.training.train import train_autoencoder, train_prior
-from tests.conftest import STORAGE_SECONDS, small_experiment, small_training
+from tests.conftest import STORAGE_SECONDS, small_training
 from tests.servers import S3Server
 
 OUTAGE_S = 10.0
@@ -31,7 +31,7 @@ OUTAGE_S = 10.0
 
 @pytest.fixture(scope="module")
 def on_s3(
-    ray_session: None,
+    encoded: Experiment,
     s3: str,
     s3_server: S3Server,
     digits: dict[str, str],
@@ -41,18 +41,18 @@ def on_s3(
     for shard in Path(digits["train"]).parent.glob("*.tar"):
         files.write_bytes(f"{s3}/on_s3/{shard.name}", shard.read_bytes())
     patterns = {split: f"{s3}/on_s3/{Path(pattern).name}" for split, pattern in digits.items()}
-    experiment = small_experiment(Path("runs"), patterns)
+    experiment = replace(encoded, data=replace(encoded.data, **patterns))
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
     training = small_training(20, checkpoint_every=5)
     cluster = replace(experiment.cluster, workers=1)
     return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training, cluster=cluster)
 
 
-def with_autoencoder(experiment: Experiment, name: str) -> Experiment:
-    """Another experiment with a copy of the autoencoder."""
+def with_autoencoder(experiment: Experiment, name: str, source: Experiment) -> Experiment:
+    """The experiment under another name, with a copy of the autoencoder of another one."""
     copy = replace(experiment, name=name)
     for file in (WEIGHTS, CONFIG):
-        there, here = (files.join(place.folder, AUTOENCODER, file) for place in (experiment, copy))
+        there, here = (files.join(folder, AUTOENCODER, file) for folder in (source.folder, copy.folder))
         files.write_bytes(here, files.read_bytes(there))
     return copy
 
@@ -81,13 +81,16 @@ def stopped_when(server: S3Server, found: str, seconds: float | None) -> Generat
         thread.join()
 
 
-def latent_files(server: S3Server, name: str) -> dict[str, bytes]:
-    folder = server.folder / "bucket/runs" / name / "latents"
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+def latent_files(root: Path, name: str) -> dict[str, bytes]:
+    """The packed latents and their manifest."""
+    folder = root / name / "latents"
+    paths = [*sorted(folder.rglob("*.parquet")), folder / "manifest.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+@pytest.mark.long
 def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_the_disk(
-    on_s3: Experiment, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoded: Experiment, on_s3: Experiment, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     train_autoencoder(replace(on_s3, cluster=replace(on_s3.cluster, workers=0)))  # stage 2 has workers of Ray Train
@@ -95,6 +98,7 @@ def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_t
         with stopped_when(s3_server, f"bucket/runs/small/{found}", OUTAGE_S) as stopped:
             stage(on_s3)
         assert stopped.is_set(), f"{stage.__name__} was over before the server could be stopped"
+    assert latent_files(s3_server.folder / "bucket/runs", "small") == latent_files(Path(encoded.root), "small")
     picture = draw_grid(on_s3, GridConfig(rows=2))
     report = evaluate(on_s3)
     assert picture.startswith("s3://bucket/runs/small/samples/")
@@ -113,10 +117,11 @@ def test_the_whole_order_of_work_goes_on_through_outages_and_leaves_nothing_on_t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_completes_later(
-    on_s3: Experiment, s3_server: S3Server
+    encoded: Experiment, on_s3: Experiment, s3_server: S3Server
 ) -> None:
-    experiment = with_autoencoder(on_s3, "later")
+    experiment = with_autoencoder(on_s3, "later", encoded)
     folder = s3_server.folder / "bucket/runs/later/latents"
     began = time.monotonic()
     with stopped_when(s3_server, "bucket/runs/later/latents/train/*.parquet", None) as stopped:
@@ -129,17 +134,15 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_comple
     finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     assert finished
     encode_latents(experiment)
-    assert latent_files(s3_server, "later") == latent_files(s3_server, "small")
+    assert latent_files(s3_server.folder / "bucket/runs", "later") == latent_files(Path(encoded.root), "small")
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
 
 
 def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
-    on_s3: Experiment, s3_server: S3Server
+    encoded: Experiment, on_s3: Experiment, s3_server: S3Server
 ) -> None:
-    experiment = with_autoencoder(on_s3, "twice")
+    experiment = with_autoencoder(on_s3, "twice", encoded)
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(encode_latents, experiment) for _ in range(2)]:
             done.result()
-    assert latent_files(s3_server, "twice") == latent_files(s3_server, "small")
-    one, other = (files.read_bytes(f"{e.folder}/latents/manifest.json") for e in (experiment, on_s3))
-    assert one == other
+    assert latent_files(s3_server.folder / "bucket/runs", "twice") == latent_files(Path(encoded.root), "small")

@@ -20,7 +20,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents
-from cluster.runtime import ClusterConfig, connect
+from cluster.runtime import ClusterConfig, connect_ray
 from cluster.stages import open_stage
 from cluster.tracking import Run, start_run
 from cluster.training.train import train_autoencoder, train_prior
@@ -179,16 +179,11 @@ def test_a_run_folder_without_write_permission_is_refused(digits: dict[str, str]
         train_autoencoder(small_experiment(Path("/proc/nowhere"), digits))
 
 
-def test_too_little_memory_for_the_blocks_under_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"read_ahead is 63; it must be at least 64 MiB.*lower cluster.decode_tasks"):
-        ClusterConfig(read_ahead=63)
-
-
 def test_more_workers_than_the_cluster_holds_are_refused(ray_session: None) -> None:
-    connect(ClusterConfig(cpus_per_worker=0.25))
+    connect_ray(ClusterConfig(cpus_per_worker=0.25))
     cpus = ray.cluster_resources()["CPU"]
     with pytest.raises(ValueError, match=f"the Ray cluster has {cpus:g}: lower cluster.workers"):
-        connect(ClusterConfig(workers=1000))
+        connect_ray(ClusterConfig(workers=1000))
 
 
 def test_files_that_no_stage_made_are_not_deleted(tmp_path: Path, digits: dict[str, str]) -> None:

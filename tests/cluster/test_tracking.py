@@ -27,7 +27,7 @@ from cluster.config.tracking import TrackingConfig
 from cluster.data.shards import ShardConfig
 from cluster.lineage import COMMIT, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking import STARTS, Run, SystemLoad, connect, start_run
+from cluster.tracking import STARTS, Run, SystemLoad, open_client, start_run
 from tests.conftest import small_experiment
 from tests.servers import MlflowServer, free_port
 
@@ -44,6 +44,7 @@ def experiment(tmp_path: Path, mlflow_server: MlflowServer) -> Experiment:
     return replace(small_experiment(tmp_path, {"train": "t", "validation": "v"}), tracking=tracking)
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_for_a_while_loses_nothing(experiment: Experiment, mlflow_server: MlflowServer) -> None:
     run = start_run(experiment, "prior", None)
     reached, away = [0], threading.Event()
@@ -185,7 +186,7 @@ def test_what_mlflow_cannot_do_is_one_clear_message(
 
 def test_a_deleted_mlflow_experiment_is_named_with_its_cure(experiment: Experiment) -> None:
     tracking = replace(experiment.tracking, experiment="gone")
-    client = connect(tracking.uri)
+    client = open_client(tracking.uri)
     number = client.create_experiment("gone")
     client.delete_experiment(number)
     with pytest.raises(ValueError, match=f"'gone' was deleted: restore it by .* --experiment-id {number}`"):
@@ -244,7 +245,7 @@ def test_the_load_of_the_machine_has_mlflows_names_and_is_of_now() -> None:
     end = time.monotonic() + 0.3
     while time.monotonic() < end:
         pass
-    figures = load.figures()
+    figures = load.metrics()
     assert 0 < figures["system/cpu_utilization_percentage"] <= 100
     assert 0 < figures["system/system_memory_usage_percentage"] < 100
     assert figures["system/network_receive_megabytes"] >= 0

@@ -8,13 +8,19 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import yaml
 from s3fs import S3FileSystem
 
 from bld_core.data.shards import read_shard, write_shard
+from cluster.config.experiment import Experiment
+from cluster.config.tracking import TrackingConfig
 from pipelines.command import command, next_command
+from tests.conftest import copy_of, small_experiment
 from tests.console import unknown
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -131,6 +137,150 @@ def test_an_unknown_key_in_a_file_names_the_nearest(
     assert "'layer'; the nearest is 'prior.layers'" in capsys.readouterr().err
 
 
+# --- Real runs ------------------------------------------------------------------------------------------------------
+
+
+class Real(NamedTuple):
+    """A run of a command that does its work: the stages before it, its flags, what it says, the files it makes."""
+
+    before: list[str]
+    flags: list[str]
+    said: str
+    made: list[str]
+
+
+TRAINED = ["autoencoder", "latents", "prior"]
+REAL = {
+    "make_shards.py": Real([], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json"]),
+    "stage1_ae.py": Real([], [], r"^autoencoder: .*/small/autoencoder/final$", ["autoencoder/final/model.safetensors"]),
+    "encode_latents.py": Real(
+        ["autoencoder"],
+        [],
+        r"^latents: .*/small/latents$",
+        ["latents/train/train-0003.parquet", "latents/manifest.json"],
+    ),
+    "stage2_prior.py": Real(
+        ["autoencoder", "latents"], [], r"^prior: .*/small/prior/final$", ["prior/final/model.safetensors"]
+    ),
+    "sample.py": Real(
+        TRAINED,
+        ["--grid.rows", "1", "--grid.classes", "[3]"],
+        r"^samples: .*/grid.png\nnext: .*pipelines/evaluate.py --config \S+$",
+        ["samples/*/grid.png", "samples/*/samples.npz"],
+    ),
+    "inpaint.py": Real(
+        TRAINED, ["--inpaint.samples", "[0]"], r"^image, what is known of it, completions: .*png$", ["samples/*/*.png"]
+    ),
+    "sweep_prior.py": Real(
+        ["autoencoder", "latents"],
+        ["--sweep.vlb_weights", "[0.1]", "--sweep.schedules", "[cosine]"],
+        r"^best: .*/small/sweep/best.yaml$",
+        ["sweep/best.yaml"],
+    ),
+    "reference.py": Real(
+        [],
+        ["--evaluation.classifier", "true", "--study.classifier_steps", "2"],
+        r"^classifier: .*/small/reference/classifier, \w{12}$",
+        ["reference/classifier/statistics.npz"],
+    ),
+    "study.py": Real(
+        TRAINED,
+        [
+            "steps",
+            "--study.steps",
+            "[4]",
+            "--study.samples",
+            "16",
+            "--study.codes",
+            "8",
+            "--study.classifier_steps",
+            "2",
+        ],
+        r"^table and plot: .*/small/study/steps/table.json, plot.png$",
+        ["study/steps/table.json", "study/steps/plot.png"],
+    ),
+    "evaluate.py": Real(
+        TRAINED,
+        ["--evaluation.class_accuracy", "false"],
+        r"^report: .*/small/evaluation/report.html, its figures",
+        ["evaluation/report.json", "evaluation/report.html"],
+    ),
+}
+"""Every command but those of WHOLE, which `test_the_whole_order_of_work` runs."""
+WHOLE = {"run_all.py", "register.py"}
+
+
+@pytest.mark.parametrize("script", sorted({*COMMANDS} - WHOLE))
+def test_every_command_does_its_work(
+    script: str,
+    finished: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, folder = REAL[script], tmp_path / "small"
+    tracking = TrackingConfig(uri=finished.tracking.resolve(finished.root))  # a new database takes MLflow a second
+    experiment = replace(finished, root=str(copy_of(finished, tmp_path, *real.before)), tracking=tracking)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(asdict(experiment)))
+    place = ["--output", str(folder)] if script == "make_shards.py" else ["--config", str(tmp_path / "small.yaml")]
+    assert not [pattern for pattern in real.made if list(folder.glob(pattern))]
+    capsys.readouterr()
+    assert run(monkeypatch, script, *place, *real.flags) == 0
+    said = capsys.readouterr().out
+    assert re.search(real.said, said, re.M), said
+    assert [pattern for pattern in real.made if list(folder.glob(pattern))] == real.made
+    if script == "encode_latents.py":
+        assert run(monkeypatch, script, *place, "--verify") == 0
+        assert capsys.readouterr().out.startswith("verified 5 files, 1797 rows, ")
+
+
+def check_the_whole_order(
+    said: str, flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one command from shards to the report has said; the same again, and the registry."""
+    assert unknown(said) == []
+    assert re.search(r"^  psnr +\d+\.\d\d dB ", said, re.M)
+    assert "Prior and samples (40 of" in said
+    assert "next: python pipelines/register.py --config" in said
+    (report,) = re.findall(r"^report: (.*)$", said, re.M)
+    assert Path(report).is_relative_to(folder / "evaluation")
+    page = Path(report).read_text()
+    assert page.count("<img") == 3  # samples, reconstructions, the profile of the bound
+    assert page.count("<svg") > 5  # bits, curves
+    assert run(monkeypatch, "run_all.py", *flags) == 0
+    assert capsys.readouterr().out.count("already done") == 5
+    assert run(monkeypatch, "register.py", *flags) == 0
+    said = capsys.readouterr().out
+    assert f"models:/{folder.name}@latest-trained is version 1" in said
+    assert (
+        "champion is who has the lower bound on the same latents, by 0.001 or more: there was none, so version 1 is"
+        in said
+    )
+
+
+SHORT = [
+    *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--evaluation.samples", "40"),
+    *("--evaluation.class_accuracy", "false", "--evaluation.classifier", "false"),
+    *("--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
+    *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"),
+]
+
+
+def test_the_whole_order_of_work(
+    ray_session: None,
+    digits: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(asdict(small_experiment(tmp_path, digits))))
+    capsys.readouterr()
+    flags = ["--config", str(tmp_path / "small.yaml"), *SHORT]
+    assert run(monkeypatch, "run_all.py", *flags) == 0
+    check_the_whole_order(capsys.readouterr().out, flags, tmp_path / "small", monkeypatch, capsys)
+
+
+@pytest.mark.long
 def test_the_whole_order_of_work_on_fashion_images(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,31 +294,11 @@ def test_the_whole_order_of_work_on_fashion_images(
         *("--name", "fashion", "--root", str(tmp_path)),
         *("--data.train", f"{tmp_path}/train-{{0000..0001}}.tar"),
         *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad"),
-        *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--evaluation.samples", "40"),
-        *("--evaluation.class_accuracy", "false", "--evaluation.classifier", "false"),
-        *("--evaluation.precision_recall", "false", "--evaluation.neighbours", "0"),
-        *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"),
+        *SHORT,
     ]
     command = [sys.executable, "pipelines/run_all.py", *flags]  # with a console of its own
     done = subprocess.run(command, cwd=PIPELINES.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert unknown(done.stdout) == unknown(done.stderr) == []
+    assert unknown(done.stderr) == []
     assert re.search(r"^autoencoder  4/4  .* loss ", done.stderr, re.M)
-    said = done.stdout
-    assert re.search(r"^  psnr +\d+\.\d\d dB ", said, re.M)
-    assert "Prior and samples (40 of" in said
-    assert "next: python pipelines/register.py --config" in said
-    (report,) = re.findall(r"^report: (.*)$", said, re.M)
-    assert Path(report).is_relative_to(tmp_path / "fashion/evaluation")
-    page = Path(report).read_text()
-    assert page.count("<img") == 3  # samples, reconstructions, the profile of the bound
-    assert page.count("<svg") > 5  # bits, curves
-    assert run(monkeypatch, "run_all.py", *flags) == 0
-    assert capsys.readouterr().out.count("already done") == 5
-    assert run(monkeypatch, "register.py", *flags) == 0
-    said = capsys.readouterr().out
-    assert "models:/fashion@latest-trained is version 1" in said
-    assert (
-        "champion is who has the lower bound on the same latents, by 0.001 or more: there was none, so version 1 is"
-        in said
-    )
+    check_the_whole_order(done.stdout, flags, tmp_path / "fashion", monkeypatch, capsys)

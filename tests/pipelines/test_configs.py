@@ -5,25 +5,40 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import braceexpand
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.model import make_autoencoder
-from bld_core.prior.transformer import Prior
+from bld_core.data.images import ImageConfig
+from bld_core.prior.transformer import Prior, PriorConfig
 from cluster.config.experiment import Experiment
 from pipelines.command import command
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).parents[2].glob("configs/*.yaml"))}
 OF_THE_PAPER = sorted(CONFIGS.keys() - {"demo", "fashion_mnist"})
+
+# In what the paper's experiments of one size differ: everything else they share.
+OWN = {
+    *("name", "data.train", "data.validation", "loss.adversarial_start", "autoencoder_training.steps"),
+    *("latents.mirror", "autoencoder.bits", "prior.classes", "prior_training.batch_size"),
+    *("sampling.guidance", "evaluation.inception_score", "evaluation.cas_steps"),
+}
+# In what those at 1024 x 1024 differ from those at 256 x 256.
+OF_THE_SIZE = {
+    *("data.image_size", "autoencoder.bits", "autoencoder.multipliers", "autoencoder.attention"),
+    *("autoencoder_training.checkpointing", "latents.batch_size", "diffusion.steps", "sampling.steps"),
+    *("evaluation.batch_size", "evaluation.precision_recall"),
+}
 
 # Of the authors' release at 256 x 256: millions of parameters, billions of multiply-adds.
 RELEASED = {"encoder": (30.4, 69.0), "decoder": (35.0, 95.0), "prior": (171.6, 46.0)}
@@ -46,20 +61,40 @@ def places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Experiment:
-    """The experiment that any command makes of a configuration and of flags after it."""
+    """The experiment that any command makes of a configuration, by name or path, and of flags after it."""
     made: list[Experiment] = []
 
     def keep(experiment: Experiment, flags: object) -> None:
         made.append(experiment)
 
-    monkeypatch.setattr(sys, "argv", ["any.py", "--config", str(CONFIGS[name]), *flags])
+    monkeypatch.setattr(sys, "argv", ["any.py", "--config", str(CONFIGS.get(name, name)), *flags])
     command("", keep)
     return made[0]
 
 
-def head(name: str) -> str:
+def said_in(path: Path) -> dict[str, Any]:
+    """The settings that one file says itself, by dotted name."""
+    return dict(flat(yaml.safe_load(path.read_text())))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested settings with its dotted name."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(cast("dict[str, Any]", value), f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def files_of(path: Path) -> list[Path]:
+    """A configuration and the files that it stands on, the lowest first."""
+    base = said_in(path).get("config")
+    return [*files_of(path.parent / base), path] if base else [path]
+
+
+def head(path: Path) -> str:
     """The comment at the head of a configuration."""
-    return re.split(r"^name:", CONFIGS[name].read_text(), maxsplit=1, flags=re.M)[0]
+    return re.split(r"^[a-z]", path.read_text(), maxsplit=1, flags=re.M)[0]
 
 
 def pass_through(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Size, tuple[int, ...]]:
@@ -137,7 +172,8 @@ def test_a_prior_of_another_size_keeps_everything_else(size: str, monkeypatch: p
 def test_comments_name_the_counted_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {
         part: Size(float(parameters), float(work.replace(",", "")))
-        for part, parameters, work in re.findall(r"(\w+) ([\d.]+)M / ([\d.,]+) GMAC", head(name))
+        for path in files_of(CONFIGS[name])
+        for part, parameters, work in re.findall(r"(\w+) ([\d.]+)M / ([\d.,]+) GMAC", head(path))
     }
     counted = {part: size for part, (size, _) in networks(read(monkeypatch, name)).items()}
     assert said.keys() == counted.keys()
@@ -148,12 +184,34 @@ def test_comments_name_the_counted_sizes(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_comments_name_the_shards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read(monkeypatch, name).data
-    layout = re.findall(r"^#   (\S+\.tar) +([\d,]+) images, ([\d,]+) a shard$", head(name), re.M)
+    layout = re.findall(r"^#   (\S+\.tar) +([\d,]+) images, ([\d,]+) a shard$", head(CONFIGS[name]), re.M)
     assert [f"/shards/{name}/{pattern}" for pattern, _, _ in layout] == [data.train, data.validation]
     for pattern, images, a_shard in layout:
         count = math.ceil(int(images.replace(",", "")) / int(a_shard.replace(",", "")))
         assert len(list(braceexpand.braceexpand(pattern))) == count
-        assert f"--images_per_shard {int(a_shard.replace(',', ''))} " in head(name)
+        assert f"--images_per_shard {int(a_shard.replace(',', ''))} " in head(CONFIGS[name])
+
+
+def test_the_paper_s_experiments_share_all_but_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {name: read(monkeypatch, name).parameters() for name in OF_THE_PAPER}
+
+    def differ(*names: str) -> set[str]:
+        return {key for key in settings[names[0]] if len({settings[name][key] for name in names}) > 1}
+
+    assert differ(*(name for name in OF_THE_PAPER if name.endswith("256"))) == OWN
+    assert differ("ffhq1024", "celebahq1024") == {"name", "data.train", "data.validation"}
+    assert differ("ffhq256", "ffhq1024") == {"name", "data.train", "data.validation"} | OF_THE_SIZE
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_what_is_shared_stands_once(name: str) -> None:
+    below: dict[str, Any] = {}
+    for path in files_of(CONFIGS[name]):
+        said = said_in(path)
+        said.pop("config", None)
+        assert not [key for key, value in said.items() if below.get(key) == value], path
+        below |= said
+    assert len(said_in(CONFIGS[name])) <= 13
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -172,3 +230,53 @@ def test_settings_are_the_paper_s(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert experiment.diffusion.steps == steps
     assert (experiment.sampling.temperature, experiment.diffusion.vlb_weight) == (0.9, 0.1)
     assert experiment.evaluation.samples == 50_000
+
+
+def written(folder: Path, **files: str) -> str:
+    """The path of the last of some settings files that are written into a folder."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{list(files)[-1]}.yaml")
+
+
+def test_a_file_goes_over_its_base_field_by_field_and_flags_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = "prior: {layers: 3, width: 96, heads: 3}\nroot: /low\ndata: {train: '${root}/0.tar'}\nseed: 5\n"
+    written(tmp_path, base=below, size="layers: 4\nheads: 6\n")
+    above = written(
+        tmp_path / "mine",
+        middle="seed: 6\nconfig: ../base.yaml\nprior: ../size.yaml\n",
+        top="root: /high\nprior: {heads: 2}\nconfig: middle.yaml\n",
+    )
+    monkeypatch.chdir("/")
+    experiment = read(monkeypatch, above, "--prior.width", "48")
+    assert experiment == replace(
+        read(monkeypatch, written(tmp_path, alone="seed: 6\nroot: /high\n")),
+        prior=PriorConfig(layers=4, width=48, heads=2),
+        data=ImageConfig(train="/high/0.tar"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"top": "config: nowhere.yaml\n"}, "config in top.yaml is 'nowhere.yaml': File does not exist"),
+        ({"top": "config: [a.yaml, b.yaml]\n"}, "config in top.yaml is ['a.yaml', 'b.yaml']"),
+        ({"low": "config: top.yaml\n", "top": "config: low.yaml\n"}, "Config file loop detected"),
+        ({"low": "prior: {widht: 3}\n", "top": "config: low.yaml\n"}, "the nearest is 'prior.width'"),
+        ({"low": "prior: {width: [\n", "top": "config: low.yaml\n"}, "low.yaml is not YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_taken_is_one_message(
+    files: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        read(monkeypatch, written(tmp_path, **files))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -57,6 +57,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         process.wait(60)
 
 
+@pytest.mark.long
 def test_the_first_stage_trains_as_a_ray_job(
     head: tuple[str, dict[str, str]], tmp_path: Path, digits: dict[str, str]
 ) -> None:

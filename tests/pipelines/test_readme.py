@@ -1,9 +1,12 @@
-"""What the README says is true: its commands parse, its shards command and Python lines run, its tree is the tree."""
+"""What the first page and docs/ say is true: commands parse and run, Python lines run, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +16,56 @@ from PIL import Image
 from bld_core.data.images import ImageConfig, first_images
 from bld_core.storage.files import expand
 from cluster.config.experiment import Experiment
+from tests.conftest import copy_of
 from tests.pipelines.test_commands import run
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
-COMMANDS = [
-    shlex.split(line[line.index("python pipelines/") :])
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if "python pipelines/" in line
-]
+PAGES = ["README.md", "docs/commands.md", "docs/operating.md", "benchmarks/README.md"]
+TEXT = {page: (REPOSITORY / page).read_text() for page in PAGES}
+SHELL = "\n".join(block for text in TEXT.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S))
+MAKE = re.findall(r"^make (\w[\w-]*)", SHELL, re.M)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def commands(shell: str) -> list[list[str]]:
+    """The words of each `python pipelines/...` in lines for a shell, whatever stands before it."""
+    lines = shell.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[line.index("python pipelines/") :]) for line in lines if "python pipelines/" in line]
+
+
+def recipe(target: str) -> str:
+    """What `make <target>` runs."""
+    return subprocess.run(["make", "-n", target], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("words", [*commands(SHELL), *commands(recipe("demo"))], ids=" ".join)
 def test_every_command_is_understood(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("BLD_DATA", "/shards")
     script = words[1].removeprefix("pipelines/")
     assert run(monkeypatch, script, *words[2:], "--print_config") == 0, capsys.readouterr().err
+
+
+def test_every_target_of_make_is_there() -> None:
+    assert {"demo", "test"} <= set(MAKE)
+    assert all(recipe(target) for target in {*MAKE, *re.findall(r"`make (\w[\w-]*)`", "".join(TEXT.values()))})
+
+
+def image_folder(folder: Path, count: int) -> None:
+    """Grey images, each of another shade, in two classes by turns."""
+    for i in range(count):
+        name = folder / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 10, 3), i, np.uint8)).save(name)
 
 
 def test_a_folder_of_images_becomes_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = next(words for words in COMMANDS if words[1].endswith("make_shards.py"))
+    words = next(words for words in commands(TEXT["README.md"]) if words[1].endswith("make_shards.py"))
     monkeypatch.chdir(tmp_path)
-    for i in range(20):
-        folder = tmp_path / "path/to/images" / ("cats" if i % 2 else "dogs")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 10, 3), i, np.uint8)).save(folder / f"{i}.png")
+    image_folder(tmp_path / "path/to/images", 20)
     assert run(monkeypatch, "make_shards.py", *words[2:]) == 0
     said = capsys.readouterr().out
     patterns = dict(re.findall(r"--data\.(\w+)=(\S+)", said.replace("'", "")))
@@ -59,12 +82,61 @@ def test_a_folder_of_images_becomes_shards(
     assert "choose another --output" in capsys.readouterr().err
 
 
-def test_the_python_lines_run_without_ray(finished: Experiment) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+@pytest.mark.long
+def test_images_of_your_own_go_all_the_way(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, whole = commands(TEXT["README.md"])[:2]
+    image_folder(tmp_path / "path/to/images", 110)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLD_ROOT", str(tmp_path / "runs"))
+    assert run(monkeypatch, "make_shards.py", *shards[2:], "--images_per_shard", "10") == 0
+    short = ["--autoencoder_training.steps", "2", "--prior_training.steps", "2", "--evaluation.samples", "20"]
+    short += ["--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"]
+    assert run(monkeypatch, "run_all.py", *whole[2:], *short) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs/mine/evaluation/report.html").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
+def test_the_python_lines_run_without_ray(page: str, finished: Experiment) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT[page], re.S)
     names: dict[str, object] = {}
-    exec(block.replace("runs/demo", finished.folder), names)  # the README's own lines
-    assert tuple(getattr(names["images"], "shape", ())) == (3, 32, 32, 1)
-    assert getattr(names["again"], "shape", None) == getattr(names["images"], "shape", ())
+    exec(block.replace("runs/demo", finished.folder), names)  # the page's own lines
+    shapes = {
+        "images": (3, 32, 32, 1),
+        "again": (3, 32, 32, 1),
+        "completed": (3, 4, 32, 32, 1),
+        "wider": (3, 32, 64, 1),
+    }
+    made = names.keys() & shapes
+    assert "images" in made
+    assert {name: getattr(names[name], "shape", ()) for name in made} == {name: shapes[name] for name in made}
+
+
+def test_the_pictures_are_made_by_the_command_that_is_named(
+    finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = re.findall(r"`python (docs/\S+\.py)`", TEXT["README.md"])
+    root = copy_of(finished, tmp_path / "runs", "autoencoder", "prior")
+    page = root / finished.name / "evaluation/report.html"
+    page.parent.mkdir()
+    page.write_text("<h1>A report</h1>")
+    for name in ("demo", "fashion_mnist"):
+        (root / name).symlink_to(root / finished.name)
+    monkeypatch.setattr(sys, "argv", [command, "--root", str(root), "--output", str(tmp_path)])
+    runpy.run_path(str(REPOSITORY / command), run_name="__main__")
+    shown = re.findall(r"!\[[^\]]+\]\((\S+)\)", TEXT["README.md"])
+    assert shown == ["docs/images.png", "docs/report.png"]
+    assert Image.open(tmp_path / "images.png").size == Image.open(REPOSITORY / "docs/images.png").size
+    assert all((REPOSITORY / name).stat().st_size < 300_000 for name in shown)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", TEXT[page]) if "://" not in link]
+    missing = [link for link in links if not (REPOSITORY / page).parent.joinpath(link).exists()]
+    assert not missing
 
 
 @pytest.mark.parametrize("ring", ["bld_core", "cluster"])
@@ -85,7 +157,7 @@ def test_the_listing_of_a_ring_is_its_tree(ring: str) -> None:
 
 
 def test_every_text_that_is_named_is_in_the_repository() -> None:
-    folders = ("bld_core", "cluster", "pipelines", "configs", "tests", "benchmarks")
+    folders = ("bld_core", "cluster", "pipelines", "configs", "tests", "benchmarks", "docs")
     found = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.is_file()]
     for path in [*found, *(REPOSITORY / name for name in ("README.md", "Makefile", "pyproject.toml"))]:
         if path.suffix not in ("", ".py", ".md", ".yaml", ".toml", ".html"):

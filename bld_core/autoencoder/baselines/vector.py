@@ -71,12 +71,12 @@ class VectorBottleneck(Bottleneck):
 
     def _replace(self, x_ND: Tensor) -> None:
         """Step 1, with candidates from all over the global batch; its places rank N .. rank N + N-1 are here."""
-        (rank, world), n, entries = replicas.place(), len(x_ND), len(self.codebook)
+        (rank, world), n, entries = replicas.rank_and_world(), len(x_ND), len(self.codebook)
         u = uniform(0, "codebook restart", self.updates.view(1), entries + 1)[0].double()
         strata = (torch.arange(entries, device=u.device) + u[1:]) / entries  # spread out: seldom the same place twice
-        place = ((strata + u[0]) % 1 * (world * n)).long().clamp(max=world * n - 1) - rank * n
-        mine = (place >= 0) & (place < n)
-        candidates = replicas.sum_over_replicas(torch.where(mine[:, None], x_ND[place.clamp(0, n - 1)], 0.0))
+        position = ((strata + u[0]) % 1 * (world * n)).long().clamp(max=world * n - 1) - rank * n
+        mine = (position >= 0) & (position < n)
+        candidates = replicas.sum_over_replicas(torch.where(mine[:, None], x_ND[position.clamp(0, n - 1)], 0.0))
         dead = self.usage < self.restart
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1.0)
@@ -86,7 +86,7 @@ class VectorBottleneck(Bottleneck):
         entries, width = self.codebook.shape
         ones = F.pad(x_ND, (0, 1), value=1.0)  # summed beside the vectors, they count
         sums = replicas.sum_over_replicas(x_ND.new_zeros(entries, width + 1).index_add_(0, nearest_N, ones))
-        sums *= entries / (len(x_ND) * replicas.place()[1])
+        sums *= entries / (len(x_ND) * replicas.rank_and_world()[1])
         vectors, usage = sums[:, :-1], sums[:, -1]
         self.usage.lerp_(usage, 1 - self.decay)
         self.codebook += (1 - self.decay) * (vectors - usage[:, None] * self.codebook) / self.usage[:, None]

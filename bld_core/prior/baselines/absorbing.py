@@ -20,8 +20,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bld_core.diffusion.bound import Bound, stratified_bound
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.bound import Bound, estimate_bound
+from bld_core.diffusion.process import CodeBatch
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.diffusion.schedule import make_schedule
 from bld_core.errors import UserError
 from bld_core.noise import uniform
@@ -61,72 +62,55 @@ def random_order(seed: int, purpose: str, index: Tensor, tokens: int) -> Tensor:
     return uniform(seed, purpose, index, tokens).argsort(dim=1, stable=True)
 
 
-def masked_loss(network: Callable[..., Tensor], z_0: Tensor, labels: Tensor | None, t: Tensor, order: Tensor) -> Tensor:
+def masked_loss(network: Callable[..., Tensor], codes: CodeBatch, t: Tensor, order: Tensor) -> Tensor:
     """-log p of the last t tokens of an order, given the others: the mean over them and their bits, (B,), nats a bit.
 
     Args:
         network: (z_BNC, masked_BN, labels) -> logits.
-        z_0: clean codes, float 0/1, (B, N, C).
-        labels: int64 (B,) or None.
+        codes: clean, float.
         t: int64 (B,), 1..N.
         order: int64 (B, N), as `random_order` gives it.
     """
     masked = order.argsort(dim=1) >= order.shape[1] - t[:, None]
-    return token_nll(network(z_0, masked, labels), z_0).masked_fill(~masked, 0).sum(1) / t
+    return token_nll(network(codes.z_0, masked, codes.labels), codes.z_0).masked_fill(~masked, 0).sum(1) / t
 
 
-def absorbing_loss(
-    network: Callable[..., Tensor], z_0: Tensor, labels: Tensor | None, index: Tensor, seed: int
-) -> Tensor:
+def absorbing_loss(network: Callable[..., Tensor], codes: CodeBatch, seed: int) -> Tensor:
     """The bound itself, in nats a bit: the mean over the masked tokens, their number uniform in 1..N."""
-    tokens = z_0.shape[1]
-    t = 1 + (uniform(seed, "absorbing time", index, 1)[:, 0] * tokens).long()
-    return masked_loss(network, z_0, labels, t, random_order(seed, "absorbing order", index, tokens)).mean()
+    tokens = codes.z_0.shape[1]
+    t = 1 + (uniform(seed, "absorbing time", codes.index, 1)[:, 0] * tokens).long()
+    return masked_loss(network, codes, t, random_order(seed, "absorbing order", codes.index, tokens)).mean()
 
 
-def absorbing_bound(
-    network: Callable[..., Tensor],
-    z_0: Tensor,
-    labels: Tensor | None,
-    grid: Sequence[int],
-    *,
-    seed: int = 0,
-    repeats: int = 8,
-    first: int = 0,
-) -> Bound:
+def absorbing_bound(network: Callable[..., Tensor], codes: CodeBatch, grid: Sequence[int], seed: int = 0) -> Bound:
     """The bound of a chain that takes the steps t -> s of a grid, as `likelihood_bound` takes it.
 
     Args:
         network: (z_BNC, masked_BN, labels) -> logits.
-        z_0: clean codes, 0/1, (M, N, C).
-        labels: int64 (M,) or None.
+        codes: held-out, of any dtype.
         grid: the numbers of masked tokens that the chain visits, decreasing, from N to 0.
         seed: of what is masked.
-        repeats: steps that a sample meets.
-        first: number of the first code.
 
     Raises:
         UserError: fewer than two codes.
     """
-    tokens, levels = z_0.shape[1], torch.tensor(list(reversed(grid)), device=z_0.device)
+    tokens, levels = codes.z_0.shape[1], torch.tensor(list(reversed(grid)), device=codes.z_0.device)
 
-    def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
-        order = random_order(seed, f"bound order {repeat}", index, tokens)
+    def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
+        order = random_order(seed, f"bound order {repeat}", part.index, tokens)
         share = (levels[n + 1] - levels[n]) / tokens
-        return share * masked_loss(network, z, y, levels[n + 1], order)
+        return share * masked_loss(network, part, levels[n + 1], order)
 
-    return stratified_bound(term, z_0, labels, len(levels) - 1, repeats, first=first)
+    return estimate_bound(cost, codes, len(levels) - 1)
 
 
 @torch.no_grad()
 def sample_unmasking(
     network: AbsorbingPrior,
     shape: tuple[int, int],
-    labels: Tensor | None,
-    index: Tensor,
+    samples: SampleSpec,
     grid: Sequence[int],
     config: SamplingConfig,
-    seed: int,
     known: Known | None = None,
 ) -> Tensor:
     """Draw codes by unmasking tokens in random order.
@@ -141,32 +125,34 @@ def sample_unmasking(
     Args:
         network: the prior.
         shape: (tokens, bits) of a code.
-        labels: int64 (B,) class indices, -1 for none; or None.
-        index: int64 (B,): sample i is keyed on (seed, index[i], t) and does not depend on its batch.
+        samples: which to draw. Noise is keyed on (seed, index, t): a sample does not depend on its batch.
         grid: the numbers of masked tokens to visit, decreasing, from N to 0.
         config: temperature and guidance; nothing else of it is read.
-        seed: of the noise.
         known: what is given of each code; a sample of which nothing is known is drawn as without it.
 
     Returns:
-        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+        Codes, float 0/1, (B, tokens, bits), on the device of the samples' index.
     """
     tokens, bits = shape
-    labels, copies = with_null_class(labels, config.guidance)
-    order = random_order(seed, "sampling order", index, tokens)
+    index = samples.index
+    labels, copies = with_null_class(samples.labels, config.guidance)
+    order = random_order(samples.seed, "sampling order", index, tokens)
     z, masked = torch.zeros(len(index), *shape, device=index.device), torch.ones_like(order, dtype=torch.bool)
     if known is not None:
         z, masked = torch.where(known.mask[..., None], known.z, z), ~known.mask
         order = order.gather(1, masked.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
     for t, s in itertools.pairwise(grid):
         h_MND = network.features(z.repeat(copies, 1, 1), masked.repeat(copies, 1), labels)
-        place = order[:, tokens - t : tokens - s]
-        chosen = place.repeat(copies, 1)[..., None].expand(-1, -1, h_MND.shape[-1])
-        u = uniform(seed, f"sampling step {t}", index, (t - s) * bits).view(len(index), t - s, bits)
-        token = network.head.draw(h_MND.gather(1, chosen), u, config.temperature, config.guidance)
-        target = place[..., None].expand(-1, -1, bits)
-        z = z.scatter(1, target, torch.where(masked.gather(1, place)[..., None], token, z.gather(1, target)))
-        masked = masked.scatter(1, place, False)
+        # The tokens that this step unmasks, (B, t - s), and their bits.
+        chosen = order[:, tokens - t : tokens - s]
+        of_chosen = chosen.repeat(copies, 1)[..., None].expand(-1, -1, h_MND.shape[-1])
+        u = samples.uniforms(f"sampling step {t}", (t - s, bits))
+        drawn = network.head.draw(h_MND.gather(1, of_chosen), u, config.temperature, config.guidance)
+        # A chosen token that is already visible is a known one, and stays.
+        chosen_bits = chosen[..., None].expand(-1, -1, bits)
+        still_masked = masked.gather(1, chosen)[..., None]
+        z = z.scatter(1, chosen_bits, torch.where(still_masked, drawn, z.gather(1, chosen_bits)))
+        masked = masked.scatter(1, chosen, False)
     return z
 
 
@@ -184,18 +170,10 @@ class AbsorbingModel:
         """The bound, one noise level a sample."""
         return token_objective(absorbing_loss, self.config.label_dropout, seed)
 
-    def bound(
-        self,
-        network: nn.Module,
-        z_0: Tensor,
-        labels: Tensor | None,
-        seed: int,
-        sampling: SamplingConfig | None = None,
-        first: int = 0,
-    ) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of the chain that unmasks one token a step, or takes the grid of `sampling`."""
         grid = range(self.shape[0], -1, -1) if sampling is None else self._grid(sampling)
-        return absorbing_bound(network, z_0, labels, grid, seed=seed, first=first)
+        return absorbing_bound(network, codes, grid, seed)
 
     def _grid(self, sampling: SamplingConfig) -> list[int]:
         tokens = self.shape[0]
@@ -206,7 +184,7 @@ class AbsorbingModel:
                 sampling,
             )
         fewer = replace(sampling, steps=min(sampling.steps, tokens))
-        return fewer.times(make_schedule("linear", tokens))
+        return fewer.make_grid(make_schedule("linear", tokens))
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of `sampling`, but at most one a token; to complete codes takes as many.
@@ -218,15 +196,8 @@ class AbsorbingModel:
         return len(self._grid(sampling)) - 1
 
     def sample(
-        self,
-        network: nn.Module,
-        labels: Tensor | None,
-        index: Tensor,
-        sampling: SamplingConfig,
-        seed: int,
-        known: Known | None = None,
+        self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
         """Draw codes by unmasking; the errors are those of `steps`."""
         assert isinstance(network, AbsorbingPrior), "made by `network`"
-        grid = self._grid(sampling)
-        return sample_unmasking(network, self.shape, labels, index, grid, sampling, seed, known)
+        return sample_unmasking(network, self.shape, samples, self._grid(sampling), sampling, known)

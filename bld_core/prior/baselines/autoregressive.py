@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bld_core.diffusion.bound import Bound, stratified_bound
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.bound import Bound, estimate_bound
+from bld_core.diffusion.process import CodeBatch
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import UserError
-from bld_core.noise import uniform
 from bld_core.prior.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
 from bld_core.prior.transformer import Cache, PriorConfig
 from bld_core.training.loop import Objective
@@ -53,22 +53,15 @@ class AutoregressivePrior(TokenPrior):
         return self.norm(h_BND)[:, 0]
 
 
-def autoregressive_loss(
-    network: Callable[..., Tensor], z_0: Tensor, labels: Tensor | None, index: Tensor, seed: int
-) -> Tensor:
-    """-log p(z), the mean over batch, tokens and bits: in nats a bit. Nothing is drawn: index and seed are not read."""
-    del index, seed
-    return token_nll(network(z_0, labels), z_0).mean()
+def autoregressive_loss(network: Callable[..., Tensor], codes: CodeBatch, seed: int) -> Tensor:
+    """-log p(z), the mean over batch, tokens and bits: in nats a bit. Nothing is drawn: the seed is not read."""
+    del seed
+    return token_nll(network(codes.z_0, codes.labels), codes.z_0).mean()
 
 
 @torch.no_grad()
 def sample_in_order(
-    network: AutoregressivePrior,
-    shape: tuple[int, int],
-    labels: Tensor | None,
-    index: Tensor,
-    config: SamplingConfig,
-    seed: int,
+    network: AutoregressivePrior, shape: tuple[int, int], samples: SampleSpec, config: SamplingConfig
 ) -> Tensor:
     """Draw codes token after token, and each token bit after bit.
 
@@ -79,21 +72,19 @@ def sample_in_order(
     Args:
         network: the prior.
         shape: (tokens, bits) of a code.
-        labels: int64 (B,) class indices, -1 for none; or None.
-        index: int64 (B,): sample i is keyed on (seed, index[i], n) and does not depend on its batch.
+        samples: which to draw. Noise is keyed on (seed, index, n): a sample does not depend on its batch.
         config: temperature and guidance; nothing else of it is read.
-        seed: of the noise.
 
     Returns:
-        Codes, float 0/1, (B, tokens, bits), on the device of `index`.
+        Codes, float 0/1, (B, tokens, bits), on the device of the samples' index.
     """
     tokens, bits = shape
-    labels, copies = with_null_class(labels, config.guidance)
+    labels, copies = with_null_class(samples.labels, config.guidance)
     caches = [Cache(tokens) for _ in network.blocks]
-    token, drawn = torch.zeros(len(index), bits, device=index.device), list[Tensor]()
+    token, drawn = torch.zeros(len(samples.index), bits, device=samples.index.device), list[Tensor]()
     for n in range(tokens):
         h_MD = network.next_features(token.repeat(copies, 1), labels, caches)
-        u = uniform(seed, f"sampling token {n}", index, bits)
+        u = samples.uniforms(f"sampling token {n}", (bits,))
         token = network.head.draw(h_MD, u, config.temperature, config.guidance)
         drawn.append(token)
     return torch.stack(drawn, dim=1)
@@ -113,22 +104,14 @@ class AutoregressiveModel:
         """The exact negative log-likelihood."""
         return token_objective(autoregressive_loss, self.config.label_dropout, seed)
 
-    def bound(
-        self,
-        network: nn.Module,
-        z_0: Tensor,
-        labels: Tensor | None,
-        seed: int,
-        sampling: SamplingConfig | None = None,
-        first: int = 0,
-    ) -> Bound:
+    def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The exact likelihood of held-out codes: one step, no noise; the error is that of the choice of codes."""
         del seed, sampling
 
-        def term(z: Tensor, y: Tensor | None, index: Tensor, n: Tensor, repeat: int) -> Tensor:
-            return token_nll(network(z, y), z).mean(1)
+        def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
+            return token_nll(network(part.z_0, part.labels), part.z_0).mean(1)
 
-        return stratified_bound(term, z_0, labels, count=1, repeats=1, first=first)
+        return estimate_bound(cost, codes, steps=1, repeats=1)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """As many as there are tokens, whatever `sampling.steps` is.
@@ -151,15 +134,9 @@ class AutoregressiveModel:
         return self.shape[0]
 
     def sample(
-        self,
-        network: nn.Module,
-        labels: Tensor | None,
-        index: Tensor,
-        sampling: SamplingConfig,
-        seed: int,
-        known: Known | None = None,
+        self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
         """Draw codes in order; the errors are those of `steps`."""
         self.steps(sampling, completing=known is not None)
         assert isinstance(network, AutoregressivePrior), "made by `network`"
-        return sample_in_order(network, self.shape, labels, index, sampling, seed)
+        return sample_in_order(network, self.shape, samples, sampling)

@@ -1,9 +1,9 @@
-"""What both comparators of Table 5 are made of: the trunk of the prior under a head that speaks of whole tokens.
+"""What both comparators of Table 5 are made of: the trunk of the prior under a head that models whole tokens.
 
-The bits of a token are *chained*: each is judged from the token's features and from the bits before it in the token.
-Independent bits would be the simpler head, but an unfair one: what the bits of a token have in common, binary diffusion
-learns over its many steps, and a comparator that draws a token once would have no way to say it. The chain costs
-little: the trunk runs once a token, however many bits it has.
+The bits of a token are *chained*: p(token) = prod_j p(bit j | features, bits before j). Independent bits would be a
+simpler head, but an unfair comparison: binary diffusion learns over its many steps how the bits of a token depend on
+one another, and a comparator that draws each token once, with independent bits, could not. The chain costs little: the
+trunk runs once a token, however many bits it has.
 
 Shapes: z_BNC bits; h_BND features of width D. A label of -1 means none.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_core.diffusion.process import CodeBatch
 from bld_core.prior.transformer import PriorConfig, Trunk, drop_labels
 from bld_core.training.loop import Batch, Objective, TrainState
 
@@ -23,8 +24,8 @@ from bld_core.training.loop import Batch, Objective, TrainState
 class ChainedHead(nn.Module):
     """Logits of a token's bits, each given the token's features and its earlier bits (MADE; Germain et al. 2015).
 
-    One hidden layer of C groups of units: group j sees the features and the bits before j, and is heard by the bits
-    from j on. All bits are scored in one pass; to draw them takes C steps, which together cost one pass.
+    One hidden layer of C groups of units: group j reads the features and the bits before j, and feeds the logits of the
+    bits from j on. All bits are scored in one pass; to draw them takes C steps, which together cost one pass.
 
     Args:
         width: D, features in.
@@ -103,12 +104,12 @@ def with_null_class(labels: Tensor | None, guidance: float) -> tuple[Tensor | No
 
 
 def token_objective(
-    loss: Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor, int], Tensor], label_dropout: float, seed: int
+    loss: Callable[[Callable[..., Tensor], CodeBatch, int], Tensor], label_dropout: float, seed: int
 ) -> Objective:
-    """What stage 2 minimises: `loss` of (network, z_0, labels, index, seed), in nats a bit, with label dropout."""
+    """What stage 2 minimises: `loss` of (network, codes, seed), in nats a bit, with label dropout."""
 
     def objective(state: TrainState, batch: Batch) -> dict[str, Tensor]:
         labels = drop_labels(batch.labels, batch.sample_index, label_dropout, seed)
-        return {"loss": loss(state, batch.data.float(), labels, batch.sample_index, seed)}
+        return {"loss": loss(state, CodeBatch(batch.data.float(), labels, batch.sample_index), seed)}
 
     return objective

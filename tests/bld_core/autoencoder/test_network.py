@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bld_core.autoencoder.baselines.vector import VectorBottleneck
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
@@ -83,6 +85,22 @@ def test_every_parameter_gets_a_gradient_through_the_bits() -> None:
     for name, parameter in autoencoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_codes_are_drawn_in_training_or_taken_by_the_mode() -> None:
+    x, generator = to_float(stack(toy_images(4))), torch.Generator().manual_seed(0)
+    u, other = (torch.rand(4, 2 * 2 * 8, generator=generator) for _ in range(2))
+    drawn, mode = tiny_autoencoder(), make_autoencoder(replace(TINY_AUTOENCODER, codes="mode"), 1)
+    mode.load_state_dict(drawn.state_dict())
+    assert not torch.equal(drawn(x, u)[0], drawn(x, other)[0])
+    assert torch.equal(mode(x, u)[0], mode(x, other)[0])
+    assert torch.equal(mode(x, u)[0], drawn(x)[0])
+
+
+def test_a_codebook_has_the_entries_asked_for() -> None:
+    bottleneck = make_autoencoder(replace(TINY_AUTOENCODER, latent="vector", entries=5), 1).bottleneck
+    assert isinstance(bottleneck, VectorBottleneck)
+    assert bottleneck.codebook.shape == (5, TINY_AUTOENCODER.bits)
 
 
 def test_training_reduces_the_loss() -> None:

@@ -60,7 +60,7 @@ def objective(loss: LossConfig = PLAIN) -> AutoencoderObjective:
 def weights(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{number}.{name}": tensor.clone()
-        for number, player in enumerate(state.players())
+        for number, player in enumerate(state.states())
         for name, tensor in player.module.state_dict().items()
     }
 
@@ -69,6 +69,26 @@ def first_gradient(config: TrainingConfig) -> dict[str, Tensor]:
     state = new_state(config)
     next(train(state, batches(), objective(), config))
     return {name: parameter.grad for name, parameter in state.module.named_parameters() if parameter.grad is not None}
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms_that_have_a_weight() -> None:
+    config, loss = replace(CONFIG, steps=1), LossConfig(l1=0.5, mse=2.0)
+    batch = next(batches())
+    x, u = to_float(batch.data), uniform(0, "autoencoder draw", batch.sample_index, 8 * 4 * 4)
+    with torch.no_grad():
+        error = new_state(config).module(x, u)[0] - x
+    terms = next(train(new_state(config), batches(), objective(loss), config)).terms
+    assert {name: float(terms[name]) for name in ("l1", "mse", "loss")} == pytest.approx(
+        {
+            "l1": float(error.abs().mean()),
+            "mse": float(error.square().mean()),
+            "loss": float(0.5 * error.abs().mean() + 2 * error.square().mean()),
+        },
+        rel=1e-5,
+    )
+    only = next(train(new_state(config), batches(), objective(LossConfig(l1=0.0, mse=1.0)), config)).terms
+    assert "l1" not in only
+    assert float(only["loss"]) == float(only["mse"])
 
 
 # --- What saves time or memory ---------------------------------------------------------------------------------------
@@ -124,6 +144,7 @@ def test_bfloat16_is_the_precision_of_the_forward_pass_alone() -> None:
     assert {gradient.dtype for gradient in first_gradient(config).values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_compiled_step_and_a_plain_one_load_each_others_checkpoints(tmp_path: Path) -> None:
     states: dict[bool, TrainState] = {}
     gradients: list[Tensor] = []

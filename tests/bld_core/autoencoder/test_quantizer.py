@@ -147,7 +147,7 @@ def test_code_health_by_brute_force() -> None:
     correlations = [
         abs(np.corrcoef(z[:, i], z[:, j])[0, 1]) for i in range(10) for j in range(10) if i != j and 8 not in (i, j)
     ]
-    figures = health.figures()
+    figures = health.metrics()
     assert figures["bit_entropy"] == pytest.approx(float(-(y * np.log2(y) + (1 - y) * np.log2(1 - y)).mean()), abs=1e-7)
     assert figures["bit_usage_mean"] == pytest.approx(float(z.mean()), abs=1e-15)
     assert figures["dead_bits"] == 0.2
@@ -156,32 +156,32 @@ def test_code_health_by_brute_force() -> None:
 
 def test_code_health_is_the_same_however_the_work_is_split() -> None:
     logits = mixed_logits()
-    whole = health_of(logits).figures()
-    assert health_of(*logits.split(1)).figures() == whole
-    assert health_of(*logits.flip(0).split(5)).figures() == whole
+    whole = health_of(logits).metrics()
+    assert health_of(*logits.split(1)).metrics() == whole
+    assert health_of(*logits.flip(0).split(5)).metrics() == whole
     merged = CodeHealth()
     for worker in (logits[7:], logits[:3], logits[3:7]):
         merged.merge(health_of(worker))
     merged.merge(CodeHealth())
-    assert merged.figures() == whole
+    assert merged.metrics() == whole
 
 
 def test_code_health_of_known_codes() -> None:
     generator = torch.Generator().manual_seed(0)
     coin = torch.randn(100, 2, 10, 10, generator=generator)
-    independent = health_of(100 * coin).figures()
+    independent = health_of(100 * coin).metrics()
     assert independent["bit_correlation"] < 4 / math.sqrt(10_000)
     assert independent["dead_bits"] == 0
     assert independent["bit_entropy"] < 0.05
-    twins = health_of(torch.cat([coin[:, :1], 2 * coin[:, :1]], 1)).figures()
-    opposites = health_of(torch.cat([coin[:, :1], -coin[:, :1]], 1)).figures()
+    twins = health_of(torch.cat([coin[:, :1], 2 * coin[:, :1]], 1)).metrics()
+    opposites = health_of(torch.cat([coin[:, :1], -coin[:, :1]], 1)).metrics()
     assert twins["bit_correlation"] == opposites["bit_correlation"] == 1
     assert opposites["bit_usage_mean"] == 0.5
-    stuck = health_of(torch.tensor([300.0, -300.0]).view(1, 2, 1, 1).expand(4, 2, 3, 3)).figures()
+    stuck = health_of(torch.tensor([300.0, -300.0]).view(1, 2, 1, 1).expand(4, 2, 3, 3)).metrics()
     assert stuck == {"bit_entropy": 0, "bit_usage_mean": 0.5, "dead_bits": 1, "bit_correlation": 0}
-    undecided = health_of(torch.zeros(4, 2, 3, 3)).figures()
+    undecided = health_of(torch.zeros(4, 2, 3, 3)).metrics()
     assert undecided["bit_entropy"] == 1
-    assert all(math.isnan(figure) for figure in CodeHealth().figures().values())
+    assert all(math.isnan(figure) for figure in CodeHealth().metrics().values())
 
 
 def test_training_can_take_the_mode_in_place_of_a_draw() -> None:

@@ -15,22 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.diffusion.process import (
-    DiffusionConfig,
-    Target,
+from bld_core.diffusion.loss import (
+    Step,
     balanced_residual_loss,
+    diffusion_loss,
+    loss_terms,
+    residual_loss,
+    vlb_loss,
+    z_prev_loss,
+)
+from bld_core.diffusion.process import (
+    CodeBatch,
+    DiffusionConfig,
+    DiffusionProcess,
+    Target,
     calibrate,
     corrupt,
-    diffusion_loss,
-    diffusion_terms,
     evidence_network,
-    flip_given_residual,
-    previous_loss,
-    residual_loss,
+    reverse_flip_coefficients,
     reverse_flip_probability,
     to_evidence,
     transition,
-    vlb_loss,
 )
 from bld_core.diffusion.schedule import NoiseSchedule, ScheduleName, make_schedule, schedule_from_betas
 from bld_core.noise import uniform
@@ -117,7 +122,7 @@ def test_the_reverse_step_is_bayes_rule_for_every_pair_of_levels(schedule: Noise
     for t in range(1, 65):
         for s in range(0, t, 5):
             truth = bayes(p, k[s], k[t])
-            a, b = flip_given_residual(k[s], k[t])
+            a, b = reverse_flip_coefficients(k[s], k[t])
             for z_t in (0, 1):
                 given_z_0 = truth[z_t] / truth[z_t].sum(0)  # (z_s, z_0)
                 assert given_z_0[1 - z_t, 1 - z_t] == pytest.approx(a, abs=1e-12)  # flipped; changed back after s
@@ -153,7 +158,7 @@ def test_at_s_0_the_step_flips_with_r_and_from_the_end_it_forgets_z_t(schedule: 
     for t in range(1, 65):
         torch.testing.assert_close(reverse_flip_probability(r, k[0], k[t]), r, rtol=0, atol=1e-12)
     for s in range(64):  # P(z_s = z_0) = (1 + k_s) / 2 whether or not z_T = z_0
-        assert flip_given_residual(k[s], k[64]) == pytest.approx(((1 + k[s]) / 2, (1 - k[s]) / 2), abs=1e-12)
+        assert reverse_flip_coefficients(k[s], k[64]) == pytest.approx(((1 + k[s]) / 2, (1 - k[s]) / 2), abs=1e-12)
 
 
 # --- What the network says ------------------------------------------------------------------------------------------
@@ -225,7 +230,7 @@ def test_losses_and_gradients_stay_finite_for_extreme_evidence_in_float32(name: 
     for loss in (
         vlb_loss(evidence, flip, k_s, k_t),
         residual_loss(evidence, flip, k_t),
-        previous_loss(evidence, flip, k_s, k_t),
+        z_prev_loss(evidence, flip, k_s, k_t),
     ):
         assert loss.isfinite().all()
         assert (loss > -1e-5).all()
@@ -287,7 +292,7 @@ class Elementwise(nn.Module):
 
 
 def trained_on_iid(p: float, config: DiffusionConfig) -> Elementwise:
-    schedule = config.make_schedule()
+    process = config.make_process()
     torch.manual_seed(0)
     network = Elementwise()
     steps, rows = 250, 256
@@ -297,7 +302,7 @@ def trained_on_iid(p: float, config: DiffusionConfig) -> Elementwise:
         index = torch.arange(rows) + step * rows
         z_0 = (uniform(0, "source", index, 32) < p).float().view(-1, 4, 8)
         optimizer.zero_grad()
-        diffusion_loss(network, z_0, None, index, schedule, config, seed=0)["loss"].backward()
+        diffusion_loss(network, process, CodeBatch(z_0, None, index), config, seed=0)["loss"].backward()
         optimizer.step()
         decay.step()
     return network
@@ -310,7 +315,7 @@ def test_a_network_trained_on_an_iid_source_is_calibrated_at_every_t(
 ) -> None:
     p = 0.7
     config = DiffusionConfig(target=target, balance=balance)
-    network = evidence_network(trained_on_iid(p, config), config.make_schedule(), target)
+    network = evidence_network(trained_on_iid(p, config), config.make_process())
     time = torch.arange(1, 65) / 64
     for z_t in (0.0, 1.0):
         evidence = network(torch.full((64, 1, 1), z_t), time, None).flatten()
@@ -321,10 +326,11 @@ def test_a_network_trained_on_an_iid_source_is_calibrated_at_every_t(
 def test_a_network_of_single_steps_learns_an_iid_source() -> None:
     p = 0.9
     config = DiffusionConfig(target="z_prev", vlb_weight=1.0)
-    network, schedule = trained_on_iid(p, config), config.make_schedule()
-    z_0 = (uniform(0, "held out", torch.arange(2000), 64) < p).to(torch.uint8).view(-1, 8, 8)
-    learned = likelihood_bound(network, z_0, None, schedule, target="z_prev").bits_per_bit
-    truth = likelihood_bound(iid_oracle(p), z_0, None, schedule).bits_per_bit  # on the same noise
+    network, process = trained_on_iid(p, config), config.make_process()
+    codes = CodeBatch.numbered((uniform(0, "held out", torch.arange(2000), 64) < p).to(torch.uint8).view(-1, 8, 8))
+    learned = likelihood_bound(network, process, codes).bits_per_bit
+    of_flips = DiffusionProcess(process.schedule)
+    truth = likelihood_bound(iid_oracle(p), of_flips, codes).bits_per_bit  # on the same noise
     # Its answer is not calibrated: how it depends on t is learned, too, which so small a network does roughly.
     assert truth < learned < truth + 0.25 < 1
 
@@ -345,13 +351,13 @@ def test_the_output_of_every_targets_oracle_is_the_same_evidence(schedule: Noise
 def test_an_output_that_no_posterior_makes_is_the_nearest_that_one_does(schedule: NoiseSchedule) -> None:
     output = torch.tensor([-100.0, -20.0, 20.0, 100.0], dtype=torch.float64)
     for k_s, k_t in itertools.pairwise(schedule.k.tolist()):
-        a, b = flip_given_residual(k_s, k_t)
+        a, b = reverse_flip_coefficients(k_s, k_t)
         evidence = to_evidence(output, torch.zeros(4), k_s, k_t, "z_prev")
         assert evidence.isfinite().all()
         change = reverse_flip_probability(torch.sigmoid(calibrate(evidence, k_t)), k_s, k_t)
         torch.testing.assert_close(change, torch.sigmoid(output).clamp(float(b), float(a)), rtol=0, atol=1e-8)
         for flip in (torch.zeros(4), torch.ones(4)):  # and never costs more
-            assert (vlb_loss(evidence, flip, k_s, k_t) <= previous_loss(output, flip, k_s, k_t) + 1e-9).all()
+            assert (vlb_loss(evidence, flip, k_s, k_t) <= z_prev_loss(output, flip, k_s, k_t) + 1e-9).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -362,8 +368,8 @@ def test_the_targets_oracles_have_the_same_loss(name: ScheduleName, steps: int) 
     losses: dict[Target, dict[str, Tensor]] = {}
     for target in TARGETS:
         config = DiffusionConfig(steps=steps, schedule=name, target=target)
-        schedule = config.make_schedule()
-        losses[target] = diffusion_loss(Oracle(p, schedule, target), z_0, None, index, schedule, config, seed=1)
+        process = config.make_process()
+        losses[target] = diffusion_loss(Oracle(p, process), process, CodeBatch(z_0, None, index), config, seed=1)
     for term in ("loss", "residual", "vlb"):
         torch.testing.assert_close(losses["z0"][term], losses["flip"][term], rtol=1e-5, atol=0)
     assert losses["z_prev"].keys() == {"loss", "vlb"}
@@ -379,10 +385,10 @@ def test_the_targets_oracles_have_the_same_loss_where_tokens_are_known(name: Sch
     losses: dict[Target, dict[str, Tensor]] = {}
     for target in TARGETS:
         config = DiffusionConfig(steps=64, schedule=name, target=target)
-        schedule = config.make_schedule()
-        oracle = TokenOracle(p, schedule, target)
-        losses[target] = diffusion_loss(oracle, z_0, None, index, schedule, config, 1, known)
-        whole = diffusion_loss(oracle, z_0, None, index, schedule, config, 1)
+        process, codes = config.make_process(), CodeBatch(z_0, None, index)
+        oracle = TokenOracle(p, process)
+        losses[target] = diffusion_loss(oracle, process, codes, config, 1, known)
+        whole = diffusion_loss(oracle, process, codes, config, 1)
         assert not torch.equal(losses[target]["vlb"], whole["vlb"])  # what is known changes what is lost
     for term in ("loss", "residual", "vlb"):
         torch.testing.assert_close(losses["z0"][term], losses["flip"][term], rtol=1e-5, atol=0)
@@ -392,7 +398,7 @@ def test_the_targets_oracles_have_the_same_loss_where_tokens_are_known(name: Sch
 
 def test_known_tokens_do_not_count_for_a_network_of_single_steps() -> None:
     config, index = DiffusionConfig(target="z_prev"), torch.arange(12)
-    schedule, z_0 = config.make_schedule(), (uniform(0, "toy code", index, 32) < 0.5).float().view(-1, 4, 8)
+    process, z_0 = config.make_process(), (uniform(0, "toy code", index, 32) < 0.5).float().view(-1, 4, 8)
     known = uniform(0, "toy mask", index, 4).argsort(1) < 2
     output = torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
@@ -401,7 +407,7 @@ def test_known_tokens_do_not_count_for_a_network_of_single_steps() -> None:
         assert torch.equal(z[known], z_0[known])
         return output
 
-    diffusion_loss(network, z_0, None, index, schedule, config, 0, known)["loss"].backward()
+    diffusion_loss(network, process, CodeBatch(z_0, None, index), config, 0, known)["loss"].backward()
     assert output.grad is not None
     assert (output.grad[known] == 0).all()
     assert (output.grad[~known] != 0).any(-1).all()
@@ -415,7 +421,7 @@ def test_the_oracle_of_single_steps_has_the_least_vlb_there_is(schedule: NoiseSc
         output = oracle_change(p, k[t - 1], k[t]).logit().requires_grad_()
         keep = transition(torch.ones((), dtype=torch.float64), 1.0, k[t])
         weight = p * torch.where(flips.bool(), 1 - keep, keep).prod(-1)  # (z_t, z_0)
-        loss = previous_loss(output[:, None].expand(8, 8, 3), flips, k[t - 1], k[t])
+        loss = z_prev_loss(output[:, None].expand(8, 8, 3), flips, k[t - 1], k[t])
         total = (weight[:, :, None] * loss).sum() / 3
         assert float(total.detach()) == pytest.approx(least_vlb(p, k[t - 1], k[t]), rel=1e-9, abs=1e-13)
         (slope,) = torch.autograd.grad(total, output)  # the loss is convex in the output
@@ -445,9 +451,10 @@ def test_all_four_schedules_are_configured_and_come_back_from_json(target: Targe
     for config in configs:
         again = DiffusionConfig(**json.loads(json.dumps(asdict(config))))
         assert again == config
-        assert torch.equal(again.make_schedule().k, config.make_schedule().k)
-    assert torch.equal(configs[3].make_schedule().k, schedule_from_betas(betas).k)
-    torch.testing.assert_close(configs[3].make_schedule().k, configs[0].make_schedule().k, rtol=0, atol=1e-12)
+        assert torch.equal(again.make_process().schedule.k, config.make_process().schedule.k)
+    linear, given = (configs[i].make_process().schedule.k for i in (0, 3))
+    assert torch.equal(given, schedule_from_betas(betas).k)
+    torch.testing.assert_close(given, linear, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -469,24 +476,25 @@ def test_betas_that_are_no_schedule_are_refused(settings: dict[str, Any], messag
 
 def test_diffusion_loss_is_residual_plus_lambda_vlb_and_keyed_on_the_index() -> None:
     config = DiffusionConfig(vlb_weight=0.3)
-    schedule = config.make_schedule()
+    process = config.make_process()
     index = torch.arange(40, 60)
     z_0 = (uniform(1, "z", index, 32) < 0.4).float().view(-1, 4, 8)
-    whole = diffusion_loss(iid_oracle(0.4), z_0, None, index, schedule, config, seed=3)
+    whole = diffusion_loss(iid_oracle(0.4), process, CodeBatch(z_0, None, index), config, seed=3)
     torch.testing.assert_close(whole["loss"], whole["residual"] + 0.3 * whole["vlb"])
     halves = [
-        diffusion_loss(iid_oracle(0.4), z_0[i], None, index[i], schedule, config, seed=3)
+        diffusion_loss(iid_oracle(0.4), process, CodeBatch(z_0[i], None, index[i]), config, seed=3)
         for i in (slice(0, 10), slice(10, 20))
     ]
     torch.testing.assert_close(whole["loss"], (halves[0]["loss"] + halves[1]["loss"]) / 2)
 
 
-def test_diffusion_terms_are_a_mean_over_bits_of_the_elementwise_losses() -> None:
+def test_loss_terms_are_a_mean_over_bits_of_the_elementwise_losses() -> None:
     schedule = make_schedule("cosine", 16)
     z_0 = (uniform(1, "z", torch.arange(16), 24) < 0.4).float().view(-1, 3, 8)
     u = uniform(1, "u", torch.arange(16), 24).view_as(z_0)
     t = torch.arange(1, 17)
-    residual, vlb = diffusion_terms(iid_oracle(0.4), z_0, None, t, u, schedule)
+    step = Step(t, t - 1, u)
+    residual, vlb = loss_terms(iid_oracle(0.4), DiffusionProcess(schedule), CodeBatch.numbered(z_0), step)
     for i in range(16):
         k_s, k_t = float(schedule.k[i]), float(schedule.k[i + 1])
         z_t, flip = corrupt(z_0[i], k_t, u[i])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bld_core.diffusion.bound import merge_bounds
-from bld_core.diffusion.process import DiffusionConfig
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.noise import uniform
 from bld_core.prior.baselines.absorbing import AbsorbingPrior, absorbing_bound, random_order, sample_unmasking
 from bld_core.prior.baselines.autoregressive import AutoregressivePrior
@@ -155,11 +155,11 @@ def test_token_by_token_with_a_cache_is_the_plain_pass() -> None:
 def test_autoregressive_samples_follow_their_likelihood() -> None:
     model, network = small("autoregressive", 2, 3)
     codes, count = every_code(2, 3), 40_000
-    z = model.sample(network, None, torch.arange(count), PLAIN, seed=1)
+    z = model.sample(network, SampleSpec(torch.arange(count), seed=1), PLAIN)
     truth = (-6 * token_nll(network(codes), codes).mean(1)).exp().double()
     assert total_variation(law_of(z), truth) < allowed(64, count)
     assert total_variation(law_of(z), torch.full((64,), 1 / 64).double()) > 0.1
-    bound = model.bound(network, z, None, seed=0)  # of its own samples it is the entropy
+    bound = model.bound(network, CodeBatch.numbered(z), seed=0)  # of its own samples it is the entropy
     assert abs(bound.bits_per_bit + float((truth * truth.log2()).sum()) / 6) < 4 * bound.standard_error
     assert bound.profile == (pytest.approx(bound.bits_per_bit, rel=1e-9),)
 
@@ -169,7 +169,7 @@ def test_autoregressive_samples_follow_their_likelihood() -> None:
 def test_every_autoregressive_bit_is_its_uniform_against_its_guided_tempered_probability(guidance: float) -> None:
     model, network = small("autoregressive", 6, 4, classes=3, layers=2)
     index, labels = torch.arange(100, 150), torch.arange(50) % 3
-    z = model.sample(network, labels, index, SamplingConfig(temperature=0.8, guidance=guidance), seed=5)
+    z = model.sample(network, SampleSpec(index, labels, 5), SamplingConfig(temperature=0.8, guidance=guidance))
     null = torch.full_like(labels, -1)
     logits = ((1 + guidance) * network(z, labels) - guidance * network(z, null)) / 0.8
     u = torch.stack([uniform(5, f"sampling token {n}", index, 4) for n in range(6)], dim=1)
@@ -217,7 +217,7 @@ def test_the_oracles_bound_is_the_entropy_token_by_token_and_more_in_larger_step
         apart = -float((torch.xlogy(marginal, marginal) + torch.xlogy(1 - marginal, 1 - marginal)).sum()) / math.log(2)
         truths: list[float] = []
         for grid in ([3, 2, 1, 0], [3, 1, 0], [3, 2, 0], [3, 0]):
-            bound = absorbing_bound(Oracle(p), z, None, grid)
+            bound = absorbing_bound(Oracle(p), CodeBatch.numbered(z), grid)
             truths.append(exact_bound(p, grid))
             assert abs(bound.bits_per_bit - truths[-1]) < 4 * bound.standard_error
             assert bound.standard_error < 0.02
@@ -231,7 +231,7 @@ def test_the_oracles_samples_are_true_token_by_token_and_off_in_larger_steps() -
     count, p = 40_000, toy_distribution(1)
     errors: list[float] = []
     for grid in ([3, 2, 1, 0], [3, 1, 0], [3, 0]):
-        z = sample_unmasking(Oracle(p), (3, 1), None, torch.arange(count), grid, PLAIN, 0)
+        z = sample_unmasking(Oracle(p), (3, 1), SampleSpec(torch.arange(count)), grid, PLAIN)
         law = law_of(z)
         assert total_variation(law, absorbing_law(Oracle(p), 3, 1, grid)) < allowed(8, count)
         errors.append(total_variation(law, p))
@@ -265,7 +265,7 @@ def test_absorbing_samples_follow_the_law_of_their_grid(steps: int, grid: list[i
     settings = replace(PLAIN, steps=steps)
     assert model.steps(settings) == len(grid) - 1
     count = 40_000
-    z = model.sample(network, None, torch.arange(count), settings, seed=2)
+    z = model.sample(network, SampleSpec(torch.arange(count), seed=2), settings)
     truth = absorbing_law(network, 3, 2, grid)
     assert float(truth.sum()) == pytest.approx(1, abs=1e-5)
     assert total_variation(law_of(z), truth) < allowed(64, count)
@@ -277,7 +277,7 @@ def test_every_absorbing_bit_is_its_uniform_against_its_guided_tempered_probabil
     model, network = small("absorbing", 6, 4, classes=3, layers=2)
     index, labels = torch.arange(100, 150), torch.arange(50) % 3
     settings = SamplingConfig(grid=[6, 5, 2, 0], temperature=0.8, guidance=guidance)
-    z = model.sample(network, labels, index, settings, seed=5)
+    z = model.sample(network, SampleSpec(index, labels, 5), settings)
     order = random_order(5, "sampling order", index, 6)
     for t, s in itertools.pairwise(settings.grid):
         masked = order.argsort(1) >= 6 - t
@@ -304,7 +304,7 @@ def test_completions_are_draws_from_the_conditional_distribution() -> None:
     for token, value in itertools.product(range(3), (0.0, 1.0)):
         mask = (torch.arange(3) == token).expand(count, -1)
         known = Known(torch.where(mask, value, 0.5)[..., None], mask)
-        z = sample_unmasking(Oracle(p), (3, 1), None, index, [3, 2, 1, 0], PLAIN, 3, known)
+        z = sample_unmasking(Oracle(p), (3, 1), SampleSpec(index, seed=3), [3, 2, 1, 0], PLAIN, known)
         truth = p * (STATES[:, token] == value)
         drawn = torch.bincount(state_number(z.squeeze(-1)), minlength=8).double() / count
         assert total_variation(drawn, truth / truth.sum()) < allowed(4, count)
@@ -316,20 +316,20 @@ def test_known_tokens_come_back_and_with_nothing_known_it_is_sampling_bitwise() 
     settings = SamplingConfig(steps=4, guidance=1.0)
     mask = uniform(0, "toy mask", index, 6) < (index % 3)[:, None] / 2  # none, some, all
     z_0 = (uniform(0, "toy", index, 24) < 0.5).float().view(30, 6, 4)
-    plain = model.sample(network, labels, index, settings, 1)
-    z = model.sample(network, labels, index, settings, 1, Known(z_0, mask))
+    plain = model.sample(network, SampleSpec(index, labels, 1), settings)
+    z = model.sample(network, SampleSpec(index, labels, 1), settings, Known(z_0, mask))
     assert torch.equal(z[mask], z_0[mask])
     assert torch.equal(z[::3], plain[::3])
     assert torch.equal(z[2::3], z_0[2::3])
     other = torch.where(mask[..., None], z_0, 1 - z_0)  # unknown bits are never looked at
-    assert torch.equal(model.sample(network, labels, index, settings, 1, Known(other, mask)), z)
+    assert torch.equal(model.sample(network, SampleSpec(index, labels, 1), settings, Known(other, mask)), z)
 
 
 def test_an_autoregressive_prior_refuses_to_complete() -> None:
     model, network = small("autoregressive", 4, 2)
     known = Known(torch.zeros(2, 4, 2), torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"autoregressive.*cannot complete.*binary or absorbing"):
-        model.sample(network, None, torch.arange(2), PLAIN, 0, known)
+        model.sample(network, SampleSpec(torch.arange(2)), PLAIN, known)
 
 
 # --- Both -------------------------------------------------------------------------------------------------------------
@@ -339,15 +339,19 @@ def test_an_autoregressive_prior_refuses_to_complete() -> None:
 def test_a_fresh_network_finds_every_code_as_likely(name: Comparator) -> None:
     model = make_model(PriorConfig(model=name, layers=1, width=16, heads=2, classes=3), DiffusionConfig(), 4, 8)
     z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
-    assert model.bound(model.network(), z, torch.arange(20) % 3, seed=0).bits_per_bit == pytest.approx(1, abs=1e-6)
+    assert model.bound(
+        model.network(), CodeBatch.numbered(z, torch.arange(20) % 3), seed=0
+    ).bits_per_bit == pytest.approx(1, abs=1e-6)
 
 
 @each
 def test_the_bounds_of_parts_merge_to_that_of_all_codes(name: Comparator) -> None:
     model, network = small(name, 4, 8)
     z = (uniform(0, "toy", torch.arange(20), 32) < 0.1).float().view(20, 4, 8)
-    parts = [model.bound(network, z[start:stop], None, 3, first=start) for start, stop in ((0, 13), (13, 20))]
-    whole, found = model.bound(network, z, None, 3), merge_bounds(parts)
+    parts = [
+        model.bound(network, CodeBatch.numbered(z[start:stop], first=start), 3) for start, stop in ((0, 13), (13, 20))
+    ]
+    whole, found = model.bound(network, CodeBatch.numbered(z), 3), merge_bounds(parts)
     assert found.bits_per_bit == pytest.approx(whole.bits_per_bit, rel=1e-6)
     assert found.standard_error == pytest.approx(whole.standard_error, rel=1e-6)
 
@@ -374,22 +378,23 @@ def test_the_objective_is_the_bound_and_hides_labels(name: Comparator) -> None:
     with torch.no_grad():
         loss = float(model.objective(7)(state, Batch(z, labels, index, [""] * len(index)))["loss"]) / math.log(2)
         bound, whole = (
-            model.bound(network, z, given, seed=3) for given in (drop_labels(labels, index, 0.5, seed=7), labels)
+            model.bound(network, CodeBatch.numbered(z, given), seed=3)
+            for given in (drop_labels(labels, index, 0.5, seed=7), labels)
         )
     assert abs(loss - bound.bits_per_bit) < 6 * bound.standard_error  # one noise level a sample, not eight
     assert abs(loss - whole.bits_per_bit) > 6 * bound.standard_error
-    assert model.bound(network, z, labels, seed=3) == whole
+    assert model.bound(network, CodeBatch.numbered(z, labels), seed=3) == whole
 
 
 @each
 def test_guidance_0_is_no_guidance_bitwise_and_without_labels_there_is_none(name: Comparator) -> None:
     model, network = small(name, 4, 8, classes=3)
     index, labels = torch.arange(64), torch.arange(64) % 3
-    draws = {w: model.sample(network, labels, index, SamplingConfig(guidance=w), 0) for w in (0.0, 1e-6, 4.0)}
-    assert torch.equal(draws[0.0], model.sample(network, labels, index, SamplingConfig(), 0))
+    draws = {w: model.sample(network, SampleSpec(index, labels), SamplingConfig(guidance=w)) for w in (0.0, 1e-6, 4.0)}
+    assert torch.equal(draws[0.0], model.sample(network, SampleSpec(index, labels), SamplingConfig()))
     assert float((draws[0.0] == draws[1e-6]).float().mean()) > 0.999
     assert not torch.equal(draws[0.0], draws[4.0])
-    free = [model.sample(network, None, index, SamplingConfig(guidance=w), 0) for w in (0.0, 4.0)]
+    free = [model.sample(network, SampleSpec(index), SamplingConfig(guidance=w)) for w in (0.0, 4.0)]
     assert torch.equal(*free)
     assert not torch.equal(free[0], draws[0.0])
 
@@ -402,7 +407,9 @@ def test_a_sample_does_not_depend_on_its_batch(name: Comparator) -> None:
 
     def draw(size: int, seed: int = 9) -> Tensor:
         parts = [slice(start, start + size) for start in range(0, 48, size)]
-        return torch.cat([model.sample(network, labels[part], index[part], settings, seed) for part in parts])
+        return torch.cat(
+            [model.sample(network, SampleSpec(index[part], labels[part], seed), settings) for part in parts]
+        )
 
     whole = draw(48)
     assert torch.equal(draw(48), whole)
@@ -436,7 +443,7 @@ def test_on_an_iid_source_each_reaches_the_entropy(name: Comparator) -> None:
     z = (uniform(0, "source", torch.arange(12_000), 32) < p).float().view(-1, 4, 8)
     model, network = trained(name, 4, 8, z[:10_000], 80)
     held_out = z[10_000:]
-    bound = model.bound(network, held_out, None, seed=0)
+    bound = model.bound(network, CodeBatch.numbered(held_out), seed=0)
     share = float(held_out.mean())  # the entropy of these very codes under the true p: no error of the choice of data
     truth = -share * math.log2(p) - (1 - share) * math.log2(1 - p)
     assert truth - 0.002 < bound.bits_per_bit < truth + 0.01
@@ -450,8 +457,8 @@ def test_each_learns_what_bits_of_a_token_and_tokens_have_in_common(name: Compar
     two = torch.cat([free, free[..., :1] ^ free[..., 1:]], dim=-1)
     codes = torch.cat([two, two[:, :1]], dim=1)
     model, network = trained(name, 3, 3, codes, 400)
-    assert 4 / 9 - 1e-6 < model.bound(network, codes[:500], None, seed=0).bits_per_bit < 4 / 9 + 0.02
-    z = model.sample(network, None, torch.arange(500), PLAIN, seed=0).byte()
+    assert 4 / 9 - 1e-6 < model.bound(network, CodeBatch.numbered(codes[:500]), seed=0).bits_per_bit < 4 / 9 + 0.02
+    z = model.sample(network, SampleSpec(torch.arange(500)), PLAIN).byte()
     assert float((z[..., 2] == z[..., 0] ^ z[..., 1]).float().mean()) > 0.99
     assert float((z[:, 2] == z[:, 0]).float().mean()) > 0.98
     assert len(z.flatten(1).unique(dim=0)) >= 16
@@ -478,9 +485,9 @@ def test_the_bound_is_that_of_the_steps_asked_for(name: ModelName) -> None:
     network = model.network().eval()
     perturb(network)
     z = (uniform(0, "codes", torch.arange(64), 128) < 0.5).float().view(-1, 16, 8)
-    every = model.bound(network, z, None, 0)
-    assert model.bound(network, z, None, 0, SamplingConfig(steps=16)) == every
-    few = model.bound(network, z, None, 0, SamplingConfig(steps=4))
+    every = model.bound(network, CodeBatch.numbered(z), 0)
+    assert model.bound(network, CodeBatch.numbered(z), 0, SamplingConfig(steps=16)) == every
+    few = model.bound(network, CodeBatch.numbered(z), 0, SamplingConfig(steps=4))
     if name == "autoregressive":  # always one step a token
         assert few == every
     else:
@@ -503,7 +510,7 @@ def test_settings_that_a_model_cannot_follow_are_refused(
     with pytest.raises(ValueError, match=message):
         model.steps(SamplingConfig(**settings))
     with pytest.raises(ValueError, match=message):
-        model.sample(model.network(), None, torch.arange(2), SamplingConfig(**settings), 0)
+        model.sample(model.network(), SampleSpec(torch.arange(2)), SamplingConfig(**settings))
 
 
 @each

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bld_core.diffusion.process import DiffusionConfig, Target
-from bld_core.diffusion.sampling import Known, SamplingConfig
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.prior.binary import BinaryModel
 from bld_core.prior.transformer import PriorConfig
 from tests.bld_core.toys import perturb, tiny_prior
@@ -27,7 +27,7 @@ def test_auto_is_conditioned_where_the_prior_knows_marks_and_replacement_where_n
 
     def draw(inpainting: Literal["auto", "conditioned", "replacement"]) -> torch.Tensor:
         config = SamplingConfig(steps=16, guidance=1.0, inpainting=inpainting)
-        return model.sample(prior, index % 3, index, config, 0, known)
+        return model.sample(prior, SampleSpec(index, index % 3), config, known)
 
     assert torch.equal(draw("auto"), draw(method))
     if method == "conditioned":

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.diffusion.process import DiffusionConfig, Target, diffusion_terms
-from bld_core.diffusion.sampling import Known, SamplingConfig, sample_codes
-from bld_core.diffusion.schedule import make_schedule
+from bld_core.diffusion.loss import Step, loss_terms
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig, Target
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, sample_codes
 from bld_core.noise import uniform
-from bld_core.prior.binary import PriorObjective
-from bld_core.prior.transformer import Prior, PriorConfig, draw_known, drop_labels, time_features
+from bld_core.prior.binary import PriorObjective, draw_known
+from bld_core.prior.transformer import Prior, PriorConfig, drop_labels, time_features
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
-from tests.bld_core.toys import perturb, tiny_prior
+from tests.bld_core.toys import perturb, tiny_prior, toy_process
 
 Z = torch.randint(0, 2, (5, 4, 8), generator=torch.Generator().manual_seed(0)).float()
 TIME = torch.linspace(0.1, 1, 5)
@@ -150,7 +150,7 @@ def test_known_tokens_are_drawn_for_each_sample_on_its_own() -> None:
 
 
 def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
-    schedule, index = make_schedule("linear", 16), torch.arange(40)
+    process, index = toy_process("linear", 16), torch.arange(40)
     z_0 = (uniform(0, "toy code", index, 32) < 0.5).float().view(-1, 4, 8)
     u, t = uniform(0, "toy flips", index, 32).view(-1, 4, 8), index % 16 + 1
     known = draw_known(index, 4, 1.0, seed=0)
@@ -165,7 +165,7 @@ def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
             assert not torch.equal(z, z_0)
             return evidence
 
-        return diffusion_terms(denoiser, z_0, None, t, u, schedule, known=marks)
+        return loss_terms(denoiser, process, CodeBatch(z_0, None, index), Step(t, t - 1, u), known=marks)
 
     here, there = terms(evidence, known), terms(evidence + shift, known)
     for one, other in zip(here, there, strict=True):
@@ -174,13 +174,16 @@ def test_known_tokens_are_clean_marked_and_do_not_count() -> None:
     assert (gradient[known] == 0).all()
     assert (gradient[~known] != 0).any(-1).all()
     # Each sample's term is the mean over its unknown tokens: that of those tokens alone.
-    i = 3
-    alone = diffusion_terms(
-        lambda z, time, labels: evidence[i][~known[i]][None], z_0[i][~known[i]][None], None, t[i : i + 1],
-        u[i][~known[i]][None], schedule,
-    )  # fmt: skip
+    i = slice(3, 4)
+    unknown = ~known[3]
+    alone = loss_terms(
+        lambda z, time, labels: evidence[i, unknown],
+        process,
+        CodeBatch(z_0[i, unknown], None, index[i]),
+        Step(t[i], t[i] - 1, u[i, unknown]),
+    )
     for one, whole in zip(alone, here, strict=True):
-        torch.testing.assert_close(one[0], whole[i])
+        torch.testing.assert_close(one, whole[i])
     nothing = torch.zeros(40, 4, dtype=torch.bool)
     for one, whole in zip(terms(evidence, None), terms(evidence, nothing), strict=True):
         torch.testing.assert_close(one, whole)
@@ -210,8 +213,9 @@ def test_a_prior_learns_to_complete_from_what_is_known(target: Target) -> None:
         Known(torch.where(mask[..., None], z_0, 0.5), mask),
         SamplingConfig(steps=16, temperature=1.0, inpainting="conditioned"),
     )
-    z = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target, known)
+    process = diffusion.make_process()
+    z = sample_codes(state.module, process, (2, 1), SampleSpec(index), sampling, known)
     assert float((z == z_0).flatten(1).all(1).float().mean()) > 0.95
-    free = sample_codes(state.module, (2, 1), None, index, diffusion.make_schedule(), sampling, 0, target)
+    free = sample_codes(state.module, process, (2, 1), SampleSpec(index), sampling)
     assert 0.4 < float(free.mean()) < 0.6  # and unconditional samples are still there
     assert float((free[:, 0] == free[:, 1]).float().mean()) > 0.9

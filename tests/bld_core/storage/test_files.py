@@ -207,6 +207,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(s3: str) -> None:
             file.read()
 
 
+@pytest.mark.long
 def test_an_outage_is_waited_for_by_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bucket").mkdir()
     server = S3Server(tmp_path)
@@ -233,6 +234,7 @@ def test_an_outage_is_waited_for_by_every_operation(tmp_path: Path, monkeypatch:
         server.stop()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("listens", [False, True], ids=["away", "silent"])
 def test_a_server_that_stays_away_or_silent_is_an_error_within_the_limit(
     listens: bool, s3: str, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def kill(title: str) -> None:
     os.kill(descendants(os.getpid(), title)[0], signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_decoder_encoder_and_driver_killed_the_same_command_ends_with_the_bytes_of_an_undisturbed_run(
     encoded: Experiment, digits: dict[str, str], tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ def test_every_row_is_an_image_or_a_reason(tmp_path: Path) -> None:
         ledger = Ledger(START, Skipped(), share=1)
         entered = [ledger.enter(block, url) for block in blocks]
         assert ledger.skipped == skipped
-        assert ledger.place == Position(1, 0, skipped.total)
+        assert ledger.position == Position(1, 0, skipped.total)
         assert sum(len(block["key"]) for block in entered) == len(images) == delivered
         for block in entered:
             for key, pixels in zip(block["key"].tolist(), block["pixels"], strict=True):

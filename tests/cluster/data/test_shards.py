@@ -76,6 +76,7 @@ make_shards(ShardConfig(source=sys.argv[1], output=sys.argv[2], images_per_shard
 """
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     source, output = folder_of(tmp_path / "source", 400), tmp_path / "killed"
     run = subprocess.Popen([sys.executable, "-c", KILLED, source, str(output)], stderr=subprocess.DEVNULL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import vgg16
 
 import bld_core
 from bld_core.autoencoder.baselines.vector import VectorBottleneck
+from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
+from bld_core.autoencoder.perceptual import load_perceptual
 from bld_core.data.images import first_images, stack, to_float
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.diffusion.bound import likelihood_bound
+from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionQuality
@@ -37,15 +43,15 @@ from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConf
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.references import Space, load_extractor, make_reference
 from cluster.evaluation.sample_metrics import Samples, over_seeds, precision_recall
-from cluster.report.tables import table
+from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.sampling.inpainting import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sampling.sampler import Draw, drawn_labels
-from cluster.training.sweep import sweep_prior
-from cluster.training.sweep import table as table_of_trials
+from cluster.training.sweep import sweep_prior, sweep_table
 from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
+from tests.cluster.evaluation.test_exactness import small_file
 from tests.conftest import copy_of
 from tests.console import unknown
 
@@ -150,14 +156,13 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     assert 0 <= figures["class_accuracy"] <= 1
     assert figures["class_accuracy_real"] > 0.95
     assert "classifier_accuracy" not in figures, "that of the classifier in whose features images are compared"
-    prior, schedule = bld_core.load(finished.folder).prior, finished.diffusion.make_schedule()
+    prior, process = bld_core.load(finished.folder).prior, finished.diffusion.make_process()
     assert prior is not None
-    codes, labels = (
-        open_latents(f"{finished.folder}/latents", "validation").read().part(slice(None), torch.device("cpu"))
-    )
-    grid = finished.sampling.times(schedule)
+    held_out = open_latents(f"{finished.folder}/latents", "validation").read()
+    codes = CodeBatch.numbered(*held_out.part(slice(None), torch.device("cpu")))
+    grid = finished.sampling.make_grid(process.schedule)
     assert len(grid) == 5
-    strided = likelihood_bound(prior.network, codes, labels, schedule, grid)
+    strided = likelihood_bound(prior.network, process, codes, grid)
     assert figures["bound_sampling"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     assert sum(report["bound_profile"]) == pytest.approx(figures["bound"], rel=1e-9)
     evaluation = Path(experiment.folder, "evaluation")
@@ -169,10 +174,10 @@ def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experimen
     two = evaluate(replace(experiment, cluster=workers, evaluation=replace(asked, export="png")))["figures"]
     assert two == pytest.approx(figures, rel=1e-12)
     assert (evaluation / "samples.png").read_bytes() == samples, "equal batches, drawn by another number of workers"
-    assert "dB" in table(report)
-    assert "fd_classifier " in table(report)
-    assert "Prior and samples (40 of 4 steps)" in table(report)
-    assert "same classifier on held-out" in table(report)
+    assert "dB" in report_table(report)
+    assert "fd_classifier " in report_table(report)
+    assert "Prior and samples (40 of 4 steps)" in report_table(report)
+    assert "same classifier on held-out" in report_table(report)
     last = np.asarray(Image.open(evaluation / "samples/000039.png"))
     assert np.array_equal(last, bld_core.load(experiment.folder).sample(  # the same sample in a batch of its own
         labels=drawn_labels(_class_counts(experiment), 40, 0)[39:], first_index=39, steps=4, guidance=1.0
@@ -195,7 +200,7 @@ def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict
             drawn = evaluator.work(SampleFeatures(Draw(experiment.sampling, some, len(some), start, seed)))
             assert isinstance(drawn, Drawn)
             samples.add(drawn)
-    return over_seeds([samples.figures() for samples in sets])
+    return over_seeds([samples.metrics() for samples in sets])
 
 
 def _check_samples(experiment: Experiment, figures: dict[str, float]) -> None:
@@ -262,7 +267,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
         likeliest = network(to_float(stack(held_out)).expand(-1, 3, -1, -1)).argmax(1)
     right = (likeliest == torch.tensor([image.label for image in held_out])).double().mean()
     assert figures["cas_top1"] == pytest.approx(100 * float(right), abs=0.3)
-    assert "cas_top5" in table(report)
+    assert "cas_top5" in report_table(report)
     _check_interrupted(experiment, report)
     two = replace(finished.cluster, workers=2)
     with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
@@ -273,6 +278,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
         evaluate(replace(experiment, prior=replace(experiment.prior, classes=0)))
 
 
+@pytest.mark.long
 def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
     finished: Experiment, inception_weights: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,21 +361,33 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
         "channels": 1,
     }
     save_model(str(Path(experiment.folder, AUTOENCODER)), network.state_dict(), config)
+    images = stack(first_images(experiment.data.validation, experiment.data, 24))
+    shard = str(tmp_path / "held-out.tar")
+    write_shard(shard, [Sample(str(i), "png", png(picture(pixels)), 0) for i, pixels in enumerate(images)])
+    with torch.device("meta"):
+        vgg = nn.Sequential(OrderedDict(features=vgg16().features))
+    weights, sha256 = small_file(vgg, tmp_path / "vgg.pth")
+    loss = LossConfig(vgg_weights=weights, vgg_sha256=sha256)
+    data, asked = replace(experiment.data, validation=shard), replace(experiment.evaluation, lpips=True)
+    experiment = replace(experiment, data=data, loss=loss, evaluation=asked)
     report = evaluate(experiment)
-    images = stack(first_images(experiment.data.validation, experiment.data, 1000))
     generator = bld_core.load(experiment.folder)
     quality = ReconstructionQuality()
-    quality.update(images, generator.reconstruct(images))
+    reconstructions = generator.reconstruct(images)
+    quality.update(images, reconstructions)
+    distance = load_perceptual(loss, torch.device("cpu"))(to_float(images), to_float(reconstructions))
     assert report["figures"] == pytest.approx(
         {
             "psnr": quality.psnr.mean,
             "psnr_std": quality.psnr.deviation,
             "ssim": quality.ssim.mean,
             "ssim_std": quality.ssim.deviation,
+            f"lpips_{sha256[:8]}": float(distance.mean()),
+            f"lpips_{sha256[:8]}_std": float(distance.std()),
         },
         rel=1e-4,  # another batch size
     )
-    assert "dead_bits" not in table(report)
+    assert "dead_bits" not in report_table(report)
     with pytest.raises(ValueError, match=r"vector latent, which has no bits.*can only reconstruct"):
         generator.encode(images)
 
@@ -418,12 +436,13 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
             inpaint(experiment, InpaintConfig(samples=[0]))
 
 
+@pytest.mark.long
 def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
     rows = sweep_prior(experiment)
     assert unknown(capsys.readouterr().out) == []
-    assert sorted((row["vlb_weight"], row["schedule"]) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
-    assert rows[0]["bound"] < rows[1]["bound"]
+    assert sorted((row.vlb_weight, row.schedule) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
+    assert rows[0].bound < rows[1].bound
     best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
-    assert best == {"diffusion": {"vlb_weight": rows[0]["vlb_weight"], "schedule": "cosine"}}
-    assert f"{rows[0]['bound']:.4f}" in table_of_trials(rows)
+    assert best == {"diffusion": {"vlb_weight": rows[0].vlb_weight, "schedule": "cosine"}}
+    assert f"{rows[0].bound:.4f}" in sweep_table(rows)

@@ -26,9 +26,9 @@ from bld_core.metrics.bootstrap import poisson_counts
 from bld_core.metrics.dinov2 import DINOv2
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.evaluation.config import RESAMPLED, EvaluationConfig
-from cluster.evaluation.extractors import DINOv2Features, Inception, VGG16Features, figure_name
+from cluster.evaluation.extractors import DINOv2Features, Inception, VGG16Features, metric_name
 from cluster.evaluation.references import Reference, Space
-from cluster.evaluation.sample_metrics import SampleFigures, kernel_distance, precision_recall
+from cluster.evaluation.sample_metrics import SampleMetrics, kernel_distance, precision_recall
 
 COUNT, SIZE = 2000, 96
 SPACE = Space("inception", "0" * 64)
@@ -63,11 +63,11 @@ def measured(samples: Tensor, logits: Tensor, real: Tensor, batch: int, **asked:
             other.update(some)
         moments.merge(other)
     config = EvaluationConfig(samples=len(samples), frechet=True, **asked)  # pyright: ignore[reportArgumentType]
-    figures = SampleFigures(config, Reference(SPACE, "", "", moments, real, {}), 0)
+    figures = SampleMetrics(config, Reference(SPACE, "", "", moments, real, {}), 0)
     for start in range(0, len(samples), batch):
         some = slice(start, start + batch)
         figures.update(samples[some], logits[some], start)
-    return figures.figures()
+    return figures.metrics()
 
 
 def test_figures_of_2000_samples_are_those_of_torch_fidelity() -> None:
@@ -191,7 +191,7 @@ def test_features_of_dinov2_are_those_of_images_that_are_resized_and_scaled_as_t
         expected = network((x - mean) / deviation)
     assert expected.shape == (1, 1024)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
-    assert figure_name("fd", "dinov2", sha256) == f"fd_dinov2_{sha256[:8]}"
+    assert metric_name("fd", "dinov2", sha256) == f"fd_dinov2_{sha256[:8]}"
     assert EvaluationConfig(samples=4, dinov2_weights=path, dinov2_sha256=sha256).samples == 4
     with pytest.raises(ValueError, match=r"evaluation.dinov2_sha256 is ''"):
         EvaluationConfig(dinov2_weights=path)

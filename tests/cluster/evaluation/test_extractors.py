@@ -12,7 +12,7 @@ from bld_core.autoencoder.perceptual import lpips_name
 from bld_core.metrics.frechet import FeatureMoments
 from bld_core.storage.weights import INCEPTION, VGG16
 from cluster.evaluation.config import EvaluationConfig
-from cluster.evaluation.extractors import Inception, figure_name
+from cluster.evaluation.extractors import Inception, metric_name
 
 
 def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:
@@ -36,17 +36,17 @@ def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple
         Inception(path, INCEPTION.sha256, torch.device("cpu"))
     with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
         EvaluationConfig(inception_sha256="abcdef00")
-    assert figure_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
-    assert figure_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"
+    assert metric_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
+    assert metric_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"
     true = {
-        figure_name(name, "inception", INCEPTION.sha256 + "0" * 8): name for name in ("fd", "rfd", "kd", "is", "recall")
+        metric_name(name, "inception", INCEPTION.sha256 + "0" * 8): name for name in ("fd", "rfd", "kd", "is", "recall")
     }
     assert list(true) == ["fid", "rfid", "kid", "inception_score", "recall"]
-    assert figure_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
-    assert figure_name("fd", "classifier") == "fd_classifier"
+    assert metric_name("recall", "vgg16", VGG16.sha256) == "recall_vgg16"
+    assert metric_name("fd", "classifier") == "fd_classifier"
     assert (lpips_name(VGG16.sha256 + "0" * 56), lpips_name(sha256)) == ("lpips", f"lpips_{sha256[:8]}")
     names = {
-        figure_name(figure, "inception", digits)
+        metric_name(figure, "inception", digits)
         for figure, digits in itertools.product(("fd", "rfd"), ("6" * 64, sha256, INCEPTION.sha256))
     }
     assert len(names) == 6

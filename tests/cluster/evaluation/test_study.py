@@ -15,7 +15,7 @@ from PIL import Image
 import bld_core
 from bld_core.data.images import first_images, stack
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.process import CodeBatch, DiffusionConfig
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.classifier import Classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
@@ -24,7 +24,7 @@ from bld_core.training.checkpoint import load_weights, read_model_config
 from cluster.config.experiment import Experiment
 from cluster.evaluation import study
 from cluster.evaluation.config import StudyConfig
-from cluster.evaluation.study import StudyName, run_study, table
+from cluster.evaluation.study import StudyName, run_study, study_table
 
 SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
 
@@ -34,6 +34,7 @@ def experiment(encoded: Experiment) -> Experiment:
     return replace(encoded, study=SMALL)
 
 
+@pytest.mark.long
 def test_a_study_trains_what_is_missing_and_measures_every_row(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,8 +46,8 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     assert own["bound"] != other["bound"]
     assert own["paper"] == [4.36, 0.5]
     assert Image.open(folder / "lambda/plot.png").size == (3 * 480, 360)
-    assert (folder / "lambda/table.txt").read_text() == f"{table(made)}\n"
-    assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in table(made)
+    assert (folder / "lambda/table.txt").read_text() == f"{study_table(made)}\n"
+    assert f"{own['bound']:.4f} +- {own['bound_se']:.4f}" in study_table(made)
 
     trained = f"{experiment.folder}/reference/classifier/classifier"
     data, config = experiment.data, read_model_config(trained)
@@ -79,13 +80,12 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
 def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
     made = run_study(experiment, "steps")
     assert [row["x"] for row in made["rows"]] == [4, 8]
-    prior, schedule = bld_core.load(experiment.folder).prior, experiment.diffusion.make_schedule()
+    prior, process = bld_core.load(experiment.folder).prior, experiment.diffusion.make_process()
     assert prior is not None
-    codes, labels = (
-        open_latents(f"{experiment.folder}/latents", "validation").read().part(slice(32), torch.device("cpu"))
-    )
+    held_out = open_latents(f"{experiment.folder}/latents", "validation").read()
+    codes = CodeBatch.numbered(*held_out.part(slice(32), torch.device("cpu")))
     for row in made["rows"]:
-        strided = likelihood_bound(prior.network, codes, labels, schedule, schedule.grid(int(row["x"])))
+        strided = likelihood_bound(prior.network, process, codes, process.schedule.grid(int(row["x"])))
         assert row["bound"] == pytest.approx(strided.bits_per_bit, rel=1e-5)
     folder = Path(experiment.folder, "study/steps")
     first = folder / "rows/0.json"
@@ -98,7 +98,9 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
 
 
 def test_what_each_study_compares() -> None:
-    experiment = Experiment(diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7))
+    experiment = Experiment(
+        diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7, temperatures=[0.5, 1.2])
+    )
     rows = {name: make_rows(experiment) for name, (_, make_rows) in study._STUDIES.items()}
     names: dict[StudyName, list[str]] = {
         "lambda": ["lambda0", "lambda0.01", "own", "lambda1"],
@@ -116,6 +118,7 @@ def test_what_each_study_compares() -> None:
     assert [(row.sampling.steps, row.sampling.temperature) for row in rows["steps"]] == [
         (n, 1.0) for n in (4, 8, 16, 32)
     ]
+    assert [row.sampling.temperature for row in rows["temperature"]] == [0.5, 1.2]
     for name in ("steps", "temperature"):
         assert all(row.experiment == experiment for row in rows[name])
 

@@ -26,12 +26,12 @@ from torch import Tensor
 import bld_core
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
-from cluster.registry.registry import fetch_model, judge, register
-from cluster.tracking import connect
+from cluster.registry.registry import compare_with_champion, fetch_model, register
+from cluster.tracking import open_client
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+OPERATING = (Path(__file__).parents[3] / "docs/operating.md").read_text()
 
 
 def evaluated(experiment: Experiment, protocol: str = "p", **figures: float) -> Experiment:
@@ -40,7 +40,7 @@ def evaluated(experiment: Experiment, protocol: str = "p", **figures: float) -> 
 
 
 def champion(experiment: Experiment, name: str) -> str:
-    return str(connect(experiment.tracking.uri).get_model_version_by_alias(name, CHAMPION).version)
+    return str(open_client(experiment.tracking.uri).get_model_version_by_alias(name, CHAMPION).version)
 
 
 def test_the_champion_changes_only_for_a_figure_that_is_better_by_the_margin(
@@ -85,10 +85,10 @@ def test_figures_of_codes_are_compared_on_the_same_latents_alone(figure: str, of
         for latents, value in (("1", "0.5"), ("2", "0.4"))
     )
     holder = ModelVersion("rivals", "1", 0, tags=[ModelVersionTag(*tag) for tag in theirs.items()])
-    moves, rule = judge(tracking, "2", ours, holder)
+    moves, rule = compare_with_champion(tracking, "2", ours, holder)
     assert moves is not of_codes
     assert ("on the same latents" in rule, "another latents_hash, so" in rule) == (of_codes, of_codes)
-    assert judge(tracking, "2", ours | {"bld.latents_hash": "1"}, holder)[0]
+    assert compare_with_champion(tracking, "2", ours | {"bld.latents_hash": "1"}, holder)[0]
 
 
 def test_the_higher_figure_may_be_the_better_one(
@@ -106,6 +106,7 @@ def registered(
     tmp_path_factory: pytest.TempPathFactory, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> Experiment:
     pair = random_pair(tmp_path_factory.mktemp("registered"), digits, mlflow_server.uri)
+    pair = replace(pair, tracking=replace(pair.tracking, alias="tried"))
     made = register(evaluated(pair, bound=0.5, psnr=20.0))
     assert (made.name, made.version) == ("pair", "1")
     return pair
@@ -116,7 +117,7 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
     assert register(registered).version == "1", "the same pair was registered twice"
     folders = [
         fetch_model(f"models:/pair{which}", str(tmp_path / str(number)), uri)
-        for number, which in enumerate(("@latest-trained", f"@{CHAMPION}", "/1"))
+        for number, which in enumerate(("@tried", f"@{CHAMPION}", "/1"))
     ]
     before, *after = (bld_core.load(folder).sample(labels=[1, 2], seed=3) for folder in (registered.folder, *folders))
     assert all(torch.equal(before, images) for images in after)
@@ -127,14 +128,14 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
         "evaluation/report.json",
         *(f"prior/final/{file}" for file in ("config.json", "model.safetensors")),
     ]
-    version = connect(uri).get_model_version("pair", "1")
+    version = open_client(uri).get_model_version("pair", "1")
     assert version.tags["figure.bound"] == "0.5"
     pair = bld_core.load(registered.folder)
     assert pair.prior is not None
     assert version.tags["bld.autoencoder_hash"] == pair.autoencoder.record.hash
     assert version.tags["bld.prior_hash"] == pair.prior.record.hash
     assert version.run_id
-    run = connect(uri).get_run(version.run_id)
+    run = open_client(uri).get_run(version.run_id)
     assert run.data.metrics == {"bound": 0.5, "psnr": 20.0}
     assert run.data.tags["bld.prior_hash"] == pair.prior.record.hash
     assert run.info.status == "FINISHED"
@@ -178,8 +179,8 @@ def test_a_pair_without_its_own_evaluation_is_refused(
 
 @pytest.fixture(scope="module")
 def served(registered: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The registered pair behind HTTP, by the README's command; yields its address."""
-    (line,) = re.findall(r"^mlflow models serve .*$", README, re.M)
+    """The registered pair behind HTTP, by the command of docs/operating.md; yields its address."""
+    (line,) = re.findall(r"^mlflow models serve .*$", OPERATING, re.M)
     port, words = str(free_port()), shlex.split(line.replace("models:/demo@", "models:/pair@"))
     words[words.index("--port") + 1] = port
     words[0] = str(Path(sys.executable).with_name("mlflow"))
@@ -228,7 +229,7 @@ def encoded(image: Tensor) -> str:
 
 
 def test_the_served_pair_answers_with_the_class_asked_for(served: str, registered: Experiment) -> None:
-    (body,) = re.findall(r"--data '(.*?)'", README)
+    (body,) = re.findall(r"--data '(.*?)'", OPERATING)
     status, text = ask(served, body.encode())
     assert status == 200, text
     generator = bld_core.load(registered.folder)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking import Run
 from cluster.training import train as cluster_train
-from cluster.training.tasks import AutoencoderTask, Place, PriorTask
+from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import small_training
 
@@ -98,14 +99,15 @@ class DyingTask(AutoencoderTask):
         super().__init__(experiment)
         self.flag = flag
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        for batch in super().batches(step, positions, place):
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, worker):
             if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
                 self.flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
 
 
+@pytest.mark.long
 def test_a_killed_worker_leaves_no_trace_in_the_weights(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,22 +135,23 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
 class SpoiledTask(AutoencoderTask):
     """Stage 1, one image of step 4 with a NaN in it."""
 
-    def batches(self, step: int, positions: list[list[int]], place: Place) -> Iterator[Batch]:
-        for batch in super().batches(step, positions, place):
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+        for batch in super().batches(step, positions, worker):
             data = batch.data.float()
-            if place.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
+            if worker.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
                 data[2, 5, 5] = torch.nan
                 Path(self.experiment.folder, "spoiled").write_text(batch.keys[2])
             yield batch._replace(data=data)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = replace(
         encoded,
         root=str(tmp_path),
-        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2),
+        loss=LossConfig(adversarial=0.5, adversarial_start=1, critic_channels=4, critic_layers=2, entropy=0.1),
         autoencoder_training=small_training(6, checkpoint_every=2),
         cluster=replace(encoded.cluster, workers=2),
     )
@@ -164,6 +167,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_sample_to_blame(
     run = Run(experiment.tracking.resolve(experiment.root), read_model_config(final)["run"])
     critic = run.client.get_metric_history(run.run_id, "train_critic")
     assert sorted({metric.step for metric in critic}) == [2, 3, 4, 5, 6]
+    entropy = run.client.get_metric_history(run.run_id, "train_entropy")
+    assert all(-0.1 * math.log(2) <= metric.value < 0 for metric in entropy)
+    assert len(entropy) >= 6
 
 
 def test_what_the_losses_need_is_checked_first(encoded: Experiment, tmp_path: Path) -> None:
