@@ -23,7 +23,7 @@ from bld_core.errors import UserError
 from bld_core.training.loop import Batch
 from cluster.config.experiment import Experiment
 from cluster.sampling.inpainting import Inpainter, Piece
-from cluster.training.tasks import Worker, PriorTask
+from cluster.training.tasks import PriorTask, Worker
 from tests.conftest import copy_of
 from tests.pipelines.test_commands import COMMANDS, run
 
@@ -250,12 +250,12 @@ def test_an_actor_tells_whose_mistake_it_is(
 
 
 class FaultyTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], place: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         raise AssertionError(number())
 
 
 class RefusingTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], place: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
         raise UserError(f"`batch_size` is {self.training.batch_size}; it must not be", self.training)
 
 

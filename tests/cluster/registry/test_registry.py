@@ -283,7 +283,7 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"steps": 1000}), "steps"),
         (rows({"temperature": 0}), "`temperature` is 0.0; it must be above 0"),
         (rows({"temperature": math.inf}), "`temperature` is inf; it must be above 0 and finite"),
-        (rows({"guidance": math.inf}), "guidance is inf; it must be 0 (none) or more, and finite"),
+        (rows({"guidance": math.inf}), "`guidance` is inf; it must be 0 (none) or more, and finite"),
         (rows({"image": image}), "an image to complete comes with a mask or a box"),
         (rows({"box": [0, 0, 8, 8]}), "an image to complete comes with a mask or a box"),
         (rows({"image": image, "mask": image, "box": [0, 0, 8, 8]}), "leave one of them out"),
