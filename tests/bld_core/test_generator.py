@@ -338,7 +338,7 @@ def test_a_bad_mask_or_count_is_refused(inpainter: Generator) -> None:
 
 def test_a_prior_without_marks_refuses_to_be_conditioned(generator: Generator) -> None:
     images = stack(toy_images(2))
-    with pytest.raises(ValueError, match="known_share 0"):
+    with pytest.raises(ValueError, match="`known_share` 0"):
         generator.inpaint(images, left_half(images), inpainting="conditioned")
 
 

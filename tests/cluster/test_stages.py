@@ -164,7 +164,7 @@ def test_a_prior_of_single_steps_is_configured_to_take_them_all() -> None:
         replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(grid=[64, 9, 0]))
     every = SamplingConfig(grid=list(range(64, -1, -1)))
     assert replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=every).sampling.steps == 16
-    with pytest.raises(ValueError, match=r"grid starts at 32.*T = 64"):
+    with pytest.raises(ValueError, match=r"`grid` starts at 32.*T = 64"):
         replace(experiment, sampling=SamplingConfig(grid=[32, 0]))
 
 
@@ -212,7 +212,7 @@ def test_images_of_another_size_than_the_autoencoders_are_refused(
     encoded: Experiment, stage: Callable[[Experiment], str]
 ) -> None:
     larger = replace(encoded, data=replace(encoded.data, image_size=64))
-    with pytest.raises(ValueError, match=r"code_shape \[4, 4, 8\] \(configured: \[8, 8, 8\]\), image_size 32"):
+    with pytest.raises(ValueError, match=r"code_shape \(4, 4, 8\) \(configured: \(8, 8, 8\)\), image_size 32"):
         stage(larger)
 
 

@@ -33,5 +33,5 @@ def test_auto_is_conditioned_where_the_prior_knows_marks_and_replacement_where_n
     if method == "conditioned":
         assert not torch.equal(draw("auto"), draw("replacement"))
     else:
-        with pytest.raises(ValueError, match=r"known_share 0.*replacement"):
+        with pytest.raises(ValueError, match=r"`known_share` 0.*replacement"):
             draw("conditioned")

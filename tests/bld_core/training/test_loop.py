@@ -134,7 +134,9 @@ def test_training_keeps_an_average_for_each_decay() -> None:
 def test_a_batch_that_does_not_divide_is_named_with_the_workers() -> None:
     config = TrainingConfig(batch_size=12)
     assert [worker_share(config, world) for world in (1, 2, 3, 12)] == [12, 6, 4, 1]
-    with pytest.raises(ValueError, match=r"batch_size 12 .* 5 workers, accumulate 1; make it a multiple of 5"):
+    with pytest.raises(
+        ValueError, match=r"`batch_size` is 12, .* 5 workers with `accumulate` 1; make it a multiple of 5"
+    ):
         worker_share(config, 5)
 
 

@@ -134,7 +134,7 @@ def test_a_picture_that_cannot_be_made_is_refused(finished: Experiment, tmp_path
     for settings in ({"completions": 0}, {"samples": []}, {"mask": "m.png", "box": [0, 0, 1, 1]}, {"box": [1, 2]}):
         with pytest.raises(ValueError, match=r"inpaint\."):
             InpaintConfig(**settings)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"inpaint.mask '.*absent.png' cannot be read"):
         inpaint(finished, InpaintConfig(mask=str(tmp_path / "absent.png")))
 
 
@@ -270,7 +270,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
     assert "cas_top5" in report_table(report)
     _check_interrupted(experiment, report)
     two = replace(finished.cluster, workers=2)
-    with pytest.raises(ValueError, match=r"batch_size 9 does not divide over 2 workers"):
+    with pytest.raises(ValueError, match=r"`batch_size` is 9, which does not divide over 2 workers"):
         evaluate(replace(finished, evaluation=replace(asked, cas_batch_size=9), cluster=two))
     with pytest.raises(ValueError, match=r"batch_size 16, which makes 1 shards of samples for 2 workers"):
         evaluate(replace(finished, evaluation=replace(asked, batch_size=16), cluster=two))

@@ -193,7 +193,7 @@ def test_features_of_dinov2_are_those_of_images_that_are_resized_and_scaled_as_t
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
     assert metric_name("fd", "dinov2", sha256) == f"fd_dinov2_{sha256[:8]}"
     assert EvaluationConfig(samples=4, dinov2_weights=path, dinov2_sha256=sha256).samples == 4
-    with pytest.raises(ValueError, match=r"evaluation.dinov2_sha256 is ''"):
+    with pytest.raises(ValueError, match=r"`dinov2_sha256` is ''"):
         EvaluationConfig(dinov2_weights=path)
 
 

@@ -32,9 +32,9 @@ def test_features_have_the_same_moments_however_they_are_batched(inception_weigh
 
 def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple[str, str], tmp_path: Path) -> None:
     path, sha256 = inception_weights
-    with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*evaluation.inception_sha256"):
+    with pytest.raises(ValueError, match=rf"sha256 {sha256}, expected 6726825d.*`inception_sha256`"):
         Inception(path, INCEPTION.sha256, torch.device("cpu"))
-    with pytest.raises(ValueError, match="inception_sha256 is 'abcdef00', but the file that is downloaded"):
+    with pytest.raises(ValueError, match="`inception_sha256` is 'abcdef00', but the file that is downloaded"):
         EvaluationConfig(inception_sha256="abcdef00")
     assert metric_name("rfd", "inception", sha256) == f"rfd_inception_{sha256[:8]}"
     assert metric_name("precision", "vgg16", sha256) == f"precision_vgg16_{sha256[:8]}"

@@ -98,7 +98,7 @@ def test_spaces_that_cannot_be_had_are_refused_before_anything_starts(digits: di
     with pytest.raises(ValueError, match=r"asks for no space.*evaluation.frechet"):
         make_references(experiment)
     missing = EvaluationConfig(frechet=True, inception_weights=str(tmp_path / "none.pth"))
-    with pytest.raises(FileNotFoundError, match=r"evaluation.inception_weights names .*none.pth"):
+    with pytest.raises(FileNotFoundError, match=r"`inception_weights` names .*none.pth"):
         make_references(replace(experiment, evaluation=missing))
     check_space(experiment, Space("classifier"))
     assert not list(tmp_path.iterdir())
