@@ -138,6 +138,7 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_comple
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
 
 
+@pytest.mark.long
 def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
     encoded: Experiment, on_s3: Experiment, s3_server: S3Server
 ) -> None:

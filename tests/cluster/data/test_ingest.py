@@ -73,6 +73,7 @@ def test_augmented_images_come_in_the_order_of_plain_ones(
     assert not torch.equal(plain.data, varied.data)
 
 
+@pytest.mark.long
 def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
     images: Counter[bytes] = Counter()
     for rank, world in ((0, 2), (1, 2)):

@@ -138,6 +138,7 @@ def test_a_picture_that_cannot_be_made_is_refused(finished: Experiment, tmp_path
         inpaint(finished, InpaintConfig(mask=str(tmp_path / "absent.png")))
 
 
+@pytest.mark.long
 def test_the_report_does_not_depend_on_the_number_of_workers(finished: Experiment) -> None:
     asked = replace(
         finished.evaluation,

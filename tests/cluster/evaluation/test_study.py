@@ -77,6 +77,7 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     assert "study/lambda: already done" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
     made = run_study(experiment, "steps")
     assert [row["x"] for row in made["rows"]] == [4, 8]
