@@ -416,6 +416,8 @@ def step_of_one_worker(rank: int, folder: Path) -> None:
     weight = adaptive_weight(reconstruction, adversarial, half.last, 1e4)
     (reconstruction + weight * adversarial).backward()
     torch.save((weight, half.last.grad), folder / f"{rank}.pt")
+    del replica
+    dist.barrier()  # one that ends while the other still talks to it may be aborted by its own threads
     dist.destroy_process_group()
 
 
