@@ -1,4 +1,4 @@
-"""What registered versions name as their loader: the name is stored, and stays wherever the code behind it lives."""
+"""The loader that registered versions name: they store this module's name, so it must not move."""
 
 from cluster.registry.serving import load_served as _load_pyfunc  # MLflow looks for this name
 

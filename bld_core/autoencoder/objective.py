@@ -1,4 +1,4 @@
-"""The two objectives: what stage 1 and stage 2 minimise, as functions of (state, batch)."""
+"""What stage 1 minimises, as a function of (state, batch)."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _label(fields: Mapping[str, memoryview]) -> int:
     """The class index, -1 for none. JSON often holds other things, so that a field which is no number is no class.
 
     Raises:
-        UserError: neither an index nor none.
+        ValueError: neither an index nor none.
     """
     label = -1
     if "cls" in fields:

@@ -105,7 +105,7 @@ def _number(text: bytes) -> int:
     """A number of a header: octal digits, or binary where those are too few.
 
     Raises:
-        UserError: neither.
+        ValueError: neither.
     """
     if text[0] == 0x80:
         return int.from_bytes(text[1:], "big")
@@ -119,7 +119,7 @@ def _extension(kind: bytes, data: bytes) -> dict[bytes, bytes]:
     """What an extended header says of the next member: its path and size, where they do not fit into a plain header.
 
     Raises:
-        UserError: it cannot be read.
+        ValueError: it cannot be read.
     """
     if kind == b"L":  # GNU
         return {b"path": data.rstrip(b"\0")}

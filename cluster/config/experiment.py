@@ -30,8 +30,6 @@ _FREE = (
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
 
-# What MLflow can keep runs in: a server by HTTP, Databricks, or a database.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:

@@ -9,6 +9,7 @@ from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.secrets import has_user
 
+# What MLflow can keep runs in: a server by HTTP, Databricks, or a database.
 _TRACKING_URI = re.compile(
     r"https?://(?:\[[\da-f:.]+\]|[^\s/:?#\[\]]+)(?::\d+)?(?:/.*)?|databricks(?:://.+)?"
     r"|(?:sqlite|postgresql|mysql|mssql)(?:\+\w+)?://.*[^/].*",
