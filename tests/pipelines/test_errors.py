@@ -115,7 +115,7 @@ def test_a_setting_out_of_bounds_is_named_with_its_section(
     ("script", "flags", "message"),
     [
         ("stage1_ae.py", ["--config", "missing.yaml"], r"File does not exist: .*missing\.yaml"),
-        ("stage1_ae.py", ["--config", "{tmp}/no.yaml"], r"Problems parsing config"),
+        ("stage1_ae.py", ["--config", "{tmp}/no.yaml"], r"no\.yaml is not YAML"),
         ("stage1_ae.py", ["--data.train", "${{oc.env:BLD_NO_SUCH_VARIABLE}}"], r"BLD_NO_SUCH_VARIABLE.*data\.train"),
         ("stage1_ae.py", ["--data.train", "{tmp}"], r"data\.train names what cannot be read .*Is a directory"),
         ("stage1_ae.py", ["--root", "{tmp}/no.yaml"], r"root is '{tmp}/no\.yaml': cannot write to .*another folder"),
