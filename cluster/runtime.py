@@ -192,20 +192,21 @@ def finished_on_actors(
     try:
         while running or waiting:
             while idle and waiting:
-                place, position = idle.pop(), waiting.popleft()
-                running[getattr(actors[place], method).remote(items[position])] = position, place, actors[place]
+                slot, position = idle.pop(), waiting.popleft()
+                running[getattr(actors[slot], method).remote(items[position])] = position, slot, actors[slot]
             [done], _ = ray.wait(list(running), num_returns=1)
-            position, place, actor = running.pop(done)
-            idle.append(place)
+            position, slot, actor = running.pop(done)
+            idle.append(slot)
             try:
                 result = fetch(done)
+            # Ray's own max_restarts and max_task_retries raise ActorUnavailableError through themselves (2.60).
             except RayActorError as error:  # it or its node has died: another one does the work again
                 deaths[position] += 1
                 if error.actor_init_failed or deaths[position] > config.max_failures:
                     raise
-                if actors[place] is actor:
+                if actors[slot] is actor:
                     ray.kill(actor)
-                    actors[place] = start()
+                    actors[slot] = start()
                 waiting.appendleft(position)
             else:
                 yield position, result

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bld_core.errors import UserError
-
 _WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -23,11 +21,11 @@ def pack_bits(bits: Tensor) -> Tensor:
         uint8 (N, D/8), in the order of numpy.packbits over the flattened rest.
 
     Raises:
-        UserError: D is not a multiple of 8.
+        ValueError: D is not a multiple of 8.
     """
     size = math.prod(bits.shape[1:])
     if size % 8:
-        raise UserError(f"{size} bits a sample are not whole bytes; make the number of bits a multiple of 8")
+        raise ValueError(f"{size} bits a sample are not whole bytes; make the number of bits a multiple of 8")
     weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=bits.device)
     octets = bits.reshape(len(bits), size // 8, 8).to(torch.uint8)
     return (octets * weights).sum(-1, dtype=torch.uint8)
@@ -37,10 +35,10 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Inverse of `pack_bits`: uint8 (N, D/8) -> uint8 0/1 (N, *shape).
 
     Raises:
-        UserError: `shape` does not hold exactly the bits of a packed row.
+        ValueError: `shape` does not hold exactly the bits of a packed row.
     """
     if math.prod(shape) != packed.shape[1] * 8:
-        raise UserError(
+        raise ValueError(
             f"a packed row of {packed.shape[1]} bytes holds {packed.shape[1] * 8} bits; shape {tuple(shape)} "
             f"asks for {math.prod(shape)}"
         )

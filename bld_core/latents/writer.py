@@ -216,7 +216,7 @@ class Manifest:
     autoencoder_hash: str = ""
     seed: int = 0
     preprocessing: Mapping[str, int | str] = field(default_factory=dict[str, int | str])
-    latents: LatentConfig = field(default_factory=lambda: LatentConfig())
+    latents: LatentConfig = field(default_factory=LatentConfig)
     files: Sequence[LatentFile] = ()
 
     def identity(self) -> dict[str, Any]:

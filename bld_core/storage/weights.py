@@ -22,8 +22,7 @@ class PublishedWeights:
         what: its name in messages.
         url: where it is published.
         sha256: first digits of its sha256, as published.
-        field: the setting that names a local copy, without its section; `_sha256` in place
-            of `_weights` is that of its sha256.
+        field: the setting that names a local copy, without its section; that of its sha256 ends in `_sha256`.
     """
 
     what: str

@@ -20,7 +20,7 @@ from cluster.stages import open_stage
 from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
 from cluster.training.train import FINAL, fit
 
-_PLACE, _STAGE = "cas", "classifier"
+_FOLDER, _STAGE = "cas", "classifier"
 
 
 def cas_experiment(experiment: Experiment) -> Experiment:
@@ -58,10 +58,10 @@ def cas_experiment(experiment: Experiment) -> Experiment:
         checkpointing=False,
         evaluate_every=config.cas_steps,
     )
-    samples = files.join(experiment.folder, "evaluation", _PLACE, "samples/*.tar")
+    samples = files.join(experiment.folder, "evaluation", _FOLDER, "samples/*.tar")
     return experiment.variant(
         "evaluation",
-        _PLACE,
+        _FOLDER,
         autoencoder_training=training,
         data=replace(data, train=samples, extensions=list(dict.fromkeys([*data.extensions, *EXTENSIONS]))),
     )

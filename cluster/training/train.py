@@ -245,11 +245,11 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                     progress.update(report.step, figures)
                 if _too_many(task, report.step, figures):
                     return UserError(f"{_join(str(task.skipped), worker)}; {above(task.experiment.data.max_skipped)}")
-            look = last or report.step % training.evaluate_every == 0
+            due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
-            if look:
+            if due:
                 metrics = _evaluate(task, state, run, worker)
-            if look or keep:
+            if due or keep:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(_join(str(error), worker), *error.settings)

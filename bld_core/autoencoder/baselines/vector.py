@@ -70,7 +70,7 @@ class VectorBottleneck(Bottleneck):
         return (self.codebook.square().sum(1) - 2 * x_ND @ self.codebook.T).argmin(1)
 
     def _replace(self, x_ND: Tensor) -> None:
-        """Step 1, with candidates from all over the global batch; its places rank N .. rank N + N-1 are here."""
+        """Step 1, with candidates from all over the global batch; its positions rank N .. rank N + N-1 are here."""
         (rank, world), n, entries = replicas.rank_and_world(), len(x_ND), len(self.codebook)
         u = uniform(0, "codebook restart", self.updates.view(1), entries + 1)[0].double()
         strata = (torch.arange(entries, device=u.device) + u[1:]) / entries  # spread out: seldom the same place twice
