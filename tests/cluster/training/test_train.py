@@ -54,7 +54,6 @@ def curve_of(experiment: Experiment, stage: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in history)
 
 
-@pytest.mark.long
 def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished: Experiment, tmp_path: Path) -> None:
     two = replace(finished, root=str(tmp_path), cluster=replace(finished.cluster, workers=2))
     with open_stage(two, "prior", {}, "never") as stage:
