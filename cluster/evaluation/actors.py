@@ -80,14 +80,14 @@ class Reconstructions:
     """What was measured of held-out images and their reconstructions, from sums that merge.
 
     Attributes:
-        quality: PSNR, SSIM, LPIPS, health of the bits.
+        sums: PSNR, SSIM, LPIPS, health of the bits.
         real: moments of the features of the images, by space.
         reconstructed: the same of the reconstructions.
         skipped: what was left out.
         shown: the first images and their reconstructions, uint8 (n, H, W, channels) each.
     """
 
-    quality: ReconstructionMetrics = field(default_factory=ReconstructionMetrics)
+    sums: ReconstructionMetrics = field(default_factory=ReconstructionMetrics)
     real: dict[Space, FeatureMoments] = field(default_factory=dict)
     reconstructed: dict[Space, FeatureMoments] = field(default_factory=dict)
     skipped: Skipped = field(default_factory=Skipped)
@@ -95,7 +95,7 @@ class Reconstructions:
 
     def merge(self, other: Reconstructions) -> None:
         """Add the next piece of work."""
-        self.quality.merge(other.quality)
+        self.sums.merge(other.sums)
         self.skipped.merge(other.skipped)
         self.shown += other.shown
         for ours, more in ((self.real, other.real), (self.reconstructed, other.reconstructed)):
@@ -104,7 +104,7 @@ class Reconstructions:
 
     def metrics(self, vgg_sha256: str) -> dict[str, float]:
         """The metrics by name; those that were measured. LPIPS is by the weights of VGG16 of that hash."""
-        found = self.quality.metrics(vgg_sha256)
+        found = self.sums.metrics(vgg_sha256)
         for space, moments in self.real.items():
             found[space.metric_name("rfd")] = frechet_distance(moments, self.reconstructed[space])
         if self.skipped.total:
@@ -189,7 +189,7 @@ class Evaluator(Sampler):
         size, missing = self.experiment.latents.batch_size, piece.shown
         for batch in read_batches(piece.url, self.experiment.data, size, found.skipped):
             images = stack(batch)
-            reconstructed = found.quality.update(network, images, self.perceptual)
+            reconstructed = found.sums.update(network, images, self.perceptual)
             for space in spaces:
                 found.real.setdefault(space, FeatureMoments()).update(self.extractors[space](images))
                 found.reconstructed.setdefault(space, FeatureMoments()).update(self.extractors[space](reconstructed))

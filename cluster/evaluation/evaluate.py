@@ -160,7 +160,7 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     pictures = {
         "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
     }
-    health = reconstructions.quality.health
+    health = reconstructions.sums.health
     if health.count:
         report["bit_usage"] = health.usage.tolist()
         pictures["bit-usage.png"] = bit_usage_plot(health.usage)

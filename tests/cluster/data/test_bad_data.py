@@ -64,4 +64,4 @@ def test_evaluation_counts_what_it_leaves_out(encoded: Experiment, tmp_path: Pat
     found = evaluator.work(Reconstruct(f"{tmp_path}/bad.tar"))
     with pytest.raises(ValueError, match=REPORT):
         found.skipped.check(0)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    assert found.quality.quality.psnr.count == 57  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    assert found.sums.quality.psnr.count == 57  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
