@@ -27,7 +27,8 @@ from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import COMMIT, git_commit, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking import open_client, plain_errors, quoted, start_run
+from cluster.tracking.runs import Ending, quoted, start_run
+from cluster.tracking.store import open_client, plain_errors
 
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
 _PROTOCOL, _FIGURE = "bld.protocol", "figure."
@@ -124,7 +125,7 @@ def _make_version(
 ) -> ModelVersion:
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
     run = start_run(experiment, "registered", None)
-    succeeded = False
+    how: Ending = "FAILED"
     try:
         run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})
         run.metrics(report["figures"], 0)
@@ -141,9 +142,9 @@ def _make_version(
             run.artifacts(folder, "model")
         source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
         version = client.create_model_version(name, source, run.run_id, tags=tags)
-        succeeded = True
+        how = "FINISHED"
     finally:
-        run.end(succeeded)
+        run.end(how)
     return version
 
 

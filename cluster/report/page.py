@@ -26,7 +26,8 @@ from cluster.report.paper import PaperTable, tables_for
 from cluster.report.tables import GROUPS, about, rank, shown_metrics
 from cluster.secrets import without_secrets
 from cluster.stages import RECORD
-from cluster.tracking import STARTS, find_run, open_client
+from cluster.tracking.runs import STARTS, find_run
+from cluster.tracking.store import open_client
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")

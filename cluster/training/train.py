@@ -45,7 +45,8 @@ from cluster.ray_private import bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
-from cluster.tracking import Run, SystemLoad
+from cluster.tracking.load import SystemLoad
+from cluster.tracking.runs import Run
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2

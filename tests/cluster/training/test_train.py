@@ -25,7 +25,7 @@ from bld_core.training.loop import Batch
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
-from cluster.tracking import Run
+from cluster.tracking.runs import Run
 from cluster.training import train as cluster_train
 from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
