@@ -18,6 +18,7 @@ from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental import tqdm_ray
+from ray.train.torch import TorchTrainer
 
 _TURN_S = 0.05
 _EVERYWHERE = {
@@ -72,6 +73,17 @@ def local_cluster() -> Generator[int]:
         yield port
     finally:
         log.setLevel(before)
+
+
+class PlainTrainer(TorchTrainer):
+    """Ray Train's trainer that leaves Ctrl-C to Python.
+
+    Its own handler asks the controller to abort, and waits for its answer: in vain for a minute where the controller
+    waits itself, for a node. The handler also stays when the training has ended, and ends the process with code 0.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Nothing."""
 
 
 def quiet_training_worker() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +98,7 @@ def connect_ray(config: ClusterConfig) -> None:
     """
     if not ray.is_initialized():
         set_environment()
+        handler = signal.getsignal(signal.SIGTERM)
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             try:
@@ -108,6 +111,8 @@ def connect_ray(config: ClusterConfig) -> None:
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own
     have = ray.cluster_resources()
     need = config.replicas * config.cpus_per_worker + DECODE_CPUS
     if need > have.get("CPU", 0):
@@ -179,10 +184,10 @@ def finished_on_actors(
     Raises:
         Exception: what a call has raised, as it was raised there.
     """
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(actor_class)
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(_Holder)
 
     def start() -> Any:
-        return remote.options(max_concurrency=calls).remote(*arguments)
+        return remote.options(max_concurrency=calls).remote(actor_class, arguments)
 
     actors = [start() for _ in range(min(config.replicas, len(items)))]
     idle = [*range(len(actors))] * calls
@@ -193,7 +198,7 @@ def finished_on_actors(
         while running or waiting:
             while idle and waiting:
                 slot, position = idle.pop(), waiting.popleft()
-                running[getattr(actors[slot], method).remote(items[position])] = position, slot, actors[slot]
+                running[actors[slot].call.remote(method, items[position])] = position, slot, actors[slot]
             [done], _ = ray.wait(list(running), num_returns=1)
             position, slot, actor = running.pop(done)
             idle.append(slot)
@@ -211,8 +216,33 @@ def finished_on_actors(
             else:
                 yield position, result
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        if ray.is_initialized():  # else it would start again to kill what is dead
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _Holder:
+    """An actor around the one that does the work: what that one's constructor raises is raised by the calls, as it was.
+
+    Of an actor whose own constructor fails, Ray hands back a text with the whole traceback, and no exception.
+    """
+
+    def __init__(self, actor_class: type, arguments: tuple[Any, ...]) -> None:
+        self._name = actor_class.__name__
+        self._failure: Exception | None = None
+        try:
+            self._held = actor_class(*arguments)
+        except Exception as error:
+            self._failure = error
+
+    def __repr__(self) -> str:
+        return self._name  # in Ray's logs
+
+    def call(self, method: str, item: Any) -> Any:
+        """Call a method of the held one."""
+        if self._failure is not None:
+            raise self._failure
+        return getattr(self._held, method)(item)
 
 
 def fetch(reference: Any) -> Any:

@@ -41,7 +41,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.ray_private import bar, quiet_training_worker
+from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
@@ -151,7 +151,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         facts: what config.json is to say beside run and metrics; JSON values.
     """
     cluster = stage.experiment.cluster
-    trainer = TorchTrainer(
+    trainer = PlainTrainer(
         _work,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
         scaling_config=ScalingConfig(
@@ -188,7 +188,8 @@ def _user_error(error: TrainingFailedError) -> UserError | None:
     """What a training says that failed by a user's mistake, or as storage was away: the same as any other stage."""
     failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
     failures += [error.controller_failure] if isinstance(error, ControllerError) else []
-    return next((failure for failure in map(unwrap, failures) if isinstance(failure, UserError)), None)
+    found = [files.full(failure) or failure for failure in map(unwrap, failures)]
+    return next((failure for failure in found if isinstance(failure, UserError)), None)
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,8 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(_join(str(error), worker), *error.settings)
+    finally:
+        batches.close()  # a stream of Ray Data that is open when Ray ends starts it again, and the process never ends
     if progress is not None:
         progress.close()
     return None

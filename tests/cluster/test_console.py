@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 class Failing(PriorTask):
     """Stage 2 that warns and fails on its worker."""
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         warnings.warn("ours, by Python", stacklevel=1)
         logging.getLogger("cluster.ours").warning("ours, by a logger")
         sys.stderr.write("ours, by a library\n")

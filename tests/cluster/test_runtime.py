@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
+from bld_core.errors import UserError
 from cluster.runtime import ClusterConfig, connect_ray, finished_on_actors
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -39,3 +40,22 @@ def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> No
     assert list(once) == [(0, 9)]
     with pytest.raises(RayActorError):
         list(twice)
+
+
+class Damaged:
+    """An actor that finds at its start that a file is damaged."""
+
+    def __init__(self, file: str) -> None:
+        raise UserError(f"{file} has sha256 0123, config.json says 4567", stages=("prior",))
+
+    def square(self, number: int) -> int:
+        return number**2
+
+
+def test_what_an_actor_finds_at_its_start_is_raised_as_it_was() -> None:
+    config = ClusterConfig(cpus_per_worker=0.25, max_failures=1)
+    connect_ray(config)
+    with pytest.raises(UserError) as raised:
+        list(finished_on_actors(Damaged, ("model.safetensors",), "square", [3, 4], config))
+    assert str(raised.value) == "model.safetensors has sha256 0123, config.json says 4567"
+    assert raised.value.stages == ("prior",)

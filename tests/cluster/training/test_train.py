@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class DyingTask(AutoencoderTask):
         super().__init__(experiment)
         self.flag = flag
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         for batch in super().batches(step, positions, worker):
             if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
                 self.flag.touch()
@@ -135,7 +135,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
 class SpoiledTask(AutoencoderTask):
     """Stage 1, one image of step 4 with a NaN in it."""
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         for batch in super().batches(step, positions, worker):
             data = batch.data.float()
             if worker.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:
