@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
+from cluster.nodes import LOOK_S, Need, Watch
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
@@ -43,6 +44,7 @@ class ClusterConfig:
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died, and that a
             piece of work of another job is begun again.
+        patience: seconds to wait for nodes that were there and are gone, before the command ends.
     """
 
     address: str = ""
@@ -52,6 +54,7 @@ class ClusterConfig:
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
+    patience: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -62,6 +65,8 @@ class ClusterConfig:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+        if not self.patience >= 0:
+            raise UserError(f"cluster.patience is {self.patience}; it must be 0 seconds or more")
         if self.latents_gb <= 0:
             raise UserError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
@@ -84,6 +89,11 @@ class ClusterConfig:
     def device(self) -> str:
         """Where a worker's networks run."""
         return "cuda" if self.gpu else "cpu"
+
+    @property
+    def need(self) -> Need:
+        """What all workers, and one task that decodes, reserve."""
+        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
 
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""
@@ -114,14 +124,14 @@ def connect_ray(config: ClusterConfig) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has set its own
     have = ray.cluster_resources()
-    need = config.replicas * config.cpus_per_worker + DECODE_CPUS
-    if need > have.get("CPU", 0):
+    need = config.need
+    if need.cpus > have.get("CPU", 0):
         raise UserError(
             f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
-            f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
+            f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )
-    if config.gpu and config.replicas > have.get("GPU", 0):
+    if need.gpus > have.get("GPU", 0):
         raise UserError(
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
@@ -183,8 +193,11 @@ def finished_on_actors(
 
     Raises:
         Exception: what a call has raised, as it was raised there.
+        UserError: nodes are gone, and have not come back.
     """
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(_Holder)
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(
+        type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
+    )
 
     def start() -> Any:
         return remote.options(max_concurrency=calls).remote(actor_class, arguments)
@@ -194,12 +207,18 @@ def finished_on_actors(
     waiting = deque(range(len(items)))
     running: dict[Any, tuple[int, int, Any]] = {}
     deaths: Counter[int] = Counter()
+    watch = Watch(config.need, config.patience)
     try:
         while running or waiting:
             while idle and waiting:
                 slot, position = idle.pop(), waiting.popleft()
                 running[actors[slot].call.remote(method, items[position])] = position, slot, actors[slot]
-            [done], _ = ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
+            if (over := watch.look()) is not None:
+                raise over
+            if not done:
+                continue
+            [done] = done
             position, slot, actor = running.pop(done)
             idle.append(slot)
             try:
@@ -228,15 +247,11 @@ class _Holder:
     """
 
     def __init__(self, actor_class: type, arguments: tuple[Any, ...]) -> None:
-        self._name = actor_class.__name__
         self._failure: Exception | None = None
         try:
             self._held = actor_class(*arguments)
         except Exception as error:
             self._failure = error
-
-    def __repr__(self) -> str:
-        return self._name  # in Ray's logs
 
     def call(self, method: str, item: Any) -> Any:
         """Call a method of the held one."""

@@ -56,9 +56,10 @@ def full(error: BaseException, path: str = "", wanted: int = 0) -> FullError | N
     path = path or str(error.filename or "a file")
     folder = next((folder for folder in Path(path).absolute().parents if folder.exists()), Path("/"))
     size = f" of {wanted:,} bytes" if wanted else ""
+    free = shutil.disk_usage(folder).free
     return FullError(
-        f"no space for {path!r}{size} ({error.strerror}; {shutil.disk_usage(folder).free:,} bytes are free there): free "
-        "some, or choose another folder, then run the same command again, which goes on where it stopped"
+        f"no space for {path!r}{size} ({error.strerror}; {free:,} bytes are free there): free some, or choose another "
+        "folder, then run the same command again, which goes on where it stopped"
     )
 
 

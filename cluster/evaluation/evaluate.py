@@ -21,9 +21,10 @@ from bld_core.storage.weights import VGG16
 from bld_core.trained import has_prior, read_autoencoder, read_prior
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import CALLS, Evaluator, Reconstruct, Reconstructions, SampleFeatures
+from cluster.evaluation.actors import CALLS, Drawn, Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
+from cluster.evaluation.pieces import KeptPieces, Piece
 from cluster.evaluation.references import Reference, Space, check_space, make_reference, spaces_of
 from cluster.evaluation.sample_metrics import SHOWN, Samples, check_references, over_seeds
 from cluster.lineage import lineage
@@ -32,7 +33,7 @@ from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, bound_pieces, draw_pieces, drawn_labels
 from cluster.stages import Stage, open_stage
 
-_REPORT, _MEASURED = "report.json", "measured.json"
+_REPORT, _MEASURED, _PIECES = "report.json", "measured.json", "pieces"
 _PICTURE_IMAGES = 32
 # Of the work, not of what is measured: figures are the same whatever these are.
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
@@ -109,6 +110,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
                 files.write_bytes(files.join(stage.folder, name), png(picture))
             about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **artifacts.identity}
             files.write_json(measured_url, report | about)
+        files.remove(files.join(stage.folder, _PIECES))
         report = files.read_json(measured_url)
         if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), fingerprint)
@@ -255,11 +257,14 @@ def _sample_pieces(experiment: Experiment, labels: list[int] | None, folder: str
 
 
 def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> Measured:
-    """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
+    """All pieces of work; each result is kept, added to what it belongs to, in their order, and then dropped.
+
+    What an evaluation that was interrupted has kept is added as if it had been measured now.
+    """
     experiment, codes = inputs.experiment, inputs.artifacts.codes
     config, seed = experiment.evaluation, experiment.seed
     shown = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
-    pieces: list[SampleFeatures | MeasureBound | Reconstruct] = [Reconstruct(url, shown) for url in inputs.shards]
+    pieces: list[Piece] = [Reconstruct(url, shown) for url in inputs.shards]
     # Of stage 1 alone only published networks see reconstructions: no classifier is trained for them.
     spaces = [space for space in inputs.spaces if inputs.has_prior or space.name != "classifier"]
     found, npz, held_out = Measured(), contextlib.nullcontext(), None
@@ -272,16 +277,25 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
             found.samples.append(Samples(plain if number else config, experiment, references, labels))
         if config.export == "npz":
             npz = found.samples[0].exported(stage.folder)
+    kept = KeptPieces(files.join(stage.folder, _PIECES), experiment)
+    missing = [piece for piece in pieces if piece not in kept]
+    if len(missing) < len(pieces):
+        print(f"evaluation: {len(pieces) - len(missing)} of {len(pieces)} pieces are there from an earlier start")
     arguments = (experiment, spaces, held_out)
-    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "evaluate", CALLS)
+    work = map_on_actors(Evaluator, arguments, "work", missing, experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work), npz:
-        for piece, result in zip(pieces, work, strict=True):
-            match piece:
-                case SampleFeatures():
+        for piece in pieces:
+            if piece in kept:
+                result = kept.load(piece)
+            else:
+                kept.keep(piece, result := next(work))
+            match result:
+                case Drawn():
                     found.samples[result.seed - seed].add(result)
-                case Reconstruct():
+                case Reconstructions():
                     found.reconstructions.merge(result)
-                case MeasureBound():
+                case Bound():
+                    assert isinstance(piece, MeasureBound), "it was asked for a bound"
                     (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
     found.reconstructions.skipped.check(experiment.data.max_skipped)
     return found

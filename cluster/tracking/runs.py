@@ -187,7 +187,7 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     tracking, uri = experiment.tracking, experiment.tracking.resolve(experiment.root)
     waiting = _waiting(experiment, stage)
     client = open_client(uri, tracking.patience)  # asked outside of all patience
-    before = patiently(uri, tracking.patience, lambda: find_run(uri, run_id)) if run_id is not None else None
+    before = patiently(uri, tracking.patience, lambda: find_run(uri, run_id or "")) if run_id else None
     if before is not None:
         run = Run(uri, before.info.run_id, waiting, tracking.patience)
         patiently(uri, tracking.patience, lambda: _reopen(run, before))

@@ -23,7 +23,7 @@ from cluster.secrets import without_secrets
 
 T = TypeVar("T")
 
-# MLflow's own retries, of HTTP alone, are switched off but for one, at once: `patiently` and the outbox know all stores.
+# MLflow's own retries, of HTTP alone, are switched off but for one: `patiently` and the outbox know all stores.
 _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -45,7 +45,6 @@ _STAYS = ("disk is full", "readonly database", "unable to open", "no such table"
 _answered: set[str] = set()
 _opening = threading.Lock()
 _log = logging.getLogger(__name__)
-
 
 
 class StoreError(UserError, ConnectionError):
@@ -95,7 +94,7 @@ def open_client(uri: str, patience: float = 480.0) -> MlflowClient:
 
 
 def known_to_be_there(uri: str) -> None:
-    """Trust a store that another process of the same command has asked: be patient with it from the first request on."""
+    """Trust a store that another process of the same command has asked: be patient from the first request on."""
     _answered.add(uri)
 
 
@@ -127,7 +126,7 @@ def _ask(uri: str, patience: float) -> None:
 
 
 def _open_file(uri: str, file: Path, patience: float) -> None:
-    """Open a SQLite database by one process at a time: MLflow makes its tables in steps that two cannot take at once."""
+    """Open a SQLite file by one process at a time: MLflow makes its tables in steps that two cannot take at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with UnixFileLock(f"{file}.lock", patience, fallback_to_soft=False), _no_stray_folder(uri, file):
         patiently(uri, patience, lambda: MlflowClient(uri))
@@ -135,7 +134,7 @@ def _open_file(uri: str, file: Path, patience: float) -> None:
 
 @contextlib.contextmanager
 def _no_stray_folder(uri: str, file: Path) -> Generator[None]:
-    """MLflow makes the folder of a SQLite file by the file's name as it is escaped: an empty one, beside the true one."""
+    """MLflow also makes the folder that a SQLite file would be in if its escaped name were its name: an empty one."""
     stray = Path(uri.partition(":///")[2]).parent
     there = stray.exists()
     try:

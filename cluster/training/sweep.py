@@ -19,6 +19,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.runtime import connect_ray
 from cluster.storage import run_storage
+from cluster.tracking.store import known_to_be_there, open_client
 from cluster.training.train import train_prior
 
 
@@ -63,9 +64,12 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
         )
     open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
+    open_client(uri, patience)  # asked, and a database made, before any trial
     connect_ray(experiment.cluster)
 
     def run_trial(config: dict[str, Any]) -> None:
+        known_to_be_there(uri)
         trial = trials[config["trial"]]
         train_prior(trial, source=experiment.folder)
         metrics = read_prior(trial.folder).metrics

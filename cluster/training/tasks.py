@@ -83,7 +83,7 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
-        """Batches from `step` on; `positions` are those of the checkpoint, one a worker. Whoever takes them closes it."""
+        """Batches from `step` on, to be closed; `positions` are those of the checkpoint, one a worker."""
 
     def position(self) -> list[int]:
         """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""

@@ -23,7 +23,6 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
+from cluster.nodes import nodes_watched
 from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
@@ -166,7 +166,8 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         ),
     )
     try:
-        result = trainer.fit()
+        with nodes_watched(cluster.need, cluster.patience):
+            result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error)) is not None:
             raise failure from error

@@ -34,7 +34,7 @@ from cluster.tracking.load import SystemLoad
 from cluster.tracking.runs import STARTS, Run, start_run
 from cluster.tracking.store import open_client
 from tests.conftest import small_experiment
-from tests.servers import MlflowServer, free_port
+from tests.servers import MlflowServer
 
 
 def curve(run: Run, name: str) -> list[tuple[int, float]]:
