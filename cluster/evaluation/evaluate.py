@@ -24,7 +24,7 @@ from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Drawn, Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
-from cluster.evaluation.pieces import KeptPieces, Piece
+from cluster.evaluation.pieces import KeptPieces, Piece, Result
 from cluster.evaluation.references import Reference, Space, check_space, make_reference, spaces_of
 from cluster.evaluation.sample_metrics import SHOWN, Samples, check_references, over_seeds
 from cluster.lineage import lineage
@@ -285,10 +285,9 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
     work = map_on_actors(Evaluator, arguments, "work", missing, experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work), npz:
         for piece in pieces:
-            if piece in kept:
-                result = kept.load(piece)
-            else:
-                kept.keep(piece, result := next(work))
+            result: Result = kept.load(piece) if piece in kept else next(work)
+            if piece not in kept:
+                kept.keep(piece, result)
             match result:
                 case Drawn():
                     found.samples[result.seed - seed].add(result)
