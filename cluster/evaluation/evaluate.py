@@ -288,13 +288,12 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
             result: Result = kept.load(piece) if piece in kept else next(work)
             if piece not in kept:
                 kept.keep(piece, result)
-            match result:
-                case Drawn():
-                    found.samples[result.seed - seed].add(result)
-                case Reconstructions():
-                    found.reconstructions.merge(result)
-                case Bound():
-                    assert isinstance(piece, MeasureBound), "it was asked for a bound"
-                    (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
+            if isinstance(result, Drawn):
+                found.samples[result.seed - seed].add(result)
+            elif isinstance(result, Reconstructions):
+                found.reconstructions.merge(result)
+            else:
+                assert isinstance(piece, MeasureBound), "it was asked for a bound"
+                (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
     found.reconstructions.skipped.check(experiment.data.max_skipped)
     return found

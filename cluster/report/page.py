@@ -27,7 +27,7 @@ from cluster.report.tables import GROUPS, about, rank, shown_metrics
 from cluster.secrets import without_secrets
 from cluster.stages import RECORD
 from cluster.tracking.runs import STARTS, find_run
-from cluster.tracking.store import open_client
+from cluster.tracking.store import open_client, patiently
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")
@@ -96,9 +96,9 @@ def write_report(experiment: Experiment) -> str:
 
 def _runs(experiment: Experiment) -> list[RecordedRun]:
     """The MLflow runs that made the experiment, as far as they are there."""
-    uri = experiment.tracking.resolve(experiment.root)
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
     records = [files.join(experiment.folder, stage, RECORD) for stage in _STAGES]
-    found = [find_run(uri, files.read_json(record)["run"]) for record in records if files.exists(record)]
+    found = [find_run(uri, files.read_json(record)["run"], patience) for record in records if files.exists(record)]
     return [run for run in found if run is not None]
 
 
@@ -134,10 +134,12 @@ def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
     """Diagrams of a training run: the loss and its terms, the held-out figures, how the steps went."""
-    client, known = open_client(experiment.tracking.resolve(experiment.root)), run.data.metrics
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
+    client, known = open_client(uri, patience), run.data.metrics
 
     def history(key: str) -> dict[int, float]:
-        return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+        points = patiently(uri, patience, lambda: client.get_metric_history(run.info.run_id, key))
+        return {point.step: point.value for point in points}
 
     def line(key: str) -> Line:
         values = dict(sorted(history(key).items()))

@@ -27,7 +27,7 @@ from bld_core.storage import files
 from cluster.lineage import COMMIT, command_line, git_commit
 from cluster.secrets import without_secrets
 from cluster.tracking.outbox import Note, Outbox
-from cluster.tracking.store import database_file, open_client, patiently, plain_errors, refuse
+from cluster.tracking.store import database_file, http_settings, open_client, patiently, refuse
 
 if TYPE_CHECKING:
     from cluster.config.experiment import Experiment
@@ -100,7 +100,12 @@ class Run:
 
     def artifacts(self, folder: str, path: str) -> None:
         """Log a local folder of files, which are not kept where the store is away: it is waited for."""
-        patiently(self.uri, self.patience, lambda: self.client.log_artifacts(self.run_id, folder, path))
+
+        def log() -> None:
+            with http_settings(MLFLOW_HTTP_REQUEST_TIMEOUT="600"):  # the server stores them before it answers
+                self.client.log_artifacts(self.run_id, folder, path)
+
+        patiently(self.uri, self.patience, log)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
@@ -182,12 +187,13 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         run_id: of an earlier start of this stage, or None. A run that was deleted is replaced by a new one.
 
     Raises:
-        UserError: MLflow refuses it, or is away for longer than `open_client` waits; or its experiment was deleted.
+        UserError: MLflow refuses it, has never answered, or is away for longer than `tracking.patience`; or its
+            experiment was deleted.
     """
     tracking, uri = experiment.tracking, experiment.tracking.resolve(experiment.root)
     waiting = _waiting(experiment, stage)
     client = open_client(uri, tracking.patience)  # asked outside of all patience
-    before = patiently(uri, tracking.patience, lambda: find_run(uri, run_id or "")) if run_id else None
+    before = find_run(uri, run_id, tracking.patience) if run_id else None
     if before is not None:
         run = Run(uri, before.info.run_id, waiting, tracking.patience)
         patiently(uri, tracking.patience, lambda: _reopen(run, before))
@@ -229,16 +235,20 @@ def _new_run(client: MlflowClient, experiment: Experiment, stage: str) -> str:
     return client.create_run(_mlflow_experiment(client, experiment), tags=tags).info.run_id
 
 
-def find_run(uri: str, run_id: str) -> RecordedRun | None:
+def find_run(uri: str, run_id: str, patience: float) -> RecordedRun | None:
     """A run as MLflow knows it, or None: it was deleted, or belongs to another tracking server."""
-    with plain_errors(uri):
+    client = open_client(uri, patience)
+
+    def find() -> RecordedRun | None:
         try:
-            found = open_client(uri).get_run(run_id)
+            return client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-    return found if found.info.lifecycle_stage == LifecycleStage.ACTIVE else None
+
+    found = patiently(uri, patience, find)
+    return found if found is not None and found.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
 def _mlflow_experiment(client: MlflowClient, experiment: Experiment) -> str:

@@ -42,6 +42,7 @@ _REFUSED = {
 }
 # What SQLite says that waiting does not mend.
 _STAYS = ("disk is full", "readonly database", "unable to open", "no such table", "malformed")
+_USERS = {name for name in _HTTP if name in os.environ}
 _answered: set[str] = set()
 _opening = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -106,15 +107,22 @@ def database_file(uri: str) -> Path | None:
     return Path(database) if database and database != ":memory:" else None
 
 
+@contextlib.contextmanager
+def http_settings(**settings: str) -> Generator[None]:
+    """MLflow's variables for requests of a kind, unless the user has set them."""
+    before = {name: os.environ[name] for name in settings if name not in _USERS}
+    os.environ.update({name: settings[name] for name in before})
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def _ask(uri: str, patience: float) -> None:
     """See that the store is there; a database that is new or of an older MLflow may be made or renewed by that."""
     if uri.startswith("http"):
-        given = {name: os.environ[name] for name in _ASKED}
-        os.environ.update(_ASKED)
-        try:
+        with http_settings(**_ASKED):
             MlflowClient(uri).search_experiments(max_results=1)
-        finally:
-            os.environ.update(given)
     elif (file := database_file(uri)) is not None:
         _open_file(uri, file, patience)
     elif "://" in uri and not uri.startswith("databricks"):

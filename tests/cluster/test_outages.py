@@ -196,12 +196,12 @@ def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
 
     def started(**more: object) -> Command:
         nodes.start()
-        for _ in range(60):
-            command = Command(tmp_path, digits, **machines, **more)
-            time.sleep(10)
-            if "cluster.workers" not in command.said():  # the node is there
-                break
-            command.ends()
+        while True:
+            command = Command(tmp_path / "runs", digits, **machines, **more)
+            while " left  loss" not in command.said() and command.process.poll() is None:
+                time.sleep(0.1)
+            if "lower cluster.workers" not in command.said():
+                break  # else the node was not there yet
         command.wait_for(" left  loss")
         nodes.kill()
         command.wait_for("waiting: the Ray cluster has 1 of 1.75 CPU cores that the work needs, since ", 20)

@@ -1,4 +1,4 @@
-"""Work on actors: what has died is begun again, as often as it may; nodes that are gone are waited for, but not ever."""
+"""Work on actors: what has died is begun again, as often as it may; what is gone is waited for, but not for ever."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_nodes_that_are_gone_are_named_and_not_waited_for_without_end(
     watch = Watch(Need(cpus + 1.5, 1), 0.2)
     assert watch.look() is None
     assert watch.look() is None
-    line = rf"waiting: the Ray cluster has {cpus:g} of {cpus + 1.5:g} CPU cores and 0 of 1 GPUs .*, since \d\d:\d\d:\d\d"
+    line = (
+        rf"waiting: the Ray cluster has {cpus:g} of {cpus + 1.5:g} CPU cores and 0 of 1 GPUs .*, since \d\d:\d\d:\d\d"
+    )
     assert re.fullmatch(rf"{line}; for 0 s more\n", capsys.readouterr().err), "once in 30 seconds"
     time.sleep(0.2)
     assert re.search(r"cluster.patience is 0.2 s: .* run the same command again", str(watch.look()))
