@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _make_version(
     client: MlflowClient, name: str, experiment: Experiment, report: dict[str, Any], tags: dict[str, str]
 ) -> ModelVersion:
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
-    run = start_run(experiment, "registered", None)
+    run = replace(start_run(experiment, "registered", None), waiting="")  # nobody would come back to it
     how: Ending = "FAILED"
     try:
         run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})

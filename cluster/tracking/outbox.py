@@ -42,6 +42,10 @@ class Outbox:
             self._in_files = bool(self._names())
         return self._in_files or bool(self._in_memory)
 
+    def look_again(self) -> None:
+        """Look for what another process has kept since the last look: a training worker, for its driver."""
+        self._in_files = None
+
     def put(self, note: Note) -> None:
         """Tell the store a note, or keep it."""
         if self.waits and time.monotonic() >= self._next_try:
@@ -58,7 +62,12 @@ class Outbox:
         told = 0
         for name in self._names():
             url = files.join(self._folder, name)
-            failure = self._try(files.read_json(url))
+            try:
+                note = files.read_json(url)
+            except ValueError as error:
+                _log.warning("%s is damaged (%s): what it was to tell MLflow is not told; delete it", url, error)
+                continue
+            failure = self._try(note)
             if failure is not None:
                 self._pause_after(failure)
                 return failure

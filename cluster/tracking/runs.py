@@ -113,6 +113,7 @@ class Run:
 
     def end(self, how: Ending) -> None:
         """Mark the run finished, failed or killed; a run that is not finished is reopened when its stage resumes."""
+        self._outbox.look_again()
         self._put({"end": how})
         if not self.waiting or not self._outbox.waits:
             return

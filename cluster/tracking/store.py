@@ -137,7 +137,22 @@ def _open_file(uri: str, file: Path, patience: float) -> None:
     """Open a SQLite file by one process at a time: MLflow makes its tables in steps that two cannot take at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with UnixFileLock(f"{file}.lock", patience, fallback_to_soft=False), _no_stray_folder(uri, file):
+        if not file.exists():
+            _make(uri, file)
         patiently(uri, patience, lambda: MlflowClient(uri))
+
+
+def _make(uri: str, file: Path) -> None:
+    """Make a database under another name: one that a kill or a full disk leaves half-made, no MLflow can finish."""
+    new = file.with_name(f"{file.name}.new")
+    new.unlink(missing_ok=True)
+    new_uri = make_url(uri).set(database=str(new)).render_as_string()
+    try:
+        with _no_stray_folder(new_uri, new):
+            MlflowClient(new_uri)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
