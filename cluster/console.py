@@ -54,8 +54,8 @@ def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
         terminated.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    handles = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if handles else None
     try:
         yield
     except UserError as error:
@@ -70,6 +70,9 @@ def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
         number = signal.SIGTERM if terminated else signal.SIGINT
         print(f"stopped by {number.name}; run the same command again, which goes on where it was", file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        if handles and not terminated:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _told(error: UserError, settings: Mapping[str, Any]) -> str:

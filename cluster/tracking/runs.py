@@ -27,7 +27,7 @@ from bld_core.storage import files
 from cluster.lineage import COMMIT, command_line, git_commit
 from cluster.secrets import without_secrets
 from cluster.tracking.outbox import Note, Outbox
-from cluster.tracking.store import database_file, http_settings, open_client, patiently, refuse
+from cluster.tracking.store import StoreError, database_file, http_settings, open_client, patiently, refuse
 
 if TYPE_CHECKING:
     from cluster.config.experiment import Experiment
@@ -113,15 +113,21 @@ class Run:
 
     def end(self, how: Ending) -> None:
         """Mark the run finished, failed or killed; a run that is not finished is reopened when its stage resumes."""
-        self._outbox.look_again()
-        self._put({"end": how})
-        if not self.waiting or not self._outbox.waits:
+        patience = self.patience if how == "FINISHED" else 0.0  # who was stopped does not wait
+        note: Note = {"end": how, "time": int(time.time() * 1000)}
+        if not self.waiting:
+            try:
+                patiently(self.uri, patience, lambda: self._tell(note))
+            except StoreError as error:
+                if how == "FINISHED":
+                    raise
+                print(f"MLflow cannot be told that its run is {how}: {error}")  # beside the error that is under way
             return
-        with contextlib.suppress(UserError):  # said below
-            if how == "FINISHED":
-                patiently(self.uri, self.patience, self._send)
-            else:
-                self._send()
+        self._outbox.look_again()
+        self._outbox.put(note)
+        if self._outbox.waits:
+            with contextlib.suppress(StoreError):  # said below
+                patiently(self.uri, patience, self._send)
         if self._outbox.waits:
             where = without_secrets(self.uri)
             print(f"MLflow at {where} is away: what it is to be told waits in {self.waiting}; run the command again")

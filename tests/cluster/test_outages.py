@@ -38,7 +38,7 @@ def work(root: str, digits: dict[str, str], machines: dict[str, object]) -> None
     """A command of stage 1."""
     small = small_experiment(Path(root), digits)
     training = small_training(10_000, checkpoint_every=3)
-    cluster = replace(small.cluster, max_failures=0, **machines)  # pyright: ignore[reportArgumentType]
+    cluster = replace(small.cluster, **machines)  # pyright: ignore[reportArgumentType]
     with user_errors_answered({"cluster": vars(cluster)}):
         train_autoencoder(replace(small, autoencoder_training=training, cluster=cluster))
 
@@ -158,6 +158,7 @@ class Nodes:
         self.folder, self.port = folder, free_port()
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.start(
             "--head",
