@@ -217,6 +217,8 @@ def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
     assert command.run_status() == "KILLED"
     command = started(patience=10)
     assert command.ends() == 2, command.said()
-    *_, last = command.said().splitlines()
-    assert "cluster.patience is 10 s: bring the nodes back, or lower cluster.workers, and run the same command" in last
+    [message] = [line for line in command.said().splitlines() if line.startswith("error: ")]
+    assert (
+        "cluster.patience is 10 s: bring the nodes back, or lower cluster.workers, and run the same command" in message
+    )
     assert command.run_status() == "FAILED"
