@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import Generator
@@ -19,6 +20,8 @@ from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental import tqdm_ray
 from ray.train.torch import TorchTrainer
+
+from bld_core.errors import UserError
 
 _TURN_S = 0.05
 _EVERYWHERE = {
@@ -61,9 +64,7 @@ def local_cluster() -> Generator[int]:
     """
     for name, value in _LOCAL.items():
         os.environ.setdefault(name, value)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
     log = logging.getLogger("ray._private.authentication.authentication_token_setup")
@@ -73,6 +74,18 @@ def local_cluster() -> Generator[int]:
         yield port
     finally:
         log.setLevel(before)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, and that no connection takes until the dashboard does, seconds later.
+
+    Those that the system hands out begin at 32768, and those of Ray's workers end at 19999.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("none of 100 ports between 20000 and 32000 is free on this machine: end what listens there")
 
 
 class PlainTrainer(TorchTrainer):

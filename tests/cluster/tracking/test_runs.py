@@ -121,12 +121,12 @@ def test_a_full_database_stops_no_training(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "mlflow.db").stat().st_size, before[1]))
     try:
-        training(run, range(1, 400), picture=3)  # more than the pages that it has hold
+        training(run, range(1, 100), picture=3)  # more than the pages that it has hold
         assert list(Path(run.waiting).iterdir())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run.end("FINISHED")
-    check_whole(run, 399, 3)
+    check_whole(run, 99, 3)
 
 
 def test_by_configuration_a_training_stops_with_one_message(tmp_path: Path) -> None:
