@@ -31,6 +31,8 @@ _EVERYWHERE = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     # Ray Tune's older reporter says nothing where `verbose` is 0; the newer one prints a table and two paths anyway.
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray Tune takes Ctrl-C for the wish to rank the trials that are there, as if they were all; and its handler stays.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 _LOCAL = {
     # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
