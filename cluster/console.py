@@ -72,7 +72,7 @@ def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
         sys.exit(128 + number)
     finally:
         if handles and not terminated:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _told(error: UserError, settings: Mapping[str, Any]) -> str:

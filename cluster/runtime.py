@@ -121,8 +121,8 @@ def connect_ray(config: ClusterConfig) -> None:
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has set its own
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     have = ray.cluster_resources()
     need = config.need
     if need.cpus > have.get("CPU", 0):

@@ -83,10 +83,9 @@ def test_a_server_that_is_away_stops_no_training_and_misses_nothing(
 
 
 def test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    beside: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = small_experiment(tmp_path, {"train": "t", "validation": "v"})
-    experiment = replace(small, tracking=TrackingConfig(patience=0.1))
+    experiment = replace(beside, tracking=TrackingConfig(patience=0.1))
     run = start_run(experiment, "prior", None)
     database, away = tmp_path / "mlflow.db", tmp_path / "away.db"
     training(run, range(1, 4))
@@ -105,8 +104,8 @@ def test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it(
 
 
 @pytest.mark.long
-def test_a_locked_database_stops_no_training(tmp_path: Path) -> None:
-    run = start_run(small_experiment(tmp_path, {"train": "t", "validation": "v"}), "prior", None)
+def test_a_locked_database_stops_no_training(beside: Experiment, tmp_path: Path) -> None:
+    run = start_run(beside, "prior", None)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         training(run, range(1, 31), picture=3)
@@ -115,9 +114,9 @@ def test_a_locked_database_stops_no_training(tmp_path: Path) -> None:
     check_whole(run, 30, 3)
 
 
-def test_a_full_database_stops_no_training(tmp_path: Path) -> None:
+def test_a_full_database_stops_no_training(beside: Experiment, tmp_path: Path) -> None:
     """By the limit on a file's size: SQLite says "database or disk is full", or that it cannot write."""
-    run = start_run(small_experiment(tmp_path, {"train": "t", "validation": "v"}), "prior", None)
+    run = start_run(beside, "prior", None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "mlflow.db").stat().st_size, before[1]))
     try:
@@ -129,9 +128,8 @@ def test_a_full_database_stops_no_training(tmp_path: Path) -> None:
     check_whole(run, 99, 3)
 
 
-def test_by_configuration_a_training_stops_with_one_message(tmp_path: Path) -> None:
-    small = small_experiment(tmp_path, {"train": "t", "validation": "v"})
-    run = start_run(replace(small, tracking=TrackingConfig(patience=0.1, when_away="stop")), "prior", None)
+def test_by_configuration_a_training_stops_with_one_message(beside: Experiment, tmp_path: Path) -> None:
+    run = start_run(replace(beside, tracking=TrackingConfig(patience=0.1, when_away="stop")), "prior", None)
     (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
     with pytest.raises(UserError, match=r"mlflow.db was there, and is gone: put it back"):
         run.metrics({"loss": 1.0}, 1)

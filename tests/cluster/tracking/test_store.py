@@ -49,7 +49,7 @@ def test_a_database_that_finds_no_space_is_one_message_and_leaves_nothing_half_m
 def test_the_database_is_in_the_root_whatever_its_name(name: str, tmp_path: Path, made_database: bytes) -> None:
     root = tmp_path / name
     root.mkdir()
-    (root / "mlflow.db").write_bytes(made_database)  # MLflow takes seconds to make one
+    (root / "mlflow.db").write_bytes(made_database)
     experiment = small_experiment(root, {"train": "t", "validation": "v"})
     assert database_file(experiment.tracking.resolve(experiment.root)) == root / "mlflow.db"
     run = start_run(experiment, "prior", None)
@@ -60,14 +60,6 @@ def test_the_database_is_in_the_root_whatever_its_name(name: str, tmp_path: Path
     assert file.path == "greeting.txt"
     assert len(list(root.glob("mlflow-artifacts/*/artifacts/greeting.txt"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.fixture(scope="module")
-def made_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A database as MLflow makes it."""
-    file = tmp_path_factory.mktemp("made") / "mlflow.db"
-    open_client(f"sqlite:///{file}")
-    return file.read_bytes()
 
 
 @pytest.fixture
