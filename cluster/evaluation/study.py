@@ -21,7 +21,7 @@ from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
-from cluster.evaluation.references import Reference, Space, make_reference
+from cluster.evaluation.references import Reference, Space, make_references
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
@@ -193,7 +193,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
     codes = open_encoded(experiment).codes
     assert codes is not None, "`open_encoded` opens them"
-    reference = make_reference(experiment, _space(experiment))
+    [reference] = make_references(experiment, [_space(experiment)])
     variants = {row.experiment.folder: row.experiment for row in rows}
     trained = {
         folder: _trained_hash(variant, fresh and folder != experiment.folder, experiment.folder)
