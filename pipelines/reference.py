@@ -1,4 +1,4 @@
-"""Look once at the images that samples are compared with; statistics.npz is for ADM's evaluator."""
+"""Take the features of the images that samples are compared with, once; statistics.npz is for ADM's evaluator."""
 
 from argparse import Namespace
 

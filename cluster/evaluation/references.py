@@ -1,4 +1,4 @@
-"""What samples are compared with: real images in the features of an extractor, looked at once for each data set."""
+"""What samples are compared with: real images in the features of an extractor, their features taken once for each data set."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class ShardFeatures(NamedTuple):
 
 
 class FeatureActor:
-    """An actor that looks at real images through an extractor; images never leave it."""
+    """An actor that takes the features of real images; images never leave it."""
 
     def __init__(self, experiment: Experiment, space: Space) -> None:
         experiment.cluster.limit_threads()
@@ -244,7 +244,7 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
 
 
 def _make(experiment: Experiment, space: Space, train: list[str], held_out: list[str], stage: Stage) -> None:
-    """Train the classifier where it is the extractor, look at all images, and write what was seen."""
+    """Train the classifier where it is the extractor, take the features of all images, and write their moments."""
     figures: dict[str, float] = {}
     if space.name == "classifier":
         folder = files.join(stage.folder, "classifier")
@@ -285,7 +285,7 @@ def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:
 
 
 def make_references(experiment: Experiment, spaces: Sequence[Space]) -> list[Reference]:
-    """What the training images look like in each of `spaces`, with nothing found yet.
+    """The training images in each of `spaces`, once what these need has been found.
 
     Raises:
         UserError: no space, or as `check_space`, `check_shards` and `make_reference`.

@@ -63,7 +63,7 @@ class StudyRow:
         experiment: the prior lies in its folder.
         sampling: how its samples are drawn.
         bounds: which likelihood bounds are measured, by the name of the figure.
-        x: its place in the plot; None takes the label.
+        x: its position in the plot; None takes the label.
     """
 
     label: str

@@ -328,7 +328,9 @@ def test_samples_are_judged_on_the_latents_that_their_prior_was_trained_on(
     manifest = Path(experiment.folder, "latents/manifest.json")
     manifest.write_text(manifest.read_text() + "\n")
     trained = read_model_config(f"{experiment.folder}/prior/final")["latents_hash"]
-    with pytest.raises(ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .*--fresh"):
+    with pytest.raises(
+        ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .* on these again"
+    ):
         evaluate(experiment)
 
 
