@@ -24,7 +24,8 @@ from bld_core.diffusion.process import (
 )
 from bld_core.noise import uniform
 
-_LEAST = 1e-30  # a probability below it is none: float32 has its logarithm, and its inverse as a gradient
+_TINY = torch.finfo(torch.float32).tiny  # a probability below it is none
+_LOST = math.log(1e-30)  # and what has this one, less, cannot be told from it after a step
 
 
 def residual_loss(evidence: Tensor, flip: Tensor, k_t: Scalar) -> Tensor:
@@ -65,27 +66,26 @@ def _posterior_kl(flip: Tensor, a: Tensor, b: Tensor, log_change: Tensor, log_st
     return entropy - cross
 
 
-def joint_residual_loss(log_p: Tensor, z_0: Tensor) -> Tensor:
-    """Eq. 12 of groups: the cross-entropy of the true value under log_p, in nats a bit, (B, N, C / g)."""
-    group = z_0.shape[-1] // log_p.shape[-2]
-    return -log_p.gather(-1, value_of(z_0, group)[..., None]).squeeze(-1) / group
+def joint_residual_loss(log_p: Tensor, flip: Tensor) -> Tensor:
+    """Eq. 12 of groups: the cross-entropy of a group's flips and log_p, in nats a bit, (B, N, C / g)."""
+    group = flip.shape[-1] // log_p.shape[-2]
+    return -log_p.gather(-1, value_of(flip, group)[..., None]).squeeze(-1) / group
 
 
-def joint_vlb_loss(log_p: Tensor, z_0: Tensor, z_t: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
+def joint_vlb_loss(log_p: Tensor, flip: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
     """Eq. 7 of groups: KL(q(z_s | z_t, z_0) || p(z_s | z_t)) of each, in nats a bit, (B, N, C / g); any s < t.
 
-    Given the true value z_0 the bits of z_s are independent; p(z_s) mixes that law over all values of z_0. The true one
-    is mixed in by its logarithm, so that no evidence is too large: p(w) = p(z_0) q(w) + sum of the others.
+    Given the true flips f the changes d of the bits are independent, q(d); p(d) mixes that over all values of the
+    flips, p(d) >= p(f) q(d). Where p(f) is too small for that in float32, the KL counts as its upper bound -log p(f).
     """
-    group = z_0.shape[-1] // log_p.shape[-2]
-    law, truth = in_groups(step_law(z_t, k_s, k_t), group), value_of(z_0, group)[..., None]
-    of_truth = torch.where(in_groups(z_0, group)[..., None] == 1, law[..., 1, :], law[..., 0, :])
-    log_q = sums_of_bits(*of_truth.clamp(min=_LEAST).log().unbind(-1))
-    others = image_of_step(log_p.exp().scatter(-1, truth, 0), law)
-    some = others > _LEAST
-    log_others = torch.where(some, torch.where(some, others, 1).log(), -math.inf)
-    log_p_s = torch.logaddexp(log_p.gather(-1, truth) + log_q, log_others)
-    return (log_q.exp() * (log_q - log_p_s)).sum(-1) / group
+    group = flip.shape[-1] // log_p.shape[-2]
+    law = step_law(k_s, k_t, log_p)
+    q_of_bits = torch.where(in_groups(flip, group)[..., None] == 1, *law[:, None, None, None].unbind(-2)[::-1])
+    q = sums_of_bits(*q_of_bits.clamp(min=_TINY).log().unbind(-1)).exp()
+    negentropy = torch.xlogy(q_of_bits, q_of_bits).sum((-2, -1))
+    cross = (q * image_of_step(log_p.exp(), law).clamp(min=_TINY).log()).sum(-1)
+    log_truth = log_p.gather(-1, value_of(flip, group)[..., None]).squeeze(-1)
+    return torch.where(log_truth > _LOST, negentropy - cross, -log_truth) / group
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def loss_terms(
         vlb = vlb_loss(evidence.bits, flip, k_s, k_t)
     else:
         log_p = joint_log_posterior(evidence, z_t, k_t)
-        residual, vlb = joint_residual_loss(log_p, z_0), joint_vlb_loss(log_p, z_0, z_t, k_s, k_t)
+        residual, vlb = joint_residual_loss(log_p, flip), joint_vlb_loss(log_p, flip, k_s, k_t)
     return _mean_of_unknown(residual, known), _mean_of_unknown(vlb, known)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.diffusion.groups import bits_of, draw_values, joint_log_posterior
+from bld_core.diffusion.groups import draw_flips, joint_log_posterior
 from bld_core.diffusion.process import (
     Denoiser,
     DiffusionProcess,
@@ -162,7 +162,7 @@ def reverse_process(
             r = sigmoid(calibrate(e, k_t))
             flip each bit of z_t with probability r A + (1 - r) B, giving z_s
 
-    With groups, their clean values are drawn jointly from P(z_0 | z_t), and r is 1 where that differs from z_t, or 0.
+    With groups the flips of each are drawn jointly, by r, and then r is 0 or 1: whether a bit is flipped.
 
     Known tokens are put into every state z_s, in one of two ways. Conditioned: clean, and the denoiser is told which
     they are. Replacement: as a draw from q(z_s | z_0); and then each step is taken again, `resample` times:
@@ -212,8 +212,7 @@ def reverse_process(
             r = torch.sigmoid(calibrate(evidence.bits, k[t]))
         else:
             u = None if mode else samples.uniforms(f"sampling groups {key}", groups)
-            v = draw_values(joint_log_posterior(evidence, z, k[t]), u)
-            r = (z - bits_of(v, process.group)).abs()
+            r = draw_flips(joint_log_posterior(evidence, z, k[t]), u)
         flip_probability = reverse_flip_probability(r, k[s], k[t])
         flips = (flip_probability > 0.5).float() if mode else draw(f"sampling step {key}", flip_probability)
         return put_known((z - flips).abs(), s, jump)

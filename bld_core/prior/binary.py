@@ -16,6 +16,8 @@ from bld_core.noise import uniform
 from bld_core.prior.transformer import Prior, PriorConfig, drop_labels
 from bld_core.training.loop import Batch, Objective, TrainState
 
+_CODES_AT_ONCE = 64  # in a pass of the bound: on a CPU, more of them leave its cache, with groups most of all
+
 
 def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
     """The tokens that training keeps clean: a sample, keyed on its global index, gets some with probability `share`.
@@ -81,7 +83,7 @@ class BinaryModel:
     def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
         grid = None if sampling is None else sampling.make_grid(self.process.schedule)
-        return likelihood_bound(network, self.process, codes, grid, seed)
+        return likelihood_bound(network, self.process, codes, grid, seed, _CODES_AT_ONCE)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.

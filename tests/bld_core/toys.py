@@ -20,7 +20,7 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.data.images import LabelledImage
 from bld_core.data.shards import Sample
-from bld_core.diffusion.groups import bits_of, image_of_step, in_groups, joint_log_posterior, step_law, value_of
+from bld_core.diffusion.groups import bits_of, image_of_step, joint_log_posterior, step_law, value_of
 from bld_core.diffusion.loss import vlb_loss
 from bld_core.diffusion.process import (
     Calibration,
@@ -278,9 +278,10 @@ class GroupToy:
             change = reverse_flip_probability(torch.sigmoid(calibrate(evidence.bits, k_t)), k_s, k_t)[:, None]
             return torch.where(self.states[:, None] != self.states[None], change, 1 - change).flatten(2).prod(-1)
         p = joint_log_posterior(evidence, self.states, k_t).exp()
-        of_groups = image_of_step(p, in_groups(step_law(self.states, k_s, k_t), g)).flatten(1, 2)  # (z_t, group, v)
-        v = value_of(self.states, g).flatten(1)  # (z_s, group)
-        return torch.stack([of_groups[:, group, v[:, group]] for group in range(v.shape[1])]).prod(0)
+        of_groups = image_of_step(p, step_law(k_s, k_t, p)).flatten(1, 2)  # (z_t, group, value of the changes)
+        v = value_of(self.states, g).flatten(1)  # (state, group)
+        changes = (v[:, None] ^ v[None]).unbind(-1)  # of each group: (z_t, z_s)
+        return torch.stack([of_groups[:, group].gather(1, d) for group, d in enumerate(changes)]).prod(0)
 
     def chain(self, grid: list[int]) -> Tensor:
         """The exact law over all codes that its reverse chain ends in."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from bld_core.diffusion.bound import likelihood_bound
 from bld_core.diffusion.groups import (
     bits_of,
-    draw_values,
+    draw_flips,
     image_of_step,
     in_groups,
     joint_log_posterior,
@@ -81,13 +80,13 @@ def test_a_value_is_drawn_where_its_uniform_falls_and_never_where_nothing_is() -
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0])
     u = torch.tensor([0.0, 0.24, 0.25, 0.7, 0.75, 1 - 2.0**-24])
     log_p = p.log().expand(len(u), 1, 1, 8)
-    assert draw_values(log_p, u[:, None, None]).flatten().tolist() == [1, 1, 3, 3, 4, 4]
-    assert draw_values(log_p, None).flatten().tolist() == [3] * 6
-    # Rounding of the sum leaves no gap at its end.
+    assert value_of(draw_flips(log_p, u[:, None, None]), 3).flatten().tolist() == [1, 1, 3, 3, 4, 4]
+    assert value_of(draw_flips(log_p, None), 3).flatten().tolist() == [3] * 6
+    # However the sum rounds, the last uniform falls on a value.
     many = torch.randn(2000, 1, 1, 256, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    assert int(draw_values(many, torch.full((2000, 1, 1), 1 - 2.0**-24)).max()) <= 255
-    drawn = draw_values(many[:1].expand(20_000, 1, 1, 256), uniform(0, "u", torch.arange(20_000), 1)[:, None])
-    counts = torch.bincount(drawn.flatten(), minlength=256) / 20_000
+    assert int(value_of(draw_flips(many, torch.full((2000, 1, 1), 1 - 2.0**-24)), 8).min()) >= 200
+    drawn = draw_flips(many[:1].expand(20_000, 1, 1, 256), uniform(0, "u", torch.arange(20_000), 1)[:, None])
+    counts = torch.bincount(value_of(drawn, 8).flatten(), minlength=256) / 20_000
     assert total_variation(counts, many[0, 0, 0].exp()) < math.sqrt(256 / 20_000) / 2 + 3 / math.sqrt(40_000)
 
 
@@ -107,8 +106,8 @@ def test_without_a_residual_the_losses_are_those_of_single_bits(
     for s, t in PAIRS:
         log_p = joint_log_posterior(Evidence(evidence, R), z_t, k[t])
         for joint, single in (
-            (joint_residual_loss(log_p, z_0), residual_loss(evidence, flip, k[t])),
-            (joint_vlb_loss(log_p, z_0, z_t, k[s], k[t]), vlb_loss(evidence, flip, k[s], k[t])),
+            (joint_residual_loss(log_p, flip), residual_loss(evidence, flip, k[t])),
+            (joint_vlb_loss(log_p, flip, k[s], k[t]), vlb_loss(evidence, flip, k[s], k[t])),
         ):
             torch.testing.assert_close(joint, in_groups(single, group).mean(-1), rtol=error, atol=error)
 
@@ -177,54 +176,44 @@ def assert_drawn_from(numbers: Tensor, truth: Tensor) -> None:
 # --- Butterflies, by counting -----------------------------------------------------------------------------------------
 
 
-def counted_law(law_g22: Tensor) -> Tensor:
-    """P(z_s's value = w | z_0's value = v) as a matrix, (v, w), from the law of each bit."""
-    g = len(law_g22)
-    values = bits_of(torch.arange(2**g)[:, None, None], g)[:, 0].long()
-    return law_g22[torch.arange(g), values[:, None], values[None]].prod(-1)
+def counted_law(group: int, k_s: float, k_t: float) -> Tensor:
+    """P(z_s XOR z_t = d | the flips f) of every two values, (f, d): a product over the bits, from A and B."""
+    bits = bits_of(torch.arange(2**group)[:, None, None], group)[:, 0].double()
+    change = reverse_flip_probability(bits, k_s, k_t)[:, None]
+    return torch.where(bits[None] == 1, change, 1 - change).prod(-1)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_butterflies_are_the_sum_over_all_values(group: int, name: str) -> None:
-    k, z_t = make_schedule(name, 64).k.tolist(), some_code("z")
-    p = joint_log_posterior(some_evidence(group, 1.0), z_t, 0.5).exp()
-    for s, t in PAIRS:
-        law = in_groups(step_law(z_t, k[s], k[t]), group)
-        torch.testing.assert_close(law.sum(-1), torch.ones_like(law[..., 0]), rtol=0, atol=1e-15)
-        found = image_of_step(p, law)
-        for row, token, number in itertools.product(range(ROWS), range(TOKENS), range(BITS // group)):
-            truth = p[row, token, number] @ counted_law(law[row, token, number])
-            torch.testing.assert_close(found[row, token, number], truth, rtol=0, atol=1e-12)
-
-
-def test_the_law_of_a_step_is_the_exact_reverse_step_and_its_levels_may_differ_by_sample() -> None:
-    schedule, z_t = make_schedule("cosine", 64), some_code("z")
-    s, t = torch.tensor([0, 31, 20]), torch.tensor([40, 32, 64])
-    law = step_law(z_t, schedule.signal(s, z_t), schedule.signal(t, z_t))
-    for row in range(ROWS):
-        k_s, k_t = float(schedule.k[s[row]]), float(schedule.k[t[row]])
-        for v in (0.0, 1.0):
-            change = reverse_flip_probability((z_t[row] - v).abs(), k_s, k_t)
-            one = torch.where(z_t[row] == 1, 1 - change, change)
-            torch.testing.assert_close(law[row, ..., int(v), 1], one, rtol=0, atol=1e-12)
+    schedule = make_schedule(name, 64)
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(len(PAIRS), 2, 3, 2**group, generator=generator, dtype=torch.float64).softmax(-1)
+    levels = [schedule.signal(torch.tensor(level), p[..., 0]) for level in zip(*PAIRS, strict=True)]
+    each = image_of_step(p, step_law(*levels, p))  # each sample has levels of its own
+    for i, (s, t) in enumerate(PAIRS):
+        k_s, k_t = float(schedule.k[s]), float(schedule.k[t])
+        truth = torch.einsum("nmf,fd->nmd", p[i], counted_law(group, k_s, k_t))
+        torch.testing.assert_close(each[i], truth, rtol=0, atol=1e-12)
+        torch.testing.assert_close(image_of_step(p[i : i + 1], step_law(k_s, k_t, p))[0], truth, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("group", [2, 8])
 def test_the_joint_vlb_is_the_kl_by_counting_for_any_stride(group: int) -> None:
     k = make_schedule("linear", 64).k.tolist()
     z_0, z_t = some_code("z"), some_code("other")
+    flip = (z_0 - z_t).abs()
     for s, t in PAIRS:
         log_p = joint_log_posterior(some_evidence(group, 1.0), z_t, k[t])
-        law, v = in_groups(step_law(z_t, k[s], k[t]), group), value_of(z_0, group)
-        found = joint_vlb_loss(log_p, z_0, z_t, k[s], k[t])
-        for row, token, number in itertools.product(range(ROWS), range(TOKENS), range(BITS // group)):
-            table = counted_law(law[row, token, number])
-            q, p = table[v[row, token, number]], log_p[row, token, number].exp() @ table
-            truth = (torch.xlogy(q, q) - torch.xlogy(q, p)).sum() / group
-            assert float(found[row, token, number]) == pytest.approx(float(truth), abs=1e-12)
+        table = counted_law(group, k[s], k[t])
+        q, p = table[value_of(flip, group)], log_p.exp() @ table
+        truth = (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1) / group
+        found = joint_vlb_loss(log_p, flip, k[s], k[t])
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
         if s == 0:
-            torch.testing.assert_close(found, joint_residual_loss(log_p, z_0), rtol=0, atol=1e-12)
+            torch.testing.assert_close(found, joint_residual_loss(log_p, flip), rtol=0, atol=1e-12)
+        rounded = joint_vlb_loss(log_p.float(), flip.float(), k[s], k[t])
+        torch.testing.assert_close(rounded.double(), truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -237,8 +226,11 @@ def test_losses_and_gradients_stay_finite_for_extreme_evidence_in_float32(name: 
         e = (torch.randn(steps, 1, 16, generator=torch.Generator().manual_seed(0)) * size).requires_grad_()
         R = (torch.randn(steps, 1, 2, 256, generator=torch.Generator().manual_seed(1)) * size).requires_grad_()
         log_p = joint_log_posterior(Evidence(e, R), z_t, k_t)
-        for loss in (joint_residual_loss(log_p, z_0), joint_vlb_loss(log_p, z_0, z_t, k_s, k_t)):
+        flip = (z_0 - z_t).abs()
+        residual = joint_residual_loss(log_p, flip)
+        for loss in (residual, joint_vlb_loss(log_p, flip, k_s, k_t)):
             assert loss.isfinite().all()
+            assert (loss < residual + 1e-4).all()  # a step tells no more than the whole code
             assert (loss > -1e-5).all()
             for gradient in torch.autograd.grad(loss.sum(), (e, R), retain_graph=True):
                 assert gradient.isfinite().all()
@@ -253,8 +245,10 @@ def test_the_oracles_joint_posterior_is_bayes_rule() -> None:
     for k_t in toy.process.schedule.k[1:].tolist():
         weight = toy.p * toy.q(1.0, k_t).flatten(2).prod(-1)
         evidence = toy.process.evidence(toy.output(k_t), toy.states, k_t)
-        found = joint_log_posterior(evidence, toy.states, k_t).exp().flatten(1)
-        torch.testing.assert_close(found, weight / weight.sum(1, keepdim=True), rtol=0, atol=1e-12)
+        of_flips = joint_log_posterior(evidence, toy.states, k_t).exp().flatten(1)
+        z = torch.arange(8)
+        of_codes = of_flips.gather(1, z[:, None] ^ z)  # (z_t, z_0)
+        torch.testing.assert_close(of_codes, weight / weight.sum(1, keepdim=True), rtol=0, atol=1e-12)
 
 
 def independent_tokens(group: int, steps: int) -> GroupToy:
