@@ -20,7 +20,7 @@ class SingleStepPrior(Prior):
 
     def __init__(self, config: PriorConfig, tokens: int, bits: int, schedule: NoiseSchedule) -> None:
         super().__init__(config, tokens, bits)
-        self.register_buffer("k", schedule.k, persistent=False)
+        self.schedule = schedule
 
     def forward(self, z_BNC: Tensor, time: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """Evidence logits e, (B, N, C): the exact reverse step, r A + (1 - r) B = sigmoid(output), solved for r.
@@ -29,8 +29,8 @@ class SingleStepPrior(Prior):
         `Prior.forward`.
         """
         output = super().forward(z_BNC, time, labels, known)
-        t = (time * (len(self.k) - 1)).round().long()
-        k_s, k_t = (self.k[level].view(-1, 1, 1) for level in (t - 1, t))
+        t = (time * self.schedule.steps).round().long()
+        k_s, k_t = (self.schedule.signal(level, z_BNC) for level in (t - 1, t))
         A, B = reverse_flip_coefficients(k_s, k_t)
         logit_r = torch.logit((torch.sigmoid(output.double()) - B) / (A - B), eps=_CERTAIN)
         return (logit_r - own_evidence(k_t, logit_r)).to(output.dtype)

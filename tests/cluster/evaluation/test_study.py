@@ -116,7 +116,7 @@ def test_what_each_study_compares() -> None:
         assert [row.experiment.name for row in rows[name]] == expected
         assert {row.experiment.root for row in rows[name]} == {files.join(experiment.folder, "study/variants")}
         assert {row.experiment.prior_training.steps for row in rows[name]} == {7}
-    asked = [(row.experiment.diffusion.target, row.experiment.diffusion.calibration) for row in rows["targets"]]
+    asked = [(row.experiment.diffusion.calibration, row.experiment.diffusion.target) for row in rows["targets"]]
     assert asked == list(itertools.product(get_args(Calibration), get_args(Target)))
     assert [(row.experiment.prior.group, row.sampling.steps) for row in rows["groups"]] == [
         (group, steps) for group in (1, 8) for steps in (4, 8, 16, 32)
