@@ -41,7 +41,11 @@ _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     ),
     "targets": (
         "FID, recall; Table 7, LSUN Churches",
-        {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)},
+        {
+            f"{target}{reading}": figures
+            for reading in ("", ", uncalibrated")
+            for target, figures in {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)}.items()
+        },
     ),
     "samplers": (
         "FID of LSUN Churches, of FFHQ; Table 5",
@@ -103,11 +107,12 @@ def _targets(experiment: Experiment) -> list[StudyRow]:
     """With calibration, and in the paper's own reading; single bits, as in the paper."""
     prior = replace(experiment.prior, group=1)
     rows: list[StudyRow] = []
-    for calibration, suffix in (("bayes", ""), ("none", ", uncalibrated")):
+    for calibration, reading in (("bayes", ""), ("none", ", uncalibrated")):
         for target in ("flip", "z0", "z_prev"):
             diffusion = replace(experiment.diffusion, target=target, calibration=calibration, balance="none")
-            variant = _variant(experiment, f"{target}{suffix}".replace(", ", "-"), prior=prior, diffusion=diffusion)
-            rows.append(StudyRow(f"{target}{suffix}", variant, experiment.sampling, _whole_bound(experiment)))
+            label = f"{target}{reading}"
+            variant = _variant(experiment, label.replace(", ", "-"), prior=prior, diffusion=diffusion)
+            rows.append(StudyRow(label, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
 

@@ -80,6 +80,20 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
 
 
 @pytest.mark.long
+def test_targets_and_groups_are_trained_and_measured(experiment: Experiment) -> None:
+    targets = run_study(experiment, "targets")
+    names = [row["diffusion.target"] for row in targets["rows"]]
+    assert names == [f"{target}{reading}" for reading in ("", ", uncalibrated") for target in ("flip", "z0", "z_prev")]
+    assert [row["paper"][0] for row in targets["rows"]] == [4.36, 4.72, 5.09] * 2
+    groups = run_study(experiment, "groups")
+    assert [row["prior.group, sampling.steps"] for row in groups["rows"]] == ["1, 4", "1, 8", "8, 4", "8, 8"]
+    for made in (targets, groups):
+        assert len({row["bound"] for row in made["rows"]}) == len(made["rows"])
+        assert all(row["bound"] > 0 and row["fd_classifier"] > 0 for row in made["rows"])
+    assert "group of 8" in {row["line"] for row in groups["rows"]}
+
+
+@pytest.mark.long
 def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
     made = run_study(experiment, "steps")
     assert [row["x"] for row in made["rows"]] == [4, 8]
@@ -118,6 +132,7 @@ def test_what_each_study_compares() -> None:
         assert {row.experiment.prior_training.steps for row in rows[name]} == {7}
     asked = [(row.experiment.diffusion.calibration, row.experiment.diffusion.target) for row in rows["targets"]]
     assert asked == list(itertools.product(get_args(Calibration), get_args(Target)))
+    assert set(study._PAPER["targets"][1]) == {row.label for row in rows["targets"]}
     assert [(row.experiment.prior.group, row.sampling.steps) for row in rows["groups"]] == [
         (group, steps) for group in (1, 8) for steps in (4, 8, 16, 32)
     ]
