@@ -201,11 +201,8 @@ def reverse_process(
 
     def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
         # The posterior of z_0, then the exact reverse step.
-        time, mode = (
-            torch.full((len(z),), t / process.schedule.steps, device=z.device),
-            s == 0 and config.final == "mode",
-        )
-        key = f"{t}" + (f" jump {jump}" if jump else "")
+        time = torch.full((len(z),), t / process.schedule.steps, device=z.device)
+        mode, key = s == 0 and config.final == "mode", f"{t}" + (f" jump {jump}" if jump else "")
         output = guided_output(denoiser, z, time, samples.labels, config.guidance, told).float() / config.temperature
         evidence = process.evidence(output, z, k[t])
         if evidence.residual is None:
