@@ -146,7 +146,7 @@ class StudyConfig:
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
             evaluation.frechet is false.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
-        steps: numbers of sampling steps of the study steps; those above T are left out.
+        steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
         temperatures: values of sampling.temperature of the study temperature.
     """
 

@@ -1,4 +1,4 @@
-"""What samples are compared with: real images in the features of an extractor, their features taken once for each data set."""
+"""What samples are compared with: features of real images by an extractor, taken once for each data set."""
 
 from __future__ import annotations
 
