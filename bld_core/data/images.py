@@ -79,7 +79,7 @@ class View(NamedTuple):
 
     Attributes:
         resize: its short side becomes this many times image_size.
-        left: of the square, as a share of the places that it can have, in [0, 1); unused where resize is 1.
+        left: of the square, as a share of the range that it can move in, in [0, 1); unused where resize is 1.
         top: the same, downwards.
         mirrored: left to right, after the cut.
     """
@@ -246,7 +246,7 @@ def read_batches(url: str, config: ImageConfig, size: int, skipped: Skipped) -> 
 
 
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
-    """The shards of a split, after a look at the first image of each (of the first 64).
+    """The shards of a split, after reading the first image of each (of the first 64).
 
     Raises:
         UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or

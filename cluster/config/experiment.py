@@ -30,6 +30,9 @@ _FREE = (
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
 
+# Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
+BEFORE = {"prior.group": 1, "diffusion.calibration": "bayes"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
