@@ -342,7 +342,7 @@ def _check_shard(url: str, config: ImageConfig) -> Shard:
         except BadImage as error:
             if error.reason == Reason.NO_FIT:
                 raise UserError(
-                    f"{first.key!r} in shard {shown!r} is of no use ({error}): raise `image_size`, or set `fit` to crop",
+                    f"{first.key!r} in shard {shown!r} is an {error}: raise `image_size`, or set `fit` to crop",
                     config,
                 ) from error
             _log.warning("shard %s: its first image cannot be used (%s)", shown, error)

@@ -15,7 +15,7 @@ CLASSES = "classes.json"
 """Beside shards: the names of the classes by number, a JSON list."""
 
 _LARGEST = 2**31 - 1
-_TEXTS = ("cls", "index", "txt")  # files that hold nothing but the class; a txt may as well be a caption
+_TEXTS = ("cls", "index", "txt")  # files that hold nothing but the class
 _FIELDS = ("label", "cls", "class")
 
 
@@ -34,10 +34,10 @@ class Labels:
     given: bool = False
 
     def read(self, fields: Mapping[str, bytes | memoryview]) -> int:
-        """The class index of a sample, -1 for none; captions and other notes are none.
+        """The class index of a sample, -1 for none; notes of other kinds are none.
 
         Args:
-            fields: the files of the sample by extension.
+            fields: the files of the sample by extension, without txt where those of the shard are captions.
 
         Raises:
             ValueError: neither an index nor none; the message is what was found.
@@ -45,12 +45,7 @@ class Labels:
         for extension in _TEXTS:
             if extension in fields:
                 text = bytes(fields[extension])
-                try:
-                    return self._index(_parsed(text))
-                except ValueError:
-                    if extension == "txt":
-                        break
-                    raise
+                return self._index(_parsed(text))
         if "json" not in fields:
             return -1
         notes = json.loads(bytes(fields["json"]))
@@ -64,6 +59,14 @@ class Labels:
                     if self.field or self.listed() or _is_number(notes[name]):
                         raise
         return -1
+
+    def is_caption(self, text: bytes | memoryview) -> bool:
+        """Whether a txt file holds something else than a class."""
+        try:
+            self._index(_parsed(bytes(text)))
+        except ValueError:
+            return True
+        return False
 
     def _index(self, value: object) -> int:
         """A number in any spelling, or the number of a name."""

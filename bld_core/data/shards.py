@@ -84,7 +84,11 @@ def parse_shard(data: bytes, extensions: Iterable[str], labels: Labels = Labels(
     left: list[Left] = []
     samples: list[Sample] = []
     others = set[str]()
-    for group in _group(memoryview(data), left):
+    groups = list(_group(memoryview(data), left))
+    if any("txt" in group.fields and labels.is_caption(group.fields["txt"]) for group in groups):
+        for group in groups:  # one that is a number is none the less a caption
+            group.fields.pop("txt", None)
+    for group in groups:
         outcome = _sample_or_left(group, wanted, labels)
         if isinstance(outcome, Sample):
             samples.append(outcome)

@@ -29,6 +29,7 @@ _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
+_LATER = ("data.label_field", "data.class_names")  # settings that came later, and change nothing where they are empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,12 @@ class Experiment:
             "root": self.root,
             "data.train": self.data.train,
             "data.validation": self.data.validation,
+            "data.class_names": self.data.class_names,
         }.items():
             check_no_password(setting, url)
         # Workers have other working directories: paths are made absolute once, here.
-        shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
+        places = ("train", "validation", "class_names")
+        shards = {name: files.absolute(url) for name in places if (url := getattr(self.data, name))}
         object.__setattr__(self, "root", files.absolute(self.root))
         object.__setattr__(self, "data", replace(self.data, **shards))
         h, w, c = self.code_shape
@@ -161,7 +164,8 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
+        later = [name for name in _LATER if chosen.get(name) == ""]  # so that older records agree
+        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE and name not in later}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
