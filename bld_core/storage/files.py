@@ -185,9 +185,10 @@ def expand(pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
+    joined = sources(pattern)
     try:
-        return [url for source in sources(pattern) for url in braceexpand.braceexpand(source)]
-    except braceexpand.UnbalancedBracesError as error:
+        return [url for source in joined for url in braceexpand.braceexpand(source)]
+    except ValueError as error:  # its only one
         raise UserError(
             f"the pattern {pattern!r} has a brace without its other half; write {{0000..0003}} for four numbers"
         ) from error

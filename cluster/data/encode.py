@@ -42,7 +42,7 @@ _SECONDS_BETWEEN_METRICS = 10.0
 
 
 class Job(NamedTuple):
-    """One shard to encode: source, split, the file, relative to the latents folder, that it becomes; the shard's name."""
+    """One shard to encode: its source, split and name, and the file, in the latents folder, that it becomes."""
 
     source: str
     split: Split

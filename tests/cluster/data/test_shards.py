@@ -46,7 +46,8 @@ def test_the_bytes_depend_neither_on_threads_nor_on_where_they_go(tmp_path: Path
             "train": f"{output}/train-{{0000..0007}}.tar",
             "validation": f"{output}/validation-{{0000..0000}}.tar",
         }
-        assert files.listing(output) == ["shards.json", *sorted(first)]
+        assert files.listing(output) == ["classes.json", "shards.json", *sorted(first)]
+        assert files.read_bytes(files.join(output, "classes.json")) == b'["class 0", "class 1", "class 2"]\n'
     assert make_shards(ShardConfig(source=source, output=f"{s3}/made", images_per_shard=7)) == made[f"{s3}/made"]
 
 
