@@ -85,11 +85,10 @@ def parse_shard(data: bytes, extensions: Iterable[str], labels: Labels = Labels(
     samples: list[Sample] = []
     others = set[str]()
     groups = list(_group(memoryview(data), left))
-    if any("txt" in group.fields and labels.is_caption(group.fields["txt"]) for group in groups):
-        for group in groups:  # one that is a number is none the less a caption
-            group.fields.pop("txt", None)
+    # Where some are captions, one that is a number is one, too.
+    captions = any("txt" in group.fields and labels.is_caption(group.fields["txt"]) for group in groups)
     for group in groups:
-        outcome = _sample_or_left(group, wanted, labels)
+        outcome = _sample_or_left(group, wanted, labels, captions)
         if isinstance(outcome, Sample):
             samples.append(outcome)
         else:
@@ -157,15 +156,16 @@ def _unzipped(data: bytes) -> bytes:
     return b"".join(unpacked)
 
 
-def _sample_or_left(group: _Group, wanted: list[str], labels: Labels) -> Sample | Left:
+def _sample_or_left(group: _Group, wanted: list[str], labels: Labels, captions: bool) -> Sample | Left:
     """The sample of a group, or why there is none."""
     if group.fault is not None:
         return Left(group.fault, group.key)
     extension = next((e for e in wanted if e in group.fields), None)
     if extension is None:
         return Left(Reason.NO_IMAGE, group.key)
+    texts = {name: data for name, data in group.fields.items() if not (captions and name == "txt")}
     try:
-        return Sample(group.key, extension, group.fields[extension], labels.read(group.fields))
+        return Sample(group.key, extension, group.fields[extension], labels.read(texts))
     except UserError:  # of the class list
         raise
     except (ValueError, RecursionError) as error:

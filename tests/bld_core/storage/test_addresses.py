@@ -30,7 +30,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self, *, head: bool = False) -> None:
         status = int(self.path.split("/")[1])
         left = self.refused.get(self.path, -1)
-        self.refused[self.path] = left - 1
+        if left > 0:
+            self.refused[self.path] = left - 1
         if left:
             self.send_error(status, "Slow Down" if status == 503 else None)
             return

@@ -21,6 +21,7 @@ from bld_core.prior.transformer import PriorConfig
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data, shard_names, stem
 from cluster.evaluation.config import EvaluationConfig
+from cluster.runtime import ClusterConfig
 from tests.bld_core.data.test_shards import File, tar_of
 from tests.bld_core.toys import png_of, toy_images
 
@@ -214,3 +215,20 @@ def test_shards_are_named_by_as_much_of_their_path_as_tells_them_apart() -> None
         shard_names(["https://h/a.tar?s=1", "https://h/a.tar?s=2"])
     with pytest.raises(UserError, match="cannot be told apart"):
         shard_names(["/x/a.tar", "/x-a.tar", "/y/a.tar", "/x/a.tgz"])
+
+
+def test_what_is_relative_to_a_jobs_copy_of_the_code_is_refused_and_so_is_rays_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    given = shard(tmp_path / "train.tar", [-1] * 4)
+    experiment(tmp_path, given, given)
+    monkeypatch.chdir(copy)
+    experiment(tmp_path, given, given)
+    with pytest.raises(UserError, match=r"data.train is 'a.tar', relative to the copy of the code that Ray has made"):
+        experiment(tmp_path, f"{given}::a.tar", given)
+    with pytest.raises(UserError, match=r"root is 'runs', relative to the copy .*: give an absolute path or a URL"):
+        Experiment()
+    with pytest.raises(UserError, match=r"cluster.address is 'ray://head:10001': Ray's client runs no training; give"):
+        ClusterConfig(address="ray://head:10001")

@@ -1,4 +1,4 @@
-"""Shards behind signed links: nothing of a signature, key or password is ever stored, and a renewed link is the same."""
+"""Shards behind signed links: no signature, key or password is ever stored, and a renewed link is the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 
 from bld_core.latents.reader import open_latents
 from bld_core.storage import files
@@ -61,7 +60,7 @@ def test_no_signature_and_no_key_is_stored_and_a_renewed_link_is_the_same_shard(
     folder = Path(encode_latents(first))
     names = ["train/train-0000.parquet", "train/train-0001.parquet", "validation/validation-0000.parquet"]
     assert [file.file for file in open_latents(str(folder)).manifest.files] == names
-    assert [file.source for file in open_latents(str(folder)).manifest.files][0] == "train-0000.tar"
+    assert open_latents(str(folder)).manifest.files[0].source == "train-0000.tar"
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     capfd.readouterr()
     renewed = linked(encoded, tmp_path, web, "another" + "&X-Amz-Security-Token=t0ken")
