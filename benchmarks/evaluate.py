@@ -26,7 +26,7 @@ from bld_core.diffusion.sampling import SampleSpec
 from bld_core.trained import read_prior
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, SampleFeatures
-from cluster.evaluation.references import make_references
+from cluster.evaluation.references import make_references, spaces_of
 from cluster.evaluation.sample_metrics import Samples
 from cluster.runtime import connect_ray, map_on_actors
 from cluster.sampling.sampler import balanced_labels, draw_pieces
@@ -44,7 +44,7 @@ def classes_of(experiment: Experiment) -> int:
 def parts(experiment: Experiment) -> dict[str, float]:
     """Seconds a sample of each part, in batches."""
     batch, device = experiment.evaluation.batch_size, experiment.cluster.device
-    references = make_references(experiment)
+    references = make_references(experiment, spaces_of(experiment))
     evaluator = Evaluator(experiment, [reference.space for reference in references])
     generator = evaluator.generator
     assert generator.prior is not None
@@ -73,7 +73,7 @@ def parts(experiment: Experiment) -> dict[str, float]:
 def job_rate(experiment: Experiment, workers: int) -> float:
     """Samples a second of the job, from its first result to its figures."""
     experiment = replace(experiment, cluster=replace(experiment.cluster, workers=workers))
-    config, references = experiment.evaluation, make_references(experiment)
+    config, references = experiment.evaluation, make_references(experiment, spaces_of(experiment))
     connect_ray(experiment.cluster)
     labels = balanced_labels(config.samples, classes_of(experiment))
     pieces = draw_pieces(experiment.sampling, labels, config.samples, config.batch_size, experiment.seed)

@@ -42,7 +42,7 @@ def measure(mode: str, batch_size: int, steps: int, latents: Latents, device: st
     torch.manual_seed(0)
     state = make_state(Prior(PriorConfig(), 256, 32).to(device), config)
     batches = latent_batches(latents, config, 0, 0, device=torch.device(device))
-    loop = train(state, batches, PriorObjective(DiffusionConfig(), 0.1, 0), config)
+    loop = train(state, batches, PriorObjective(DiffusionConfig(), PriorConfig(), 0), config)
     step = statistics.median([seconds(lambda: next(loop), device) for _ in range(steps + 2)][2:])
     loader = statistics.median([seconds(lambda: next(batches), device) for _ in range(20)])
     limit = matrix_rate(torch.bfloat16 if "precision" in MODES[mode] else torch.float32, device)

@@ -115,7 +115,7 @@ class Generator:
     ) -> Tensor:
         """Complete images from their known pixels, `count` times each.
 
-        A token is known only if its whole patch is. Unknown pixels are never looked at: before encoding, those of an
+        A token is known only if its whole patch is. Unknown pixels are never used: before encoding, those of an
         image are filled with the mean colour of its known ones.
 
         Args:

@@ -17,6 +17,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import UserError
 from bld_core.prior.model import PriorModel, make_model
+from bld_core.prior.older import SingleStepModel
 from bld_core.prior.transformer import PriorConfig
 from bld_core.storage import files
 from bld_core.training.checkpoint import CONFIG, load_weights, read_model_config
@@ -76,6 +77,7 @@ class PriorRecord:
         latents_hash: of the encoded data set.
         run: the MLflow run that trained it.
         metrics: of its last evaluation in training.
+        single_step: it is of target z_prev and from an early version, which had another network for it.
     """
 
     hash: str
@@ -86,10 +88,13 @@ class PriorRecord:
     latents_hash: str = ""
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    single_step: bool = False
 
     def model(self, code_shape: tuple[int, int, int]) -> PriorModel:
         """The model that it is, of codes (h, w, c)."""
         h, w, c = code_shape
+        if self.single_step:
+            return SingleStepModel(self.prior, self.diffusion, h * w, c)
         return make_model(self.prior, self.diffusion, h * w, c)
 
 
@@ -109,6 +114,8 @@ def read_autoencoder(folder: str) -> AutoencoderRecord:
 def read_prior(folder: str) -> PriorRecord:
     """The record of `<folder>/prior/final`; the errors are those of `read_model_config`."""
     found = _known(PriorRecord, read_model_config(files.join(folder, PRIOR)))
+    diffusion = found["diffusion"]
+    found["single_step"] = diffusion.get("target") == "z_prev" and "calibration" not in diffusion
     found["prior"] = PriorConfig(**found["prior"])
     found["diffusion"] = DiffusionConfig(**found["diffusion"])
     found["sampling"] = SamplingConfig(**found["sampling"])

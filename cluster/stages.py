@@ -15,7 +15,7 @@ from filelock import Timeout, UnixFileLock
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query
-from cluster.config.experiment import Experiment
+from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
 from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
@@ -85,7 +85,7 @@ def open_stage(
         record_url = files.join(folder, RECORD)
         record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
         outdated = fresh
-        if record is not None and (before := _public(record["fingerprint"])) != fingerprint:
+        if record is not None and (before := _as_of_now(_public(record["fingerprint"]), fingerprint)) != fingerprint:
             if on_change == "refuse":
                 raise UserError(_changes(folder, name, before, fingerprint))
             record, outdated = None, True
@@ -119,6 +119,11 @@ def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
         return without_secrets(without_query(value)) if isinstance(value, str) else value
 
     return {name: public(value) for name, value in fingerprint.items()}
+
+
+def _as_of_now(fingerprint: dict[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """A stored fingerprint, with the settings that an older version did not have yet."""
+    return {name: value for name, value in BEFORE.items() if name in now} | fingerprint
 
 
 def _anew(name: str) -> str:

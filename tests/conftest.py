@@ -192,9 +192,10 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
 def random_pair(
     root: Path, digits: dict[str, str], uri: str, *, autoencoder: int = 0, prior: int = 0, latents: str = "1"
 ) -> Experiment:
-    """An experiment whose networks have random weights, by their seeds: finished without training."""
+    """An experiment whose networks have random weights, by their seeds: finished without training; of groups."""
     experiment = small_experiment(root, digits, "pair")
-    experiment = replace(experiment, tracking=TrackingConfig(uri=uri))
+    joint = replace(experiment.prior, group=8)
+    experiment = replace(experiment, prior=joint, tracking=TrackingConfig(uri=uri))
     h, w, c = experiment.code_shape
     parts: list[tuple[str, int, nn.Module, dict[str, object]]] = [
         (

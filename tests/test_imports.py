@@ -270,12 +270,13 @@ from bld_core.data.images import stack
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.objective import AutoencoderObjective
 from bld_core.prior.binary import PriorObjective
+from bld_core.prior.transformer import PriorConfig
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import TINY_AUTOENCODER, tiny_autoencoder, tiny_prior, toy_batches, toy_images
 
 config = TrainingConfig(steps=10, batch_size=8, learning_rate=1e-3)
 state = make_state(tiny_prior(), config)
-reports = list(train(state, toy_batches(config, 20), PriorObjective(DiffusionConfig(), 0.1, 0), config))
+reports = list(train(state, toy_batches(config, 20), PriorObjective(DiffusionConfig(), PriorConfig(), 0), config))
 assert len(reports) == state.step == 10
 
 images = stack(toy_images(8))

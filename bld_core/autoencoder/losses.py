@@ -33,7 +33,7 @@ class LossConfig:
         adversarial_start: step from which the adversarial term counts; before it the weight is 0.
         adversarial_limit: upper clamp of the adaptive weight.
         critic_channels: feature channels of the critic's first layer.
-        critic_layers: convolutions of the critic that halve the resolution; 3 judge patches of 70 x 70 pixels.
+        critic_layers: convolutions of the critic that halve the resolution; 3 see patches of 70 x 70 pixels.
         critic_learning_rate: step size of the critic's optimizer.
         entropy: weight of the quantizer's entropy regulariser: surer bits, each of them used half of the time.
     """

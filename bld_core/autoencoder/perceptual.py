@@ -104,10 +104,10 @@ class Perceptual(nn.Module):
             float32 (B,), 0 or more; exactly 0 for a copy.
 
         Raises:
-            UserError: the shapes differ, do not fit, or an image leaves [-1, 1] or is NaN.
+            ValueError: the shapes differ or do not fit, or an image leaves [-1, 1] or is NaN.
         """
         if x_BCHW.shape != y_BCHW.shape or x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
-            raise UserError(
+            raise ValueError(
                 f"the perceptual loss got images {tuple(x_BCHW.shape)} and reconstructions {tuple(y_BCHW.shape)}; "
                 "both must be (B, 1 or 3, H, W)"
             )
@@ -118,7 +118,7 @@ class Perceptual(nn.Module):
             )
         low, high = (float(v) for v in x_BCHW.detach().aminmax())
         if not (x_BCHW.is_floating_point() and low >= -_RANGE and high <= _RANGE):
-            raise UserError(
+            raise ValueError(
                 f"the perceptual loss got {x_BCHW.dtype} images from {low:g} to {high:g}; they must be floats in "
                 "[-1, 1]: convert uint8 images with bld_core.data.images.to_float (x / 127.5 - 1; not to [0, 1], a "
                 "common mistake that no check can see)"

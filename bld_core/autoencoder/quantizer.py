@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bld_core.errors import UserError
 from bld_core.training.replicas import rank_and_world, sum_over_replicas
 
 
@@ -75,7 +74,7 @@ class BernoulliBottleneck(Bottleneck):
     def __init__(self, bits: int, entropy: float = 0.0, *, draw: bool = True) -> None:
         super().__init__()
         if entropy < 0:
-            raise UserError(
+            raise ValueError(
                 f"entropy of a Bernoulli bottleneck is {entropy}; a weight must be 0 (no such term) or more"
             )
         self.inputs = self.outputs = bits

@@ -103,7 +103,7 @@ class View(NamedTuple):
 
     Attributes:
         resize: its short side becomes this many times image_size.
-        left: of the square, as a share of the places that it can have, in [0, 1); unused where resize is 1.
+        left: of the square, as a share of the range that it can move in, in [0, 1); unused where resize is 1.
         top: the same, downwards.
         mirrored: left to right, after the cut.
     """
@@ -272,7 +272,7 @@ def read_batches(url: str, config: ImageConfig, size: int, skipped: Skipped) -> 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at the beginning of the first shards of a split has found.
+    """What the beginning of each of the first shards of a split holds.
 
     Attributes:
         urls: all shards of the split.
@@ -295,12 +295,12 @@ class Survey:
 
 
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
-    """The shards of a split, after the look that `survey_shards` takes, with its errors."""
+    """The shards of a split, as `survey_shards` finds them, with its errors."""
     return survey_shards(config, split).urls
 
 
 def survey_shards(config: ImageConfig, split: Literal["train", "validation"]) -> Survey:
-    """Look at the beginning of each shard of a split (of the first 64): its first image, and the classes.
+    """Read the beginning of each shard of a split (of the first 64): decode its first image, and see the classes.
 
     Raises:
         UserError: none configured, one that cannot be read, one that is no tar file, a shard without an image of the

@@ -34,7 +34,7 @@ class Reason(StrEnum):
 
 
 class Left(NamedTuple):
-    """One thing of a shard that is left out: a sample by its key, or a piece of the tar file by its place."""
+    """One thing of a shard that is left out: a sample by its key, or a piece of the tar file by its position."""
 
     reason: Reason
     key: str
@@ -81,7 +81,7 @@ class Skipped:
     def too_many(self, limit: float, *, whole: bool = True) -> bool:
         """Whether the share that is left out is above `limit`, which is data.max_skipped.
 
-        Where this is not the `whole` data set, fewer than 1,000 samples are judged as if they were as many.
+        Where this is not the `whole` data set, fewer than 1,000 samples count as if they were as many.
         """
         return self.total > limit * (self.seen if whole else max(self.seen, _COUNTED_AS))
 

@@ -63,22 +63,21 @@ def likelihood_bound(
     networks are compared on the same noise.
 
     Args:
-        denoiser: network of the process's target.
-        process: schedule and target.
+        denoiser: network of the process.
+        process: schedule, target and groups.
         codes: held-out, of any dtype; parts of a set keep their numbers in the set: see `merge_bounds`.
         grid: the noise levels that the chain visits, decreasing from T to 0, as `schedule.grid` gives them; None: all.
         seed: of the flips.
         batch_size: codes in one forward pass; changes nothing but memory.
 
     Raises:
-        UserError: fewer than two codes, a grid that is none, or one that skips levels for target z_prev.
+        UserError: fewer than two codes, or a grid that is none.
     """
     steps = process.schedule.steps
     grid = range(steps, -1, -1) if grid is None else grid
     levels = torch.tensor(list(reversed(grid)), device=codes.z_0.device)
     if len(levels) < 2 or levels[0] != 0 or levels[-1] != steps or bool((levels.diff() <= 0).any()):
         raise UserError(f"the grid is {list(grid)}; it must decrease from T = {steps} to 0")
-    process.check_grid(grid)
 
     def cost(part: CodeBatch, n: Tensor, repeat: int) -> Tensor:
         z = part.z_0

@@ -7,15 +7,16 @@ Words and letters, here and in the files beside this one:
     r: the posterior *probability* that a bit is flipped, given all of z_t, that bit too.
     evidence: e, the log-odds that the clean bit is the opposite of the bit seen in z_t, given the *other* bits of z_t
         (the cavity). `calibrate` adds the likelihood of the seen bit itself, and gives logit r.
-    target: what the network's output stands for (Table 7); `evidence_network` turns it into evidence.
+    target: what the network's output stands for (Table 7); `DiffusionProcess.evidence` turns it into evidence.
+    group: g neighbouring bits of a token that are judged jointly; `groups.py` says how. 1 is the paper.
     known: tokens that are given, clean, and told to the network, bool (B, N); None where none are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +24,21 @@ from torch import Tensor
 from bld_core.diffusion.schedule import NoiseSchedule, ScheduleName, make_schedule, schedule_from_betas
 from bld_core.errors import UserError
 
-_CERTAIN = 1e-12  # the least r that an output of target z_prev is read as: its logit stays finite
-
 Scalar = float | Tensor
 Target = Literal["flip", "z0", "z_prev"]
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (z_BNC, t/T of shape (B,), labels) -> logits (B, N, C)
+Calibration = Literal["bayes", "none"]
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (z_BNC, t/T of shape (B,), labels) -> its output
+
+
+class Evidence(NamedTuple):
+    """What the network says of z_t, whatever its target.
+
+    bits: e, (B, N, C).
+    residual: R, (B, N, C / g, 2^g): what it adds to the value v of each group of g bits; None where g = 1.
+    """
+
+    bits: Tensor
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,22 +48,38 @@ class DiffusionProcess:
     Attributes:
         schedule: the signal that is left at each noise level.
         target: what the network's output stands for (Table 7).
+        calibration: whether that is judged from the other bits, or from all of z_t.
+        group: bits that are judged jointly; it divides the bits of a token.
     """
 
     schedule: NoiseSchedule
-    target: Target = "flip"
+    target: Target = "z0"
+    calibration: Calibration = "bayes"
+    group: int = 1
 
-    def check_grid(self, grid: Sequence[int]) -> None:
-        """Whether the reverse process can take the steps of a grid, noise levels that decrease from T to 0.
+    def evidence(self, output: Tensor, z_t: Tensor, k_t: Scalar) -> Evidence:
+        """Table 7: what the network's output o says.
 
-        Raises:
-            UserError: the grid skips levels, and the target is z_prev.
+        flip:       the bits' part of it is the evidence: e = o.
+        z0, z_prev: it is the log-odds of z_0 = 1, given the other bits: e = (1 - 2 z_t) o.
+        Without calibration both are said given all bits, so that e is the one whose logit r they are.
+
+        Args:
+            output: of the network at t, (B, N, C); with groups (B, N, `output_size`), R behind the bits' part.
+            z_t: the code that the network saw.
+            k_t: signal at t.
         """
-        if self.target == "z_prev" and len(grid) - 1 != self.schedule.steps:
-            raise UserError(
-                f"{len(grid) - 1} sampling steps asked for with `target` z_prev, whose network knows single "
-                f"steps from t to t - 1 only: take all T = {self.schedule.steps} steps, or train with target flip or z0"
-            )
+        C = z_t.shape[-1]
+        e = output[..., :C] if self.target == "flip" else (1 - 2 * z_t) * output[..., :C]
+        if self.calibration == "none":
+            e = e - own_evidence(k_t, e)
+        residual = output[..., C:].unflatten(-1, (C // self.group, -1)) if self.group > 1 else None
+        return Evidence(e, residual)
+
+
+def output_size(bits: int, group: int) -> int:
+    """How many numbers a network gives for a token of so many bits: one a bit and, for g > 1, one a group's value."""
+    return bits if group == 1 else bits + bits // group * 2**group
 
 
 @dataclass(frozen=True)
@@ -92,17 +119,21 @@ class DiffusionConfig:
         schedule: how the signal k_t falls with t/T; "betas" takes it from `betas`.
         betas: flip rates beta_1..beta_T in (0, 1], one for each step, for the schedule "betas" alone; the signal that
             they leave at T may be 0.001 at most.
-        target: what the network predicts (Table 7): "flip", whether a bit differs from the clean one; "z0", the clean
-            bit; "z_prev", whether a bit changes between t and t - 1, which is trained by the variational term alone and
-            samples in all T steps only.
+        target: what the network predicts (Table 7): "z0", the clean bit; "flip", whether a bit differs from the clean
+            one, which at its best says the same and is learned more slowly; "z_prev", the clean bit, too, but trained
+            by the variational term alone, as the paper has it.
+        calibration: "bayes" has the network judge a bit from the other bits, and adds what the bit itself says in
+            closed form; "none" is the paper's own reading: the network judges it from all bits, and learns that, too.
         vlb_weight: lambda of Eq. 13, the weight of the variational term beside the residual term; 0 gives it no weight.
+            Target z_prev does not read it.
         balance: "flip" balances the two classes of the residual term, which gives low noise levels less weight.
     """
 
     steps: int = 64
     schedule: ScheduleName = "linear"
     betas: list[float] = field(default_factory=list)
-    target: Target = "flip"
+    target: Target = "z0"
+    calibration: Calibration = "bayes"
     vlb_weight: float = 0.1
     balance: Literal["none", "flip"] = "none"
 
@@ -111,12 +142,6 @@ class DiffusionConfig:
             raise UserError(f"`steps` is {self.steps}; it must be 4..1024 (the paper uses 64)", self)
         if self.vlb_weight < 0:
             raise UserError(f"`vlb_weight` is {self.vlb_weight}; it must be 0 or more (the paper uses 0.1)", self)
-        if self.target == "z_prev" and self.vlb_weight == 0:
-            raise UserError(
-                "`vlb_weight` is 0 with `target` z_prev, which has no residual term: nothing would be trained; set "
-                "vlb_weight above 0, or target to flip or z0",
-                self,
-            )
         if self.target == "z_prev" and self.balance != "none":
             raise UserError(
                 f"`balance` is {self.balance} with `target` z_prev, which has no residual term to balance; set balance "
@@ -134,11 +159,11 @@ class DiffusionConfig:
             )
         self.make_process()  # refuses betas that are no schedule
 
-    def make_process(self) -> DiffusionProcess:
-        """The process that this configuration names."""
+    def make_process(self, group: int = 1) -> DiffusionProcess:
+        """The process that this configuration names, for a network that judges groups of so many bits."""
         betas = self.schedule == "betas"
         schedule = schedule_from_betas(self.betas) if betas else make_schedule(self.schedule, self.steps)
-        return DiffusionProcess(schedule, self.target)
+        return DiffusionProcess(schedule, self.target, self.calibration, group)
 
 
 def transition(z_s: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
@@ -156,15 +181,19 @@ def corrupt(z_0: Tensor, k_t: Scalar, u: Tensor) -> tuple[Tensor, Tensor]:
     return z_t, (z_t - z_0).abs()
 
 
+def own_evidence(k_t: Scalar, like: Tensor) -> Tensor:
+    """log((1 - k_t) / (1 + k_t)): what a bit of z_t says of its own flip, as noise flips it with (1 - k_t) / 2."""
+    k = torch.as_tensor(k_t, dtype=torch.float64)  # a float stays on the CPU: a GPU need not wait for it
+    return (torch.log1p(-k) - torch.log1p(k)).to(like.dtype)
+
+
 def calibrate(evidence: Tensor, k_t: Scalar) -> Tensor:
     """Bayes' rule, logits in and logits out: logit r = e + log((1 - k_t) / (1 + k_t)).
 
-    Posterior odds are the odds from the other bits, e, times the likelihood ratio of the bit itself: noise flips a bit
-    with probability (1 - k_t) / 2. That ratio is known in closed form, so it is added and not learned.
+    Posterior odds are the odds from the other bits, e, times the likelihood ratio of the bit itself. That ratio is
+    known in closed form, so it is added and not learned.
     """
-    k = torch.as_tensor(k_t, dtype=torch.float64)  # a float stays on the CPU: a GPU need not wait for it
-    offset = torch.log1p(-k) - torch.log1p(k)
-    return evidence + offset.to(evidence.dtype)
+    return evidence + own_evidence(k_t, evidence)
 
 
 def reverse_flip_coefficients(k_s: Scalar, k_t: Scalar) -> tuple[Scalar, Scalar]:
@@ -176,6 +205,15 @@ def reverse_flip_coefficients(k_s: Scalar, k_t: Scalar) -> tuple[Scalar, Scalar]
     """
     beta = 1 - k_t / k_s
     return beta * (1 + k_s) / (2 * (1 - k_t)), beta * (1 - k_s) / (2 * (1 + k_t))
+
+
+def exact_coefficients(k_s: Scalar, k_t: Scalar, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as float64 probabilities, on a tensor's device: of small ones the logarithm is wanted, and of 1 - A."""
+    a, b = reverse_flip_coefficients(k_s, k_t)
+    return (
+        torch.as_tensor(a, dtype=torch.float64, device=like.device).clamp(0, 1),
+        torch.as_tensor(b, dtype=torch.float64, device=like.device).clamp(0, 1),
+    )
 
 
 def reverse_flip_probability(r: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
@@ -193,34 +231,6 @@ def reverse_flip_probability(r: Tensor, k_s: Scalar, k_t: Scalar) -> Tensor:
     return r * A + (1 - r) * B
 
 
-def to_evidence(output: Tensor, z_t: Tensor, k_s: Scalar, k_t: Scalar, target: Target) -> Tensor:
-    """Table 7: the evidence e that the network's output stands for.
-
-    flip:   the output is the evidence: e = output.
-    z0:     the output is the log-odds of z_0 = 1, given the other bits: e = (1 - 2 z_t) output.
-    z_prev: sigmoid(output) is P(z_s != z_t | z_t) for s = t - 1. The exact reverse step, solved for e:
-            r A + (1 - r) B = sigmoid(output). The left side lies in [B, A]; an output outside counts as the nearer end.
-
-    Args:
-        output: logits of the network at t.
-        z_t: the code that the network saw.
-        k_s: signal at t - 1; only z_prev reads it.
-        k_t: signal at t; only z_prev reads it.
-        target: of the network.
-
-    Returns:
-        Evidence logits, shaped like the output.
-    """
-    if target == "flip":
-        return output
-    if target == "z0":
-        return (1 - 2 * z_t) * output
-    A, B = reverse_flip_coefficients(k_s, k_t)
-    r = (torch.sigmoid(output.double()) - B) / (A - B)
-    logit_r = torch.logit(r, eps=_CERTAIN)
-    return (logit_r - calibrate(torch.zeros_like(logit_r), k_t)).to(output.dtype)
-
-
 def network_output(
     denoiser: Denoiser, z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None
 ) -> Tensor:
@@ -228,20 +238,3 @@ def network_output(
     if known is None:
         return denoiser(z_t, time, labels)
     return cast("Callable[..., Tensor]", denoiser)(z_t, time, labels, known)
-
-
-def evidence_network(denoiser: Denoiser, process: DiffusionProcess) -> Denoiser:
-    """Table 7: a network of any target as an evidence network, (z_BNC, t/T, labels) -> evidence logits.
-
-    Like the network itself, it takes a mask of known tokens as fourth argument, where there is one.
-    """
-    if process.target == "flip":
-        return denoiser
-    schedule = process.schedule
-
-    def evidence(z_t: Tensor, time: Tensor, labels: Tensor | None, known: Tensor | None = None) -> Tensor:
-        t = (time * schedule.steps).round().long()
-        output = network_output(denoiser, z_t, time, labels, known)
-        return to_evidence(output, z_t, schedule.signal(t - 1, z_t), schedule.signal(t, z_t), process.target)
-
-    return evidence

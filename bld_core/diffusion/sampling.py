@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bld_core.diffusion.groups import draw_flips, joint_log_posterior
 from bld_core.diffusion.process import (
     Denoiser,
     DiffusionProcess,
     calibrate,
-    evidence_network,
     network_output,
     reverse_flip_probability,
     transition,
@@ -124,7 +124,7 @@ class Known(NamedTuple):
     mask: Tensor
 
 
-def guided_evidence(
+def guided_output(
     denoiser: Denoiser,
     z_t: Tensor,
     time: Tensor,
@@ -132,7 +132,7 @@ def guided_evidence(
     guidance: float,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Classifier-free guidance on evidence logits: e = (1 + w) e_cond - w e_uncond, in one batched call.
+    """Classifier-free guidance: o = (1 + w) o_cond - w o_uncond, in one batched call; evidence is linear in the output.
 
     Both halves are told which tokens are known, bool (B, N); None tells nothing.
     """
@@ -158,9 +158,11 @@ def reverse_process(
 
         z_T ~ Bernoulli(1/2)
         for t > s along the grid T, ..., 0:
-            e = guided evidence of z_t
-            r = sigmoid(calibrate(e / tau, k_t))
+            e = evidence of the guided output at z_t, divided by tau
+            r = sigmoid(calibrate(e, k_t))
             flip each bit of z_t with probability r A + (1 - r) B, giving z_s
+
+    With groups the flips of each are drawn jointly, by r, and then r is 0 or 1: whether a bit is flipped.
 
     Known tokens are put into every state z_s, in one of two ways. Conditioned: clean, and the denoiser is told which
     they are. Replacement: as a draw from q(z_s | z_0); and then each step is taken again, `resample` times:
@@ -168,8 +170,8 @@ def reverse_process(
             draw z_t ~ q(z_t | z_s), and step from there to z_s as before
 
     Args:
-        denoiser: network of the process's target, (z_BNC, t/T, labels) -> logits; conditioned: (..., known mask).
-        process: schedule and target; temperature and guidance work on the evidence, whatever the target.
+        denoiser: network of the process, (z_BNC, t/T, labels) -> output; conditioned: (..., known mask).
+        process: schedule, target and groups; temperature and guidance work on all that the network says.
         shape: (tokens, bits) of a code.
         samples: which to draw. Noise is keyed on (seed, index, level, jump): a sample does not depend on its batch.
         config: the grid and the settings of the reverse process.
@@ -179,12 +181,10 @@ def reverse_process(
         Codes, float 0/1, (B, tokens, bits), on the device of the samples' index.
 
     Raises:
-        UserError: before the first state: a grid that is none, or one that skips levels for target z_prev; or a prior
-            that cannot be told what is known.
+        UserError: before the first state: a grid that is none, or a prior that cannot be told what is known.
     """
-    grid = config.make_grid(process.schedule)
-    process.check_grid(grid)
-    network, k = evidence_network(denoiser, process), process.schedule.k.tolist()
+    grid, k = config.make_grid(process.schedule), process.schedule.k.tolist()
+    groups = (shape[0], shape[1] // process.group)
     conditioned = known is not None and config.inpainting == "conditioned"  # "auto" is the prior's to decide
     told = known.mask if known is not None and conditioned else None
     jumps = 0 if known is None or conditioned else config.resample
@@ -200,15 +200,18 @@ def reverse_process(
         return torch.where(known.mask[..., None], bits, z)
 
     def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
-        # The posterior of each bit, then the exact reverse step.
+        # The posterior of z_0, then the exact reverse step.
         time = torch.full((len(z),), t / process.schedule.steps, device=z.device)
-        evidence = guided_evidence(network, z, time, samples.labels, config.guidance, told).float()
-        r = torch.sigmoid(calibrate(evidence / config.temperature, k[t]))
-        flip_probability = reverse_flip_probability(r, k[s], k[t])
-        if s == 0 and config.final == "mode":
-            flips = (flip_probability > 0.5).float()
+        mode, key = s == 0 and config.final == "mode", f"{t}" + (f" jump {jump}" if jump else "")
+        output = guided_output(denoiser, z, time, samples.labels, config.guidance, told).float() / config.temperature
+        evidence = process.evidence(output, z, k[t])
+        if evidence.residual is None:
+            r = torch.sigmoid(calibrate(evidence.bits, k[t]))
         else:
-            flips = draw(f"sampling step {t}" + (f" jump {jump}" if jump else ""), flip_probability)
+            u = None if mode else samples.uniforms(f"sampling groups {key}", groups)
+            r = draw_flips(joint_log_posterior(evidence, z, k[t]), u)
+        flip_probability = reverse_flip_probability(r, k[s], k[t])
+        flips = (flip_probability > 0.5).float() if mode else draw(f"sampling step {key}", flip_probability)
         return put_known((z - flips).abs(), s, jump)
 
     z = put_known(draw("sampling start", 0.5), grid[0])

@@ -31,13 +31,13 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         k = self.k
         if k.dtype != torch.float64 or k.ndim != 1 or len(k) < 2:
-            raise UserError(
+            raise ValueError(
                 f"k is {k.dtype} of shape {tuple(k.shape)}; a schedule is a float64 vector of steps + 1 >= 2 values"
             )
         if k[0] != 1 or bool((k.diff() >= 0).any()):
-            raise UserError("k must start at 1 and decrease at every step; check that every beta lies in (0, 1]")
+            raise ValueError("k must start at 1 and decrease at every step; check that every beta lies in (0, 1]")
         if not 0 <= k[-1] <= _LAST_K_LIMIT:
-            raise UserError(
+            raise ValueError(
                 f"k ends at {float(k[-1]):.4g}; it must end within {_LAST_K_LIMIT} of 0, or sampling would start "
                 "from the wrong distribution: use more steps or larger betas"
             )
@@ -114,7 +114,7 @@ def schedule_from_betas(betas: Sequence[float]) -> NoiseSchedule:
     """k_t = prod_{i<=t} (1 - beta_i) for given flip rates beta_1..beta_T (Eq. 4).
 
     Raises:
-        UserError: the product does not end within 1e-3 of 0.
+        ValueError: the product does not end within 1e-3 of 0.
     """
     k = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), k]))

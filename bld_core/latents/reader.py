@@ -24,7 +24,7 @@ from bld_core.storage.cache import read_verified
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 _READERS = 4  # files that are read and checked at a time, on top of the memory that the rows take
-_BESIDE_BITS = 64  # bytes a row: its label, its key and its place in the order
+_BESIDE_BITS = 64  # bytes a row: its label, its key and its position in the order
 _STAGES = ("latents",)  # where a message says so, they are to be made again
 
 
@@ -168,7 +168,7 @@ def open_latents(path: str, split: Split = "train") -> Latents:
 
 
 def open_splits(path: str, *splits: Split) -> list[Latents]:
-    """Several splits of an encoded data set, by one look at its manifest; the errors are those of `open_latents`."""
+    """Several splits of an encoded data set, with its manifest read once; the errors are those of `open_latents`."""
     location = files.join(path, MANIFEST)
     if not files.exists(location):
         raise MissingError(f"{location!r} is missing: encode the data set first", stages=_STAGES)

@@ -39,10 +39,11 @@ class FeatureMoments:
             features: (B, F), any device and any real type; B may be 0.
 
         Raises:
-            UserError: not (B, F), a number of features other than before, or a value that is not finite.
+            ValueError: not (B, F), or a number of features other than before.
+            UserError: a value that is not finite.
         """
         if features.ndim != 2:
-            raise UserError(
+            raise ValueError(
                 f"features have shape {tuple(features.shape)}; it must be (B, F), a row for each image: flatten each "
                 "image's features, or average them over positions"
             )
@@ -63,7 +64,7 @@ class FeatureMoments:
         """Add another worker's part.
 
         Raises:
-            UserError: another number of features.
+            ValueError: another number of features.
         """
         if not other.count:
             return
@@ -106,7 +107,8 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
         The distance, finite and at least 0, in squared units of the features.
 
     Raises:
-        UserError: fewer than 2 vectors, or feature vectors of different lengths.
+        UserError: fewer than 2 vectors.
+        ValueError: feature vectors of different lengths.
     """
     covariances = a.covariance, b.covariance
     _check_sizes(a, b)
@@ -125,7 +127,7 @@ def _factor(covariance: Tensor) -> Tensor:
 
 def _check_sizes(a: FeatureMoments, b: FeatureMoments) -> None:
     if len(a.mean) != len(b.mean):
-        raise UserError(
+        raise ValueError(
             f"feature vectors of lengths {len(a.mean)} and {len(b.mean)}; they must be equal: take both sets from the "
             "same layer of the same extractor"
         )

@@ -16,6 +16,8 @@ from bld_core.noise import uniform
 from bld_core.prior.transformer import Prior, PriorConfig, drop_labels
 from bld_core.training.loop import Batch, Objective, TrainState
 
+_CODES_AT_ONCE = 64  # in a pass of the bound: on a CPU, more of them leave its cache, with groups most of all
+
 
 def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
     """The tokens that training keeps clean: a sample, keyed on its global index, gets some with probability `share`.
@@ -39,18 +41,16 @@ def draw_known(index: Tensor, tokens: int, share: float, seed: int) -> Tensor:
 class PriorObjective:
     """Eq. 13 on cached codes, with label dropout and, in a share of the samples, with known tokens."""
 
-    def __init__(self, diffusion: DiffusionConfig, label_dropout: float, seed: int, known_share: float = 0.0) -> None:
-        self.diffusion = diffusion
-        self.process = diffusion.make_process()
-        self.label_dropout = label_dropout
-        self.known_share = known_share
-        self.seed = seed
+    def __init__(self, diffusion: DiffusionConfig, prior: PriorConfig, seed: int) -> None:
+        self.diffusion, self.prior, self.seed = diffusion, prior, seed
+        self.process = diffusion.make_process(prior.group)
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "residual", "vlb"}, in nats a bit."""
         z_0, index = batch.data.float(), batch.sample_index
-        codes = CodeBatch(z_0, drop_labels(batch.labels, index, self.label_dropout, self.seed), index)
-        known = draw_known(index, z_0.shape[1], self.known_share, self.seed) if self.known_share else None
+        codes = CodeBatch(z_0, drop_labels(batch.labels, index, self.prior.label_dropout, self.seed), index)
+        share = self.prior.known_share
+        known = draw_known(index, z_0.shape[1], share, self.seed) if share else None
         return diffusion_loss(state, self.process, codes, self.diffusion, self.seed, known)
 
 
@@ -58,8 +58,19 @@ class BinaryModel:
     """The paper's: Bernoulli diffusion over the bits (Section 4)."""
 
     def __init__(self, config: PriorConfig, diffusion: DiffusionConfig, tokens: int, bits: int) -> None:
+        if bits % config.group:
+            raise UserError(
+                f"`group` is {config.group}; it must divide the {bits} bits of a token: set it to 1", config
+            )
+        if config.group > 1 and diffusion.balance != "none":
+            raise UserError(
+                f"`balance` is {diffusion.balance} with `group` {config.group}, whose values have no two classes to "
+                "balance: set balance to none, or group to 1",
+                config,
+                diffusion,
+            )
         self.config, self.diffusion, self.shape = config, diffusion, (tokens, bits)
-        self.process = diffusion.make_process()
+        self.process = diffusion.make_process(config.group)
 
     def network(self) -> nn.Module:
         """A freshly initialised network."""
@@ -67,23 +78,21 @@ class BinaryModel:
 
     def objective(self, seed: int) -> Objective:
         """Eq. 13."""
-        return PriorObjective(self.diffusion, self.config.label_dropout, seed, self.config.known_share)
+        return PriorObjective(self.diffusion, self.config, seed)
 
     def bound(self, network: nn.Module, codes: CodeBatch, seed: int, sampling: SamplingConfig | None = None) -> Bound:
         """The bound of all T steps, or of the grid of `sampling`."""
         grid = None if sampling is None else sampling.make_grid(self.process.schedule)
-        return likelihood_bound(network, self.process, codes, grid, seed)
+        return likelihood_bound(network, self.process, codes, grid, seed, _CODES_AT_ONCE)
 
     def steps(self, sampling: SamplingConfig, completing: bool = False) -> int:
         """Those of the grid; to complete codes may take some of them several times.
 
         Raises:
-            UserError: a grid that is none, or one that skips levels for target z_prev.
+            UserError: a grid that is none.
         """
         del completing
-        grid = sampling.make_grid(self.process.schedule)
-        self.process.check_grid(grid)
-        return len(grid) - 1
+        return len(sampling.make_grid(self.process.schedule)) - 1
 
     def sample(
         self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None

@@ -333,12 +333,12 @@ def write_json(url: str, data: dict[str, Any]) -> None:
     """Write a JSON object, indented, keys in the order given, committed.
 
     Raises:
-        UserError: NaN or infinity in it, which other programs than Python's cannot read; nothing is written.
+        ValueError: NaN or infinity in it, which other programs than Python's cannot read; nothing is written.
     """
     try:
         text = json.dumps(data, indent=2, allow_nan=False)
     except ValueError as error:
-        raise UserError(
+        raise ValueError(
             f"{url!r} cannot hold what it is to hold ({error}): a number in it has become NaN or infinite; look at the "
             "step that made it"
         ) from error

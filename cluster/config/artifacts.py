@@ -98,30 +98,45 @@ def open_encoded(experiment: Experiment, folder: str = "") -> Artifacts:
     if len(codes.held_out) < 2:
         raise UserError(
             f"{len(codes.held_out)} validation codes in {folder!r}; the likelihood bound and its error need at least "
-            "2: add images to data.validation and encode again with --fresh"
+            "2: add images to data.validation and encode again",
+            stages=("latents",),
         )
     made_by = codes.train.manifest.autoencoder_hash
     if made_by != autoencoder.hash:
         raise UserError(
             f"the latents in {folder!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
-            f"{autoencoder.hash[:12]}: run encode_latents.py --fresh"
+            f"{autoencoder.hash[:12]}: encode the data set again",
+            stages=("latents",),
         )
     return Artifacts(autoencoder, codes=codes)
 
 
-def open_pair(experiment: Experiment) -> Artifacts:
-    """The finished pair, whatever this configuration says of it now.
+def open_trained(experiment: Experiment) -> Artifacts:
+    """The finished autoencoder, and the prior where there is one, whatever this configuration says of them now.
 
     Raises:
-        MissingError: a stage is not finished.
+        MissingError: stage 1 is not finished.
         UserError: prior and autoencoder do not belong together.
     """
     folder = experiment.folder
+    autoencoder = read_autoencoder(folder)
     if not has_prior(folder):
-        raise MissingError(f"{folder!r} has no finished prior: run stage2_prior.py first")
-    autoencoder, prior = read_autoencoder(folder), read_prior(folder)
+        return Artifacts(autoencoder)
+    prior = read_prior(folder)
     check_prior(folder, prior, autoencoder)
     return Artifacts(autoencoder, prior)
+
+
+def open_pair(experiment: Experiment) -> Artifacts:
+    """Autoencoder and prior, both finished; the errors are those of `open_trained`, and
+
+    Raises:
+        MissingError: stage 2 is not finished.
+    """
+    found = open_trained(experiment)
+    if found.prior is None:
+        raise MissingError(f"{experiment.folder!r} has no finished prior: train it first", stages=("prior",))
+    return found
 
 
 def open_finished(experiment: Experiment) -> Artifacts:
@@ -131,19 +146,17 @@ def open_finished(experiment: Experiment) -> Artifacts:
         MissingError: stage 1 is not finished, or the latents of the prior are missing.
         UserError: autoencoder, configuration, latents and prior do not belong together.
     """
-    folder = experiment.folder
-    autoencoder = read_autoencoder(folder)
-    trained = has_prior(folder)
-    experiment.check_autoencoder(autoencoder, binary=trained)
-    if not trained:
-        return Artifacts(autoencoder)
-    prior = read_prior(folder)
-    check_prior(folder, prior, autoencoder)
+    folder, trained = experiment.folder, open_trained(experiment)
+    autoencoder, prior = trained.autoencoder, trained.prior
+    experiment.check_autoencoder(autoencoder, binary=prior is not None)
+    if prior is None:
+        return trained
     codes = open_codes(folder)
     if codes.train.hash != prior.latents_hash:
         raise UserError(
             f"the prior in {folder!r} was trained on latents {prior.latents_hash[:12]}, but those there are "
-            f"{codes.train.hash[:12]}: bring the former back, or train the prior on these by stage2_prior.py --fresh"
+            f"{codes.train.hash[:12]}: bring the former back, or train the prior on these again",
+            stages=("prior",),
         )
     return Artifacts(autoencoder, prior, codes)
 

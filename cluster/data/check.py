@@ -22,7 +22,7 @@ class Shards(NamedTuple):
 
 
 def check_data(experiment: Experiment) -> Shards:
-    """Look at the beginning of the first shards of both splits, and compare it with what all stages ask for.
+    """Read the beginning of the first shards of both splits, and compare it with what all stages ask for.
 
     Of large data sets that is not all: then a stage may still find later what is not to be seen here.
 

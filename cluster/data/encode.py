@@ -175,7 +175,8 @@ class Encoder:
         if trained.record.hash != manifest.autoencoder_hash:
             raise UserError(
                 f"the autoencoder in {experiment.folder!r} is {trained.record.hash[:12]}, but this job began with "
-                f"{manifest.autoencoder_hash[:12]}: it was trained again meanwhile; run encode_latents.py again"
+                f"{manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
+                stages=("latents",),
             )
         self.autoencoder = trained.network
         self.turn = threading.Lock()
@@ -235,7 +236,7 @@ def verify_latents(experiment: Experiment) -> str:
     folder = files.join(experiment.folder, "latents")
     location = files.join(folder, MANIFEST)
     if not files.exists(location):
-        raise MissingError(f"{location!r} is missing: the data set is not encoded; run encode_latents.py first")
+        raise MissingError(f"{location!r} is missing: encode the data set first", stages=("latents",))
     listed_files = Manifest.from_json(files.read_json(location)).files
     listed = {file.file for file in listed_files}
     due = {job.file for job in _jobs(experiment)}

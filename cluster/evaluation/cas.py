@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.data.images import EXTENSIONS, check_shards, first_images, read_batches, stack, to_float
+from bld_core.data.images import EXTENSIONS, first_images, read_batches, stack, to_float
 from bld_core.data.skipped import Skipped
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -17,7 +17,7 @@ from bld_core.training.checkpoint import CONFIG, read_model_config
 from bld_core.training.loop import Batch, Objective, TrainState
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
-from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
+from cluster.training.tasks import Evaluation, ImageTask, Worker
 from cluster.training.train import FINAL, fit
 
 _FOLDER, _STAGE = "cas", "classifier"
@@ -67,16 +67,22 @@ def cas_experiment(experiment: Experiment) -> Experiment:
     )
 
 
-class CasTask(AutoencoderTask):
-    """ResNet-50 from scratch on images of the classes that they were asked for, augmented as in stage 1."""
+class CasTask(ImageTask):
+    """ResNet-50 from scratch on images of the classes that they were asked for, augmented as in stage 1.
+
+    Args:
+        experiment: `cas_experiment`.
+        held_out: shards of held-out images with classes.
+    """
+
+    def __init__(self, experiment: Experiment, held_out: Sequence[str]) -> None:
+        super().__init__(experiment)
+        self.held_out = held_out
 
     def network(self) -> nn.Module:
         from torchvision.models import resnet50
 
         return resnet50(num_classes=self.experiment.prior.classes)
-
-    def critic(self) -> None:
-        """None."""
 
     def objective(self, worker: Worker) -> Objective:
         def cross_entropy(state: TrainState, batch: Batch) -> dict[str, Tensor]:
@@ -87,7 +93,7 @@ class CasTask(AutoencoderTask):
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         """How often the true class of a held-out image is the likeliest, or among the five likeliest; in percent."""
         data, hits, seen = self.experiment.data, torch.zeros(2, dtype=torch.int64), 0
-        for url in check_shards(data, "validation"):
+        for url in self.held_out:
             for some in read_batches(url, data, self.experiment.latents.batch_size, Skipped()):
                 logits = network(_planes(stack(some).to(device))).cpu()
                 hits += hits_of(logits, [image.label for image in some])
@@ -106,16 +112,17 @@ def hits_of(logits: Tensor, labels: Sequence[int]) -> Tensor:
     return torch.stack([likeliest[:, 0].sum(), likeliest.any(1).sum()])
 
 
-def measure_cas(experiment: Experiment, identity: Mapping[str, object]) -> dict[str, float]:
-    """Samples in evaluation/cas/samples -> the figures cas_top1 and cas_top5, in percent, by a Ray Train job.
+def measure_cas(experiment: Experiment, held_out: Sequence[str], identity: Mapping[str, object]) -> dict[str, float]:
+    """Samples in evaluation/cas/samples -> the metrics cas_top1 and cas_top5, in percent, by a Ray Train job.
 
     Args:
         experiment: `cas_experiment`.
+        held_out: shards of held-out images.
         identity: what the samples were made by.
     """
     fingerprint = {**identity} | experiment.fingerprint("data", "augmentation", "autoencoder_training")
     with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo") as stage:
         if not stage.done:
-            fit(stage, CasTask(experiment), {"classes": experiment.prior.classes})
+            fit(stage, CasTask(experiment, held_out), {"classes": experiment.prior.classes})
         metrics = read_model_config(files.join(stage.folder, FINAL))["metrics"]
         return {name: metrics[name] for name in ("cas_top1", "cas_top5")}

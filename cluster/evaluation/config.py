@@ -105,7 +105,7 @@ class EvaluationConfig:
             "frechet": (2, "for a covariance"),
             "classifier": (2, "for a covariance"),
             "dinov2_sha256": (2, "for a covariance"),
-            "precision_recall": (NEIGHBOURHOOD + 1, f"which looks at the {NEIGHBOURHOOD} nearest others"),
+            "precision_recall": (NEIGHBOURHOOD + 1, f"which takes the {NEIGHBOURHOOD} nearest others"),
             "inception_score": (SPLITS, "one for each of its splits"),
             "kid": (KERNEL_SUBSET, "for its subsets of as many"),
             "bootstrap": (RESAMPLED, "as a replicate of fewer may hold too few for a covariance"),
@@ -147,7 +147,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """The studies: what they compare, and how much they look at.
+    """The studies: what they compare, and on how many samples and codes.
 
     Args:
         training_steps: training steps of each variant of the prior; 0 takes those of prior_training, and then the
@@ -157,7 +157,7 @@ class StudyConfig:
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
             evaluation.frechet is false.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
-        steps: numbers of sampling steps of the study steps; those above T are left out.
+        steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
         temperatures: values of sampling.temperature of the study temperature.
     """
 

@@ -18,7 +18,6 @@ from bld_core.diffusion.bound import Bound, merge_bounds
 from bld_core.errors import MissingError, UserError
 from bld_core.storage import files
 from bld_core.storage.weights import VGG16
-from bld_core.trained import has_prior, read_autoencoder, read_prior
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import CALLS, Evaluator, Reconstruct, Reconstructions, SampleFeatures
@@ -45,14 +44,16 @@ class Inputs:
     Attributes:
         experiment: its configuration.
         artifacts: the autoencoder; with a prior, that and its latents.
-        shards: validation shards.
+        shards: of held-out images.
+        train_shards: of training images, where samples are compared with them; else none.
         spaces: in whose features images are compared.
         identity: what decides the report.
     """
 
     experiment: Experiment
     artifacts: Artifacts
-    shards: Sequence[str]
+    shards: list[str]
+    train_shards: list[str]
     spaces: Sequence[Space]
     identity: Mapping[str, object]
 
@@ -111,7 +112,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
             files.write_json(measured_url, report | about)
         report = files.read_json(measured_url)
         if inputs.has_prior and experiment.evaluation.cas_steps:
-            report["figures"] |= measure_cas(cas_experiment(experiment), fingerprint)
+            report["figures"] |= measure_cas(cas_experiment(experiment), inputs.shards, fingerprint)
         for name in report.pop("pictures"):
             picture = Image.open(io.BytesIO(files.read_bytes(files.join(stage.folder, name))))
             stage.run.picture(picture, name)
@@ -140,18 +141,22 @@ def _open(experiment: Experiment) -> Inputs:
         "vgg_sha256": loss.vgg_sha256,
         "shards": files.fingerprint(shards),
     }
+    train_shards: list[str] = []
     if spaces or (has_prior and (config.neighbours or config.class_accuracy)):
-        identity["train_shards"] = files.fingerprint(files.expand(data.train))
+        train_shards = check_shards(data, "train")
+        identity["train_shards"] = files.fingerprint(train_shards)
     if config.classifier:
         identity["classifier_steps"] = experiment.study.classifier_steps
-    return Inputs(experiment, artifacts, shards, spaces, identity)
+    return Inputs(experiment, artifacts, shards, train_shards, spaces, identity)
 
 
 def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """What the report says of reconstructions and, where there is a prior, of bound and samples; and its pictures."""
     experiment = inputs.experiment
     config, size = experiment.evaluation, experiment.data.image_size
-    references = [make_reference(experiment, space) for space in inputs.spaces] if inputs.has_prior else []
+    references: list[Reference] = []
+    if inputs.has_prior:
+        references = [make_reference(experiment, s, inputs.train_shards, inputs.shards) for s in inputs.spaces]
     check_references(config, references)
     found = _measure(inputs, references, stage)
     reconstructions = found.reconstructions
@@ -178,32 +183,35 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     report["sampling"] = {**asdict(experiment.sampling), "steps": steps}
     report["references"] = {made.space.name: made.hash for made in references}
     if config.neighbours:
-        near = find_neighbours(experiment, shown, list(inputs.spaces))
+        near = find_neighbours(experiment, inputs.train_shards, shown, inputs.spaces)
         figures |= near.figures
         pictures["neighbours.png"], report["neighbours_by"] = near.picture, near.space
     return report, pictures
 
 
-def read_report(experiment: Experiment) -> dict[str, Any]:
-    """The report of the pair, or of the autoencoder, that is in the experiment's folder now.
+def read_report(folder: str, trained: Artifacts) -> dict[str, Any]:
+    """The report of what is trained.
+
+    Args:
+        folder: of the experiment.
+        trained: the autoencoder, and the prior where there is one.
 
     Raises:
         MissingError: not evaluated yet.
         UserError: the report is about other weights.
     """
-    folder = experiment.folder
     url = files.join(folder, "evaluation", _REPORT)
     if not files.exists(url):
-        raise MissingError(f"{url!r} is missing: run evaluate.py first")
+        raise MissingError(f"{url!r} is missing: evaluate first", stages=("evaluation",))
     report = files.read_json(url)
-    hashes = {"autoencoder_hash": read_autoencoder(folder).hash}
-    if has_prior(folder):
-        hashes["prior_hash"] = read_prior(folder).hash
-    for part, trained in hashes.items():
-        if report.get(part) != trained:
+    hashes = {"autoencoder_hash": trained.autoencoder.hash}
+    if trained.prior is not None:
+        hashes["prior_hash"] = trained.prior.hash
+    for part, its in hashes.items():
+        if report.get(part) != its:
             raise UserError(
-                f"{url!r} has {part} {str(report.get(part))[:12]}, but the trained one is {trained[:12]}: run "
-                "evaluate.py again"
+                f"{url!r} has {part} {str(report.get(part))[:12]}, but the trained one is {its[:12]}: evaluate again",
+                stages=("evaluation",),
             )
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from bld_core.data.images import check_shards, first_images, read_batches, stack
+from bld_core.data.images import first_images, read_batches, stack
 from bld_core.data.pictures import fitting, grid
 from bld_core.data.skipped import Skipped
 from cluster.config.experiment import Experiment
@@ -86,11 +87,14 @@ class Neighbours:
     picture: Image
 
 
-def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]) -> Neighbours:
+def find_neighbours(
+    experiment: Experiment, shards: Sequence[str], samples: Tensor, spaces: Sequence[Space]
+) -> Neighbours:
     """The training images nearest to samples, in the first of `spaces`, or by their pixels where there is none.
 
     Args:
-        experiment: its training shards are read, its first held-out images compared with.
+        experiment: its first held-out images are compared with.
+        shards: of training images.
         samples: uint8 (B, H, W, channels), of which the first 32 count.
         spaces: where there are extractors; the classifier is trained already.
     """
@@ -100,8 +104,7 @@ def find_neighbours(experiment: Experiment, samples: Tensor, spaces: list[Space]
     space = spaces[0] if spaces else None
     arguments = (experiment, space, torch.cat([samples, held_out]), config.neighbours)
     found: Nearest | None = None
-    urls = check_shards(data, "train")
-    for part in map_on_actors(Finder, arguments, "find", urls, experiment.cluster, "neighbours"):
+    for part in map_on_actors(Finder, arguments, "find", shards, experiment.cluster, "neighbours"):
         if part is not None:
             found = part if found is None else found.merge(part, config.neighbours)
     assert found is not None, "a prior was trained on these images"

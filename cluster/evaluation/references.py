@@ -1,9 +1,10 @@
-"""What samples are compared with: real images in the features of an extractor, looked at once for each data set."""
+"""What samples are compared with: features of real images by an extractor, taken once for each data set."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ class ShardFeatures(NamedTuple):
 
 
 class FeatureActor:
-    """An actor that looks at real images through an extractor; images never leave it."""
+    """An actor that takes the features of real images; images never leave it."""
 
     def __init__(self, experiment: Experiment, space: Space) -> None:
         experiment.cluster.limit_threads()
@@ -199,7 +200,7 @@ class Reference:
     figures: dict[str, float]
 
 
-def make_reference(experiment: Experiment, space: Space) -> Reference:
+def make_reference(experiment: Experiment, space: Space, train: list[str], held_out: list[str]) -> Reference:
     """Image shards -> what is said of them in a space, made once for these images and this extractor.
 
     In the space of a published extractor it lies in <root>/references/<space>-<hash>, for all experiments on the same
@@ -208,15 +209,19 @@ def make_reference(experiment: Experiment, space: Space) -> Reference:
     the extractor, and where it is the classifier, that is trained here. Memory grows with the features that are kept,
     8 KiB an image in Inception's space, 16 in VGG16's, and none for Frechet distances alone.
 
+    Args:
+        experiment: its configuration.
+        space: that `check_space` has found everything for.
+        train: shards of training images.
+        held_out: shards of held-out images.
+
     Raises:
-        UserError: as `check_space`, or too many images that cannot be read.
+        UserError: too many images that cannot be read.
     """
-    data, config = experiment.data, experiment.evaluation
-    check_space(experiment, space)
-    shards = {split: check_shards(data, split) for split in ("train", "validation")}
+    config = experiment.evaluation
     fingerprint = {
         **experiment.fingerprint("data"),
-        "shards": files.fingerprint([*shards["train"], *shards["validation"]]),
+        "shards": files.fingerprint([*train, *held_out]),
         "extractor": space.sha256 or f"classifier {experiment.study.classifier_steps}",
         "features": config.features_kept,
     }
@@ -227,7 +232,7 @@ def make_reference(experiment: Experiment, space: Space) -> Reference:
         owner, name = replace(experiment, name=_SHARED), f"{space.name}-{digest[:12]}"
     with open_stage(owner, name, fingerprint, _RESULT, on_change="redo") as stage:
         if not stage.done:
-            _make(experiment, space, shards, stage)
+            _make(experiment, space, train, held_out, stage)
         made = files.read_json(files.join(stage.folder, _RESULT))
         moments, features = FeatureMoments(), torch.zeros(0)
         if space.has_moments:
@@ -238,38 +243,38 @@ def make_reference(experiment: Experiment, space: Space) -> Reference:
         return Reference(space, stage.folder, made["hash"], moments, features, made["figures"])
 
 
-def _make(experiment: Experiment, space: Space, shards: dict[str, list[str]], stage: Stage) -> None:
-    """Train the classifier where it is the extractor, look at all images, and write what was seen."""
+def _make(experiment: Experiment, space: Space, train: list[str], held_out: list[str], stage: Stage) -> None:
+    """Train the classifier where it is the extractor, take the features of all images, and write their moments."""
     figures: dict[str, float] = {}
     if space.name == "classifier":
         folder = files.join(stage.folder, "classifier")
         work = map_on_actors(ClassifierTrainer, (experiment,), "train", [folder], experiment.cluster, "classifier")
         [figures["classifier_accuracy"]] = work
     kept = experiment.evaluation.features_kept
-    pieces = [TakeFeatures(url, kept) for url in shards["train"]]
+    pieces = [TakeFeatures(url, kept) for url in train]
     if space.has_moments:
-        pieces += [TakeFeatures(url, 0) for url in shards["validation"]]
-    train, held_out, chosen, skipped = FeatureMoments(), FeatureMoments(), Selection(kept), Skipped()
+        pieces += [TakeFeatures(url, 0) for url in held_out]
+    of_train, of_held_out, chosen, skipped = FeatureMoments(), FeatureMoments(), Selection(kept), Skipped()
     work = map_on_actors(
         FeatureActor, (experiment, space), "take", pieces, experiment.cluster, f"images to {space.name}"
     )
     for number, seen in enumerate(work):
-        (train if number < len(shards["train"]) else held_out).merge(seen.moments)
+        (of_train if number < len(train) else of_held_out).merge(seen.moments)
         chosen.merge(seen.kept)
         skipped.merge(seen.skipped)
     skipped.check(experiment.data.max_skipped)
     digests: list[str] = []
     if space.has_moments:
-        figures[f"{space.metric_name('fd')}_held_out"] = frechet_distance(train, held_out)
-        digests.append(_save(stage, _MOMENTS, {"mean": train.mean, "scatter": train.scatter}))
+        figures[f"{space.metric_name('fd')}_held_out"] = frechet_distance(of_train, of_held_out)
+        digests.append(_save(stage, _MOMENTS, {"mean": of_train.mean, "scatter": of_train.scatter}))
         statistics = io.BytesIO()
-        np.savez(statistics, mu=train.mean.numpy(), sigma=train.covariance.numpy())
+        np.savez(statistics, mu=of_train.mean.numpy(), sigma=of_train.covariance.numpy())
         files.write_bytes(files.join(stage.folder, _STATISTICS), statistics.getvalue())
     if kept:
         digests.append(_save(stage, _FEATURES, {"features": chosen.features}))
     stage.run.metrics(figures, 0)
     made = {"space": space.name, "sha256": space.sha256, "hash": files.sha256("".join(digests).encode())}
-    images = train.count if space.has_moments else len(chosen.features)
+    images = of_train.count if space.has_moments else len(chosen.features)
     files.write_json(files.join(stage.folder, _RESULT), made | {"images": images, "figures": figures})
 
 
@@ -279,13 +284,12 @@ def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:
     return files.sha256(data)
 
 
-def make_references(experiment: Experiment) -> list[Reference]:
-    """The references of all spaces that `evaluation` asks for.
+def make_references(experiment: Experiment, spaces: Sequence[Space]) -> list[Reference]:
+    """The training images in each of `spaces`, once what these need has been found.
 
     Raises:
-        UserError: it asks for none.
+        UserError: no space, or as `check_space`, `check_shards` and `make_reference`.
     """
-    spaces = spaces_of(experiment)
     if not spaces:
         raise UserError(
             "evaluation asks for no space to compare images in: set evaluation.frechet (Inception), or "
@@ -293,4 +297,5 @@ def make_references(experiment: Experiment) -> list[Reference]:
         )
     for space in spaces:
         check_space(experiment, space)
-    return [make_reference(experiment, space) for space in spaces]
+    train, held_out = (check_shards(experiment.data, split) for split in ("train", "validation"))
+    return [make_reference(experiment, space, train, held_out) for space in spaces]

@@ -21,14 +21,14 @@ from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
-from cluster.evaluation.references import Reference, Space, make_reference
+from cluster.evaluation.references import Reference, Space, make_references
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
 from cluster.stages import open_stage
 from cluster.training.train import train_prior
 
-StudyName = Literal["lambda", "targets", "schedule", "steps", "temperature", "samplers"]
+StudyName = Literal["lambda", "targets", "groups", "schedule", "steps", "temperature", "samplers"]
 _STRIDES = (4, 8, 16, 32, 64)
 _RECONSTRUCTIONS = "rows/reconstructions.json"
 _SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
@@ -41,7 +41,11 @@ _PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     ),
     "targets": (
         "FID, recall; Table 7, LSUN Churches",
-        {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)},
+        {
+            f"{target}{reading}": figures
+            for reading in ("", ", uncalibrated")
+            for target, figures in {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)}.items()
+        },
     ),
     "samplers": (
         "FID of LSUN Churches, of FFHQ; Table 5",
@@ -63,7 +67,8 @@ class StudyRow:
         experiment: the prior lies in its folder.
         sampling: how its samples are drawn.
         bounds: which likelihood bounds are measured, by the name of the figure.
-        x: its place in the plot; None takes the label.
+        x: its position in the plot; None takes the label.
+        line: names the line of the plot that it lies on; empty is the only one.
     """
 
     label: str
@@ -71,6 +76,7 @@ class StudyRow:
     sampling: SamplingConfig
     bounds: dict[str, MeasureBound] = field(default_factory=dict)
     x: float | None = None
+    line: str = ""
 
 
 def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
@@ -98,21 +104,38 @@ def _lambda(experiment: Experiment) -> list[StudyRow]:
 
 
 def _targets(experiment: Experiment) -> list[StudyRow]:
-    """All of them sample in all T steps, for z_prev must."""
-    sampling = replace(experiment.sampling, steps=experiment.diffusion.steps, grid=[])
+    """With calibration, and in the paper's own reading; single bits, as in the paper."""
+    prior = replace(experiment.prior, group=1)
     rows: list[StudyRow] = []
-    for target in ("flip", "z0", "z_prev"):
-        diffusion = replace(experiment.diffusion, target=target)
-        variant = _variant(experiment, target, diffusion=diffusion, sampling=sampling)
-        rows.append(StudyRow(target, variant, sampling, _whole_bound(experiment)))
+    for calibration, reading in (("bayes", ""), ("none", ", uncalibrated")):
+        for target in ("flip", "z0", "z_prev"):
+            diffusion = replace(experiment.diffusion, target=target, calibration=calibration, balance="none")
+            label = f"{target}{reading}"
+            variant = _variant(experiment, label.replace(", ", "-"), prior=prior, diffusion=diffusion)
+            rows.append(StudyRow(label, variant, experiment.sampling, _whole_bound(experiment)))
+    return rows
+
+
+def _groups(experiment: Experiment) -> list[StudyRow]:
+    """A row for each group and number of steps, few of them first, where groups matter most."""
+    rows: list[StudyRow] = []
+    for group in (1, 8):
+        prior, diffusion = replace(experiment.prior, group=group), replace(experiment.diffusion, balance="none")
+        variant = _variant(experiment, f"group{group}", prior=prior, diffusion=diffusion)
+        for steps in experiment.study.steps:
+            if steps <= diffusion.steps:
+                sampling = replace(experiment.sampling, steps=steps, grid=[])
+                bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
+                rows.append(StudyRow(f"{group}, {steps}", variant, sampling, bounds, steps, f"group of {group}"))
     return rows
 
 
 def _samplers(experiment: Experiment) -> list[StudyRow]:
     rows: list[StudyRow] = []
     for model in ("binary", "autoregressive", "absorbing"):
-        known_share = experiment.prior.known_share if model == "binary" else 0.0
-        variant = _variant(experiment, model, prior=replace(experiment.prior, model=model, known_share=known_share))
+        plain = {} if model == "binary" else {"known_share": 0.0, "group": 1}
+        prior = replace(experiment.prior, model=model, **plain)
+        variant = _variant(experiment, model, prior=prior)
         rows.append(StudyRow(model, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 
@@ -159,6 +182,7 @@ def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
 _STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
     "lambda": ("diffusion.vlb_weight", _lambda),
     "targets": ("diffusion.target", _targets),
+    "groups": ("prior.group, sampling.steps", _groups),
     "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
     "steps": ("sampling.steps", _steps),
     "temperature": ("sampling.temperature", _temperature),
@@ -193,7 +217,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
     codes = open_encoded(experiment).codes
     assert codes is not None, "`open_encoded` opens them"
-    reference = make_reference(experiment, _space(experiment))
+    [reference] = make_references(experiment, [_space(experiment)])
     variants = {row.experiment.folder: row.experiment for row in rows}
     trained = {
         folder: _trained_hash(variant, fresh and folder != experiment.folder, experiment.folder)
@@ -214,7 +238,8 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
                 stage.run.metrics(figures, len(found))
                 x = row.label if row.x is None else row.x
-                found.append({column: row.label, "x": x, **figures, "paper": paper.get(row.label, ())})
+                about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}
+                found.append(about | figures)
             made = {
                 "study": name,
                 "column": column,
@@ -333,12 +358,16 @@ def study_table(made: dict[str, Any]) -> str:
 def _plot(made: dict[str, Any]) -> Image:
     """The study as diagrams beside one another."""
     rows, column, distance = made["rows"], made["column"], made["distance"]
-    x, doubling = [row["x"] for row in rows], made["study"] == "steps"
+    doubling = made["study"] in ("steps", "groups")
     strides = [name for name in _names(made) if name.startswith("bound_")]
 
     def panel(name: str, title: str, label: str) -> Panel:
-        error = [row[f"{name}_se"] for row in rows] if f"{name}_se" in rows[0] else []
-        return Panel(title, column, label, [Line(x, [row[name] for row in rows], error)], doubling)
+        lines: list[Line] = []
+        for line in dict.fromkeys(row["line"] for row in rows):
+            some = [row for row in rows if row["line"] == line]
+            error = [row[f"{name}_se"] for row in some] if f"{name}_se" in some[0] else []
+            lines.append(Line([row["x"] for row in some], [row[name] for row in some], error, line))
+        return Panel(title, column, label, lines, doubling)
 
     panels: list[Panel] = []
     if strides:

@@ -70,7 +70,7 @@ def register(experiment: Experiment) -> Registered:
     """
     pair = open_pair(experiment)
     made_from = lineage(pair.autoencoder, pair.prior)
-    report = read_report(experiment)
+    report = read_report(experiment.folder, pair)
     _check(report, experiment.tracking.champion_figure)
     with plain_errors(experiment.tracking.resolve(experiment.root)):
         return _register(experiment, report, made_from)
@@ -103,7 +103,10 @@ def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping
 def _check(report: Mapping[str, Any], figure: str) -> None:
     """Whether a report says what the champion is chosen by."""
     if "protocol" not in report:
-        raise UserError("the evaluation does not say how it was measured, as early versions did: evaluate.py --fresh")
+        raise UserError(
+            "the evaluation does not say how it was measured, as early versions did: evaluate again",
+            stages=("evaluation",),
+        )
     if not math.isfinite(report["figures"].get(figure, math.nan)):
         raise UserError(
             f"tracking.champion_figure is {figure!r}, which the evaluation does not have as a finite number; it has "

@@ -17,7 +17,8 @@ from PIL import Image
 
 from bld_core.data.pictures import png
 from bld_core.storage import files
-from bld_core.trained import AutoencoderRecord, has_prior, read_autoencoder, read_prior
+from bld_core.trained import AutoencoderRecord
+from cluster.config.artifacts import open_trained
 from cluster.config.experiment import Experiment
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import git_commit, lineage
@@ -64,16 +65,15 @@ def write_report(experiment: Experiment) -> str:
         MissingError: not evaluated yet.
         UserError: evaluated with other weights than those that are there.
     """
-    report, folder = read_report(experiment), files.join(experiment.folder, "evaluation")
-    autoencoder = read_autoencoder(experiment.folder)
-    prior = read_prior(experiment.folder) if has_prior(experiment.folder) else None
+    trained, folder = open_trained(experiment), files.join(experiment.folder, "evaluation")
+    report = read_report(experiment.folder, trained)
     figures, runs = report["figures"], _runs(experiment)
     shown = shown_metrics(figures)
-    made_from = lineage(autoencoder, prior).items()
+    made_from = lineage(trained.autoencoder, trained.prior).items()
     tables = tables_for(experiment.data.image_size, experiment.prior.classes)
     page = {
         "name": experiment.name,
-        "summary": _summary(autoencoder, report),
+        "summary": _summary(trained.autoencoder, report),
         "tiles": [shown[name] for name in _TILES if name in shown],
         "groups": {group: [row for row in shown.values() if row.group == group] for group in GROUPS},
         "pictures": _pictures(folder, report),

@@ -38,7 +38,7 @@ _FIGURES = {
         _IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"
     ),
     "skipped_images": MetricInfo(_IMAGES, "Images left out", "{:.0f}", "held-out images that could not be read"),
-    "dead_bits": MetricInfo(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all places"),
+    "dead_bits": MetricInfo(_CODES, "Dead bits", "{:.1%}", "bits with the same value in over 99 % of all positions"),
     "bit_entropy": MetricInfo(_CODES, "Entropy", "{:.3f} bits", "how unsure the encoder is of a bit; 0 is sure"),
     "bit_usage_mean": MetricInfo(_CODES, "Share of ones", "{:.3f}", "over all bits; 1/2 is balanced"),
     "bit_correlation": MetricInfo(_CODES, "Correlation", "{:.3f}", "mean |Pearson correlation| of two bits; 0 is best"),

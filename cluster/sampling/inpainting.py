@@ -59,7 +59,7 @@ class InpaintConfig:
 
 
 class Piece(NamedTuple):
-    """Piece of work: complete one image; `number` is its place among the images."""
+    """Piece of work: complete one image; `number` is its index among the images."""
 
     number: int
     image: Tensor

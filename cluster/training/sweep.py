@@ -1,4 +1,4 @@
-"""Ray Tune: a sweep of lambda and schedule over the cached latents, judged by the likelihood bound."""
+"""Ray Tune: a sweep of lambda and schedule over the cached latents, compared by the likelihood bound."""
 
 from __future__ import annotations
 

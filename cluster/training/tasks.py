@@ -49,14 +49,14 @@ class Worker(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation in the middle of training has to show: figures, and pictures by name."""
+    """What an evaluation in the middle of training has to show: metrics, and pictures by name."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     pictures: dict[str, Image]
 
 
 class Task(ABC):
-    """What differs between the two stages, on one worker.
+    """What differs between the stages of training, on one worker.
 
     Attributes:
         experiment: its configuration.
@@ -98,17 +98,37 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
-        """Look at a network on held-out data."""
+        """Measure a network on held-out data."""
 
 
-class AutoencoderTask(Task):
-    """Stage 1."""
+class ImageTask(Task):
+    """A stage that learns from images, as they stream from their shards."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.training = experiment.autoencoder_training
         self.skipped = Skipped()
         self._position = Position()
+
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+        shards = len(files.expand(self.experiment.data.train))
+        start = resume_position(positions, worker.rank, worker.world, shards)
+        stream = image_batches(self.experiment, step, start, worker.rank, worker.world, self.skipped)
+        for batch, self._position in stream:
+            yield batch.to(worker.device)
+
+    def position(self) -> list[int]:
+        return [*astuple(self._position)]
+
+    def left_out(self) -> int:
+        return self._position.skipped
+
+
+class AutoencoderTask(ImageTask):
+    """Stage 1."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
         self._held_out: Tensor | None = None
         self._perceptual: Perceptual | None = None
 
@@ -131,19 +151,6 @@ class AutoencoderTask(Task):
             self._perceptual = load_perceptual(experiment.loss, worker.device)
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
-        shards = len(files.expand(self.experiment.data.train))
-        start = resume_position(positions, worker.rank, worker.world, shards)
-        stream = image_batches(self.experiment, step, start, worker.rank, worker.world, self.skipped)
-        for batch, self._position in stream:
-            yield batch.to(worker.device)
-
-    def position(self) -> list[int]:
-        return [*astuple(self._position)]
-
-    def left_out(self) -> int:
-        return self._position.skipped
-
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
         if self._held_out is None:
@@ -152,15 +159,15 @@ class AutoencoderTask(Task):
         found, outputs = ReconstructionMetrics(), list[Tensor]()
         for images in self._held_out.split(self.experiment.latents.batch_size):
             outputs.append(found.update(network, images.to(device), self._perceptual).cpu())
-        metrics = found.metrics(self.experiment.loss.vgg_sha256)
-        figures = {name: value for name, value in metrics.items() if not name.endswith("_std")}
+        found_metrics = found.metrics(self.experiment.loss.vgg_sha256)
+        metrics = {name: value for name, value in found_metrics.items() if not name.endswith("_std")}
         if isinstance(network.bottleneck, VectorBottleneck):
-            figures["perplexity"] = float(network.bottleneck.perplexity)
+            metrics["perplexity"] = float(network.bottleneck.perplexity)
         count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
         pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
         if found.health.count:
             pictures["bit-usage"] = bit_usage_plot(found.health.usage)
-        return Evaluation({f"val_{name}": value for name, value in figures.items()}, pictures)
+        return Evaluation({f"val_{name}": value for name, value in metrics.items()}, pictures)
 
 
 class PriorTask(Task):
@@ -205,6 +212,6 @@ class PriorTask(Task):
         labels = index % experiment.prior.classes if experiment.prior.classes else None
         z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
-        figures = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
-        figures["val_bound_sampling"] = sampled.bits_per_bit
-        return Evaluation(figures, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})
+        metrics = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
+        metrics["val_bound_sampling"] = sampled.bits_per_bit
+        return Evaluation(metrics, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})

@@ -282,7 +282,7 @@ def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
 
 
 def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker) -> dict[str, float]:
-    """Look at the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
+    """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
     if run is None:
         return {}
     networks = [copy.deepcopy(state.module).eval() for _ in state.averages]

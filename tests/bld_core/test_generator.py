@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import bld_core
 from bld_core.data.images import stack, to_float, to_uint8
-from bld_core.diffusion.process import DiffusionConfig, Target
+from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.generator import Generator, known_tokens
 from bld_core.noise import uniform
@@ -44,9 +45,10 @@ def save_prior(
     target: Target = "flip",
     known_share: float = 0.0,
     model: ModelName = "binary",
+    **fields: Any,
 ) -> None:
     """A tiny prior with random evidence."""
-    settings = PriorConfig(model=model, layers=1, width=16, heads=2, classes=classes, known_share=known_share)
+    settings = PriorConfig(model=model, layers=1, width=16, heads=2, classes=classes, known_share=known_share, **fields)
     config = {
         "prior": asdict(settings),
         "diffusion": asdict(DiffusionConfig(steps=16, target=target)),
@@ -197,18 +199,70 @@ def test_a_prior_of_another_autoencoder_is_refused_with_both_hashes(tmp_path: Pa
         bld_core.load(str(tmp_path / "mine"))
 
 
-def test_the_stored_target_decides_what_the_network_means(tmp_path: Path) -> None:
-    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
-    drawn: list[torch.Tensor] = []
-    for target in targets:  # the same weights each time
-        save_prior(tmp_path / target, save_autoencoder(tmp_path / target), target=target)
-        drawn.append(bld_core.load(str(tmp_path / target)).sample(32, seed=3, steps=16))
-    flip, z0, z_prev = drawn
-    assert not torch.equal(flip, z0)
-    assert not torch.equal(flip, z_prev)
-    assert not torch.equal(z0, z_prev)
-    with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
-        bld_core.load(str(tmp_path / "z_prev")).sample(1)
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what config.json says of a prior."""
+    path = folder / "prior" / "final" / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_the_stored_target_and_calibration_decide_what_the_network_means(tmp_path: Path) -> None:
+    drawn: dict[str, torch.Tensor] = {}
+    for target, calibration in itertools.product(get_args(Target), get_args(Calibration)):  # the same weights each time
+        folder = tmp_path / f"{target} {calibration}"
+        save_prior(folder, save_autoencoder(folder), target=target)
+        rewrite(folder, lambda config, calibration=calibration: config["diffusion"].update(calibration=calibration))
+        drawn[folder.name] = bld_core.load(str(folder)).sample(32, seed=3)
+    for calibration in get_args(Calibration):
+        assert torch.equal(drawn[f"z0 {calibration}"], drawn[f"z_prev {calibration}"])  # trained otherwise, said alike
+    for first, second in itertools.combinations(["flip bayes", "flip none", "z0 bayes", "z0 none"], 2):
+        assert not torch.equal(drawn[first], drawn[second])
+
+
+def test_a_prior_of_single_steps_from_before_calibration_had_a_name_is_still_read_as_one(tmp_path: Path) -> None:
+    save_prior(tmp_path, save_autoencoder(tmp_path), target="z_prev", known_share=0.5)
+    new = bld_core.load(str(tmp_path))
+    rewrite(tmp_path, lambda config: [config["diffusion"].pop("calibration"), config["prior"].pop("group")])
+    old, images = bld_core.load(str(tmp_path)), stack(toy_images(4))
+    assert new.prior is not None
+    assert old.prior is not None
+    assert (old.prior.record.single_step, new.prior.record.single_step) == (True, False)
+    for steps in (16, 4):  # any grid, as others
+        assert not torch.equal(old.sample(32, seed=3, steps=steps), new.sample(32, seed=3, steps=steps))
+    codes = CodeBatch.numbered(old.encode(images).flatten(1, 2))
+    assert old.prior.model.bound(old.prior.network, codes, 0).bits_per_bit > 0
+    completed = old.inpaint(images, left_half(images), seed=3, inpainting="conditioned")
+    assert torch.equal(completed[:, 0][left_half(images)], images[left_half(images)])
+    assert old.sample(8, seed=3, precision="bfloat16").shape == (8, 8, 8, 1)
+
+
+@pytest.mark.parametrize("known_share", [0.0, 0.5])
+def test_a_prior_of_groups_draws_and_completes_like_any_other(tmp_path: Path, known_share: float) -> None:
+    save_prior(tmp_path, save_autoencoder(tmp_path), known_share=known_share, group=8)
+    pair, images, labels = bld_core.load(str(tmp_path)), stack(toy_images(8)), [i % CLASSES for i in range(24)]
+    whole = pair.sample(labels=labels, seed=7, guidance=1.5, batch_size=8)
+    assert len({tuple(image.flatten().tolist()) for image in whole}) > 10
+    parts = [
+        pair.sample(labels=labels[i : i + 8], seed=7, guidance=1.5, first_index=i, batch_size=8) for i in (0, 8, 16)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    changes: list[dict[str, Any]] = [{"guidance": 3.0}, {"steps": 16}, {"temperature": 0.1}, {"final": "mode"}]
+    for settings in changes:
+        assert not torch.equal(pair.sample(labels=labels, seed=7, batch_size=8, **settings), whole), settings
+    mask = left_half(images)
+    completed = pair.inpaint(images, mask, count=2, seed=3)
+    for j in range(2):
+        assert torch.equal(completed[:, j][mask], images[mask])
+    assert not torch.equal(completed[:, 0], completed[:, 1])
+    nothing = pair.inpaint(images, torch.zeros_like(mask), seed=3)
+    assert torch.equal(nothing[:, 0], pair.sample(8, seed=3))
+    assert pair.process([0, 1], 3, seed=7).shape == (2, 3, 8, 8, 1)
+    fast = pair.sample(labels=labels, seed=7, guidance=1.5, batch_size=8, precision="bfloat16")
+    assert fast.shape == whole.shape
+    assert pair.prior is not None
+    bound = pair.prior.model.bound(pair.prior.network, CodeBatch.numbered(pair.encode(images).flatten(1, 2)), 0)
+    assert bound.bits_per_bit > 0
 
 
 def test_a_prior_from_before_models_had_names_is_binary(generator: Generator, tmp_path: Path) -> None:
@@ -345,23 +399,19 @@ def test_a_prior_without_marks_refuses_to_be_conditioned(generator: Generator) -
 @pytest.mark.parametrize("known_share", [0.0, 0.5])
 def test_the_stored_target_decides_completions_too(tmp_path: Path, known_share: float) -> None:
     images = stack(toy_images(8))
-    targets: tuple[Target, ...] = ("flip", "z0", "z_prev")
     drawn: list[torch.Tensor] = []
-    for target in targets:  # the same weights each time
+    for target in get_args(Target):  # the same weights each time
         folder = tmp_path / target
         save_prior(folder, save_autoencoder(folder), target=target, known_share=known_share)
         generator, mask = bld_core.load(str(folder)), left_half(images)
-        drawn.append(generator.inpaint(images, mask, count=2, seed=3, steps=16))
+        drawn.append(generator.inpaint(images, mask, count=2, seed=3, steps=5))
         for j in range(2):
             assert torch.equal(drawn[-1][:, j][mask], images[mask])
-        nothing = generator.inpaint(images, torch.zeros_like(mask), seed=3, grid=list(range(16, -1, -1)))
-        assert torch.equal(nothing[:, 0], generator.sample(8, seed=3, steps=16))
-    for first, second in itertools.combinations(drawn, 2):
-        assert not torch.equal(first, second)
-    refused: list[dict[str, Any]] = [{}, {"grid": [16, 8, 4, 2, 0]}]
-    for settings in refused:
-        with pytest.raises(ValueError, match=r"4 sampling steps.*z_prev.*take all T = 16"):
-            bld_core.load(str(tmp_path / "z_prev")).inpaint(images, left_half(images), **settings)
+        nothing = generator.inpaint(images, torch.zeros_like(mask), seed=3, steps=5)
+        assert torch.equal(nothing[:, 0], generator.sample(8, seed=3, steps=5))
+    flip, z0, z_prev = drawn
+    assert not torch.equal(flip, z0)
+    assert torch.equal(z0, z_prev)
 
 
 def test_outpainting_continues_an_image(inpainter: Generator) -> None:

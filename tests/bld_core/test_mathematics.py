@@ -21,6 +21,7 @@ from tests.bld_core.toys import (
     chain_distribution,
     conditional_distributions,
     exact_profile,
+    group_toy,
     inpainting_distributions,
     oracle_change,
     oracle_evidence,
@@ -193,7 +194,10 @@ def test_the_errors_of_four_reverse_steps_are_those_of_the_page() -> None:
     for column, count in enumerate(steps):
         schedule = make_schedule("linear", count)
         for p in TOYS:
-            ends = [chain_distribution(p, DiffusionProcess(schedule), schedule.grid(count)), *other_chains(p, schedule)]
+            ends = [
+                chain_distribution(p, DiffusionProcess(schedule, "flip"), schedule.grid(count)),
+                *other_chains(p, schedule),
+            ]
             errors[:, column] += torch.tensor([total_variation(end, p) / len(TOYS) for end in ends])
     for cells, values in zip(rows.values(), errors.tolist(), strict=True):
         assert_digits(cells, values)
@@ -277,3 +281,37 @@ def test_a_stop_between_two_levels_lowers_the_bound_by_what_the_page_says(name: 
         gain += beside_noisy - beside_clean
     direct, stopping = (float(exact_profile(p, schedule, grid).sum()) for grid in ([32, t, s, 0], [32, t, u, s, 0]))
     assert direct - stopping == pytest.approx(gain / 3, rel=1e-6)
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_bounds_and_errors_of_groups_are_those_of_the_page() -> None:
+    rows = table("groups")
+    *counts, last = rows.pop("groups")
+    assert last == "entropy"
+    assert list(rows) == [f"{name}, $g = {g}$" for name in ("bound", "total variation") for g in (1, 2)]
+    for g in (1, 2):
+        toys = [group_toy(seed, g, 64) for seed in range(6)]
+        grids = [toys[0].process.schedule.grid(int(cell.split()[0])) for cell in counts]
+        bounds = [sum(toy.bound(grid) for toy in toys) / 6 for grid in grids]
+        errors = [sum(total_variation(toy.chain(grid), toy.p) for toy in toys) / 6 for grid in grids]
+        assert_digits(rows[f"bound, $g = {g}$"], [*bounds, sum(float(entropy(toy.p)) / 4 for toy in toys) / 6])
+        assert_digits(rows[f"total variation, $g = {g}$"], [*errors, 0.0])
+
+
+def test_what_groups_save_is_the_total_correlation_within_them() -> None:
+    one, two = (group_toy(3, g, 16) for g in (1, 2))
+    k = one.process.schedule.k.tolist()
+    for grid in ([16, 0], [16, 9, 4, 0], one.process.schedule.grid(16)):
+        saved = 0.0
+        for t, s in itertools.pairwise(grid):
+            to_s, to_t = (one.q(a, b).flatten(2).prod(-1) for a, b in ((1.0, k[s]), (k[s], k[t])))
+            joint = to_t * (to_s @ one.p)  # (z_t, z_s)
+            given = (joint / joint.sum(1, keepdim=True)).view(16, 4, 4)  # (z_t, values of the two groups of z_s)
+            for of_group in (given.sum(2), given.sum(1)):
+                ones = torch.stack([of_group[:, [2, 3]].sum(1), of_group[:, [1, 3]].sum(1)], -1)  # (z_t, bit)
+                of_bits = entropy(torch.stack([ones, 1 - ones], -1)).sum(-1)
+                saved += float((joint.sum(1) * (of_bits - entropy(of_group))).sum())
+        assert one.bound(grid) - two.bound(grid) == pytest.approx(saved / 4, rel=1e-9)
+        assert saved > 0

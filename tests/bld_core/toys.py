@@ -20,14 +20,15 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.data.images import LabelledImage
 from bld_core.data.shards import Sample
+from bld_core.diffusion.groups import bits_of, image_of_step, joint_log_posterior, step_law, value_of
 from bld_core.diffusion.loss import vlb_loss
 from bld_core.diffusion.process import (
+    Calibration,
     Denoiser,
     DiffusionProcess,
     Target,
     calibrate,
     reverse_flip_probability,
-    to_evidence,
     transition,
 )
 from bld_core.diffusion.schedule import NoiseSchedule, make_schedule
@@ -49,9 +50,9 @@ STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch
 _FLIPS = STATES[:, None] != STATES[None, :]  # (z_t, z_0, bit)
 
 
-def toy_process(name: str, steps: int, target: Target = "flip") -> DiffusionProcess:
+def toy_process(name: str, steps: int, target: Target = "flip", calibration: Calibration = "bayes") -> DiffusionProcess:
     """A process of a named schedule."""
-    return DiffusionProcess(make_schedule(name, steps), target)
+    return DiffusionProcess(make_schedule(name, steps), target, calibration)
 
 
 def toy_distribution(seed: int) -> Tensor:
@@ -93,13 +94,13 @@ def oracle_change(p: Tensor, k_s: float, k_t: float) -> Tensor:
     return (joint[:, :, None] * _FLIPS).sum(1) / joint.sum(1, keepdim=True)
 
 
-def oracle_output(p: Tensor, k_s: float, k_t: float, target: Target) -> Tensor:
-    """What the perfect network of a target emits, (z_t, bit), each by counting what that target asks for."""
-    if target == "flip":
-        return oracle_evidence(p, k_t)
-    if target == "z0":
-        return _cavity_odds(p, k_t, (STATES == 1).expand(8, 8, 3))
-    return oracle_change(p, k_s, k_t).logit()
+def oracle_output(p: Tensor, k_t: float, process: DiffusionProcess) -> Tensor:
+    """What the perfect network of a process emits, (z_t, bit), each by counting what its target asks for."""
+    event = _FLIPS if process.target == "flip" else (STATES == 1).expand(8, 8, 3)
+    if process.calibration == "bayes":
+        return _cavity_odds(p, k_t, event)
+    weight = (p * _bits_given(1.0, k_t).prod(-1))[:, :, None]  # given all bits of z_t
+    return ((weight * event).sum(1) / (weight * ~event).sum(1)).log()
 
 
 def least_vlb(p: Tensor, k_s: float, k_t: float) -> float:
@@ -132,11 +133,11 @@ def exact_profile(p: Tensor, schedule: NoiseSchedule, grid: list[int]) -> Tensor
 
 def chain_distribution(p: Tensor, process: DiffusionProcess, grid: list[int]) -> Tensor:
     """The exact distribution over the 8 states that the oracle's reverse chain ends in."""
-    k, target = process.schedule.k.tolist(), process.target
+    k = process.schedule.k.tolist()
     now = torch.full((8,), 1 / 8, dtype=torch.float64)
     for t, s in itertools.pairwise(grid):
-        output = oracle_output(p, k[t - 1], k[t], target)
-        r = torch.sigmoid(calibrate(to_evidence(output, STATES, k[t - 1], k[t], target), k[t]))
+        evidence = process.evidence(oracle_output(p, k[t], process), STATES, k[t])
+        r = torch.sigmoid(calibrate(evidence.bits, k[t]))
         change = reverse_flip_probability(r, k[s], k[t])[:, None, :]  # (z_t, 1, bit)
         now = now @ torch.where(_FLIPS, change, 1 - change).prod(-1)
     return now
@@ -190,8 +191,8 @@ class Oracle:
 
     def __init__(self, p: Tensor, process: DiffusionProcess) -> None:
         self.steps = process.schedule.steps
-        levels = itertools.pairwise(process.schedule.k.tolist())
-        self.table = torch.stack([oracle_output(p, k_s, k_t, process.target).float() for k_s, k_t in levels])
+        levels = process.schedule.k[1:].tolist()
+        self.table = torch.stack([oracle_output(p, k_t, process).float() for k_t in levels])
 
     def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         t = (time * self.steps).round().long()
@@ -225,6 +226,95 @@ class TokenOracle:
         every = [[oracle(one_token, time, labels) for oracle in of_bit] for of_bit in self.given]
         bit, value = known.long().argmax(1), z.squeeze(-1)[known].long()
         return torch.stack([torch.stack(of_bit) for of_bit in every])[bit, value, torch.arange(len(z))].transpose(1, 2)
+
+
+# --- Groups: all codes of a few tokens --------------------------------------------------------------------------------
+
+
+class GroupToy:
+    """A law over all codes of a few tokens of a few bits, and the perfect network that judges groups of its bits.
+
+    Attributes:
+        p: P(z_0) of every code.
+        states: every code, (codes, tokens, bits), the first bit of the first token counting most.
+        process: schedule and groups.
+    """
+
+    def __init__(self, p: Tensor, shape: tuple[int, int], process: DiffusionProcess) -> None:
+        self.p, self.process = p, process
+        every = list(itertools.product((0.0, 1.0), repeat=math.prod(shape)))
+        self.states = torch.tensor(every, dtype=torch.float64).view(-1, *shape)
+        self.table = torch.stack([self.output(k_t).float() for k_t in process.schedule.k[1:].tolist()])
+
+    def q(self, k_s: float, k_t: float) -> Tensor:
+        """q(bit of z_t | bit of z_s) of every two codes: (z_t, z_s, token, bit)."""
+        keep = transition(torch.ones((), dtype=torch.float64), k_s, k_t)
+        return torch.where(self.states[:, None] != self.states[None], 1 - keep, keep)
+
+    def output(self, k_t: float) -> Tensor:
+        """What the perfect network emits for every z_t, by counting: l is a bit's log-odds from outside its group."""
+        g, S = self.process.group, len(self.states)
+        odds, residuals = list[Tensor](), list[Tensor]()
+        bits = self.states.flatten(1).unflatten(1, (-1, g))  # (z_0, group, bit)
+        values = bits_of(torch.arange(2**g)[:, None, None], g)[:, 0].double()
+        likelihood = self.q(1.0, k_t).flatten(2).unflatten(2, (-1, g))
+        for group in range(bits.shape[1]):
+            others = [other for other in range(bits.shape[1]) if other != group]
+            weight = self.p * likelihood[:, :, others].prod(-1).prod(-1)  # (z_t, z_0)
+            of_value = (bits[:, group][:, None] == values).all(-1).double()  # (z_0, v)
+            law = (weight @ of_value / weight.sum(1, keepdim=True)).clamp(min=1e-25)
+            one = ((law @ values) / (law @ (1 - values))).log()  # (z_t, bit)
+            odds.append(one)
+            residuals.append(law.log() - one @ values.T)
+        l_BNC = torch.stack(odds, 1).view(S, *self.states.shape[1:])
+        if g == 1:
+            return l_BNC
+        return torch.cat([l_BNC, torch.stack(residuals, 1).view(S, self.states.shape[1], -1)], -1)
+
+    def reverse_law(self, output: Tensor, k_s: float, k_t: float) -> Tensor:
+        """P(z_s | z_t) of the reverse step from what a network emits for every z_t: (z_t, z_s)."""
+        evidence, g = self.process.evidence(output, self.states, k_t), self.process.group
+        if evidence.residual is None:
+            change = reverse_flip_probability(torch.sigmoid(calibrate(evidence.bits, k_t)), k_s, k_t)[:, None]
+            return torch.where(self.states[:, None] != self.states[None], change, 1 - change).flatten(2).prod(-1)
+        p = joint_log_posterior(evidence, self.states, k_t).exp()
+        of_groups = image_of_step(p, step_law(k_s, k_t, p)).flatten(1, 2)  # (z_t, group, value of the changes)
+        v = value_of(self.states, g).flatten(1)  # (state, group)
+        changes = (v[:, None] ^ v[None]).unbind(-1)  # of each group: (z_t, z_s)
+        return torch.stack([of_groups[:, group].gather(1, d) for group, d in enumerate(changes)]).prod(0)
+
+    def chain(self, grid: list[int]) -> Tensor:
+        """The exact law over all codes that its reverse chain ends in."""
+        k, now = self.process.schedule.k.tolist(), torch.full_like(self.p, 1 / len(self.p))
+        for t, s in itertools.pairwise(grid):
+            now = now @ self.reverse_law(self.output(k[t]), k[s], k[t])
+        return now
+
+    def bound(self, grid: list[int]) -> float:
+        """The exact bound of a grid, in bits a bit: by counting z_0, z_t and z_s."""
+        k, nats = self.process.schedule.k.tolist(), 0.0
+        for t, s in itertools.pairwise(grid):
+            law = self.reverse_law(self.output(k[t]), k[s], k[t])  # (z_t, z_s)
+            to_s, to_t = (self.q(a, b).flatten(2).prod(-1) for a, b in ((1.0, k[s]), (k[s], k[t])))
+            joint = self.p * to_s[None] * to_t[:, :, None]  # (z_t, z_s, z_0)
+            given_0 = joint / joint.sum(1, keepdim=True)
+            nats += float((torch.xlogy(joint, given_0) - torch.xlogy(joint, law[:, :, None])).sum())
+        return nats / math.log(2) / math.prod(self.states.shape[1:])
+
+    def number(self, z: Tensor) -> Tensor:
+        """Which of the codes each code is."""
+        return value_of(z.flatten(1)[:, None], math.prod(self.states.shape[1:])).flatten()
+
+    def __call__(self, z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        t = (time * self.process.schedule.steps).round().long()
+        return self.table[t - 1, self.number(z)]
+
+
+def group_toy(seed: int, group: int, steps: int, shape: tuple[int, int] = (2, 2)) -> GroupToy:
+    """A toy of correlated bits, every code possible."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(2 ** math.prod(shape), generator=generator, dtype=torch.float64).softmax(0)
+    return GroupToy(p, shape, DiffusionProcess(make_schedule("linear", steps), group=group))
 
 
 # --- Tiny networks and data -----------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import AugmentationConfig, ImageConfig
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
-from cluster.config.experiment import Experiment
+from bld_core.prior.transformer import PriorConfig
+from bld_core.storage import files
+from cluster.config.experiment import BEFORE, Experiment
 from cluster.data.encode import encode_latents
 from cluster.runtime import ClusterConfig, connect_ray
 from cluster.stages import open_stage
@@ -155,17 +157,31 @@ def test_an_image_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         Experiment(root=str(tmp_path), data=ImageConfig(image_size=100), autoencoder=AutoencoderConfig())
 
 
-def test_a_prior_of_single_steps_is_configured_to_take_them_all() -> None:
-    experiment = Experiment(sampling=SamplingConfig(steps=64))
-    with pytest.raises(ValueError, match=r"16 sampling steps.*z_prev.*take all T = 64"):
-        replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(steps=16))
-    assert replace(experiment, diffusion=DiffusionConfig(target="z_prev")).diffusion.target == "z_prev"
-    with pytest.raises(ValueError, match=r"2 sampling steps.*z_prev.*take all T = 64"):  # the grid that is used
-        replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=SamplingConfig(grid=[64, 9, 0]))
-    every = SamplingConfig(grid=list(range(64, -1, -1)))
-    assert replace(experiment, diffusion=DiffusionConfig(target="z_prev"), sampling=every).sampling.steps == 16
+def test_a_grid_and_groups_that_do_not_fit_are_refused_before_anything_is_trained() -> None:
+    experiment = Experiment(sampling=SamplingConfig(steps=64), diffusion=DiffusionConfig(target="z_prev"))
+    assert replace(experiment, sampling=SamplingConfig(steps=16)).sampling.steps == 16  # any grid serves any target
     with pytest.raises(ValueError, match=r"`grid` starts at 32.*T = 64"):
         replace(experiment, sampling=SamplingConfig(grid=[32, 0]))
+    grouped = replace(experiment, prior=PriorConfig(group=8))
+    with pytest.raises(ValueError, match=r"`group` is 8; it must divide the 20 bits of a token"):
+        replace(grouped, autoencoder=AutoencoderConfig(bits=20))
+    with pytest.raises(ValueError, match=r"`balance` is flip with `group` 8.*balance to none, or group to 1"):
+        replace(grouped, diffusion=DiffusionConfig(balance="flip"))
+
+
+def test_a_setting_that_came_later_is_what_it_was_before(tmp_path: Path, digits: dict[str, str]) -> None:
+    experiment = small_experiment(tmp_path, digits)
+    fingerprint: dict[str, object] = {"prior.group": 1, "prior.layers": 4}
+    older = {name: value for name, value in fingerprint.items() if name not in BEFORE}
+    with open_stage(experiment, "older", older, "result.json") as stage:
+        files.write_json(files.join(stage.folder, "result.json"), {})
+    with open_stage(experiment, "older", fingerprint, "result.json") as stage:
+        assert stage.done
+    with (
+        pytest.raises(ValueError, match=r"prior\.group: 1 -> 8"),
+        open_stage(experiment, "older", fingerprint | {"prior.group": 8}, "result.json"),
+    ):
+        pass
 
 
 def test_padded_images_are_not_resized() -> None:

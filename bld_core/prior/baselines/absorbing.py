@@ -41,7 +41,7 @@ class AbsorbingPrior(TokenPrior):
         """Features (B, N, D).
 
         Args:
-            z_BNC: codes, float 0/1; the bits of masked tokens are not looked at.
+            z_BNC: codes, float 0/1; the bits of masked tokens are not used.
             masked_BN: bool, True where a token is masked.
             labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
         """

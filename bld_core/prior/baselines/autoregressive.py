@@ -43,7 +43,7 @@ class AutoregressivePrior(TokenPrior):
     def next_features(self, previous_BC: Tensor, labels: Tensor | None, caches: list[Cache]) -> Tensor:
         """Features (B, D) of the next token, from the one before it and the caches, one a block, of those before.
 
-        The first token has none before it: `previous_BC` is then not looked at.
+        The first token has none before it: `previous_BC` is then not used.
         """
         n = caches[0].count
         h_BD = self.embed(2 * previous_BC - 1) if n else self.blank.expand(len(previous_BC), -1)

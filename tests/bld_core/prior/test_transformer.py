@@ -204,7 +204,9 @@ def test_a_prior_learns_to_complete_from_what_is_known(target: Target) -> None:
     config = TrainingConfig(steps=400, batch_size=64, warmup=20, learning_rate=1e-2, decay="cosine")
     diffusion = DiffusionConfig(steps=16, target=target)
     state = make_state(tiny_prior(classes=0, tokens=2, bits=1, known_share=0.5), config)
-    for _ in train(state, batches(), PriorObjective(diffusion, 0.0, 0, known_share=0.5), config):
+    for _ in train(
+        state, batches(), PriorObjective(diffusion, PriorConfig(label_dropout=0.0, known_share=0.5), 0), config
+    ):
         pass
     state.module.eval()
     index = 10**6 + torch.arange(400)

@@ -11,6 +11,7 @@ import torch
 
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.prior.binary import PriorObjective
+from bld_core.prior.transformer import PriorConfig
 from bld_core.training.averages import Ema
 from bld_core.training.checkpoint import load_state, save_state
 from bld_core.training.loop import TrainingConfig, TrainState, learning_rate, make_state, train, worker_share
@@ -21,7 +22,7 @@ ROWS = 22
 
 def run(state: TrainState, config: TrainingConfig, steps: int) -> list[float]:
     """Take `steps` more steps on the toy data; the losses."""
-    objective = PriorObjective(DiffusionConfig(steps=16), label_dropout=0.1, seed=0)
+    objective = PriorObjective(DiffusionConfig(steps=16), PriorConfig(), seed=0)
     reports = train(state, toy_batches(config, ROWS, state.step), objective, config)
     return [float(report.terms["loss"]) for report in itertools.islice(reports, steps)]
 
@@ -75,7 +76,7 @@ def test_training_learns_and_stops_at_its_last_step() -> None:
 
 def test_every_report_has_the_step_the_rate_and_the_terms() -> None:
     config = TrainingConfig(steps=3, batch_size=8, warmup=2, learning_rate=1e-2, clip_norm=1e-3)
-    objective = PriorObjective(DiffusionConfig(steps=16, vlb_weight=0.5), label_dropout=0.1, seed=0)
+    objective = PriorObjective(DiffusionConfig(steps=16, vlb_weight=0.5), PriorConfig(), seed=0)
     state = make_state(tiny_prior(), config)
     for i, report in enumerate(train(state, toy_batches(config, ROWS), objective, config)):
         assert report.step == i + 1 == state.step

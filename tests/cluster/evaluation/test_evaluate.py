@@ -41,7 +41,7 @@ from cluster.evaluation.actors import Drawn, Evaluator, SampleFeatures
 from cluster.evaluation.cas import CasTask, cas_experiment
 from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConfig
 from cluster.evaluation.evaluate import evaluate
-from cluster.evaluation.references import Space, load_extractor, make_reference
+from cluster.evaluation.references import Space, load_extractor, make_references
 from cluster.evaluation.sample_metrics import Samples, over_seeds, precision_recall
 from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
@@ -193,7 +193,7 @@ def _class_counts(experiment: Experiment) -> list[int]:
 def _in_batches_of(size: int, experiment: Experiment, labels: list[int]) -> dict[str, float]:
     """The figures of the same samples, in other batches, in this process."""
     space, config = Space("classifier"), replace(experiment.evaluation, class_accuracy=False)
-    reference, evaluator = make_reference(experiment, space), Evaluator(experiment, [space])
+    [reference], evaluator = make_references(experiment, [space]), Evaluator(experiment, [space])
     sets = [Samples(config, experiment, [reference], labels) for _ in range(config.seeds)]
     for seed, samples in enumerate(sets):
         for start in range(0, len(labels), size):
@@ -261,7 +261,7 @@ def test_a_classifier_is_trained_on_samples_and_asked_about_held_out_images(fini
     assert [image.label for image in images] == [i % 10 for i in range(16)]
     drawn = bld_core.load(experiment.folder).sample(labels=[i % 10 for i in range(16)], steps=4, guidance=1.0)
     assert torch.equal(stack(images[:8]), drawn[:8])
-    network = CasTask(cas_experiment(experiment)).network().eval()
+    network = CasTask(cas_experiment(experiment), []).network().eval()
     load_weights(f"{folder}/classifier/final", network, read_model_config(f"{folder}/classifier/final")["hash"])
     held_out = first_images(experiment.data.validation, experiment.data, 1000)
     with torch.no_grad():
@@ -301,7 +301,7 @@ def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
     assert "fid" not in figures
     capsys.readouterr()
     space = Space("inception", sha256)
-    again = make_reference(replace(experiment, name="another", seed=1), space)
+    [again] = make_references(replace(experiment, name="another", seed=1), [space])
     assert "already done" in capsys.readouterr().out
     assert Path(again.folder).parent == tmp_path / "references"
     assert again.figures == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
@@ -328,7 +328,9 @@ def test_samples_are_judged_on_the_latents_that_their_prior_was_trained_on(
     manifest = Path(experiment.folder, "latents/manifest.json")
     manifest.write_text(manifest.read_text() + "\n")
     trained = read_model_config(f"{experiment.folder}/prior/final")["latents_hash"]
-    with pytest.raises(ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .*--fresh"):
+    with pytest.raises(
+        ValueError, match=rf"trained on latents {trained[:12]}, but those there are \w+: .* on these again"
+    ):
         evaluate(experiment)
 
 

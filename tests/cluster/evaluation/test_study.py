@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 import bld_core
 from bld_core.data.images import first_images, stack
 from bld_core.diffusion.bound import likelihood_bound
-from bld_core.diffusion.process import CodeBatch, DiffusionConfig
+from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.classifier import Classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
@@ -78,6 +80,20 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
 
 
 @pytest.mark.long
+def test_targets_and_groups_are_trained_and_measured(experiment: Experiment) -> None:
+    targets = run_study(experiment, "targets")
+    names = [row["diffusion.target"] for row in targets["rows"]]
+    assert names == [f"{target}{reading}" for reading in ("", ", uncalibrated") for target in ("flip", "z0", "z_prev")]
+    assert [row["paper"][0] for row in targets["rows"]] == [4.36, 4.72, 5.09] * 2
+    groups = run_study(experiment, "groups")
+    assert [row["prior.group, sampling.steps"] for row in groups["rows"]] == ["1, 4", "1, 8", "8, 4", "8, 8"]
+    for made in (targets, groups):
+        assert len({row["bound"] for row in made["rows"]}) == len(made["rows"])
+        assert all(row["bound"] > 0 and row["fd_classifier"] > 0 for row in made["rows"])
+    assert "group of 8" in {row["line"] for row in groups["rows"]}
+
+
+@pytest.mark.long
 def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(experiment: Experiment) -> None:
     made = run_study(experiment, "steps")
     assert [row["x"] for row in made["rows"]] == [4, 8]
@@ -105,7 +121,8 @@ def test_what_each_study_compares() -> None:
     rows = {name: make_rows(experiment) for name, (_, make_rows) in study._STUDIES.items()}
     names: dict[StudyName, list[str]] = {
         "lambda": ["lambda0", "lambda0.01", "own", "lambda1"],
-        "targets": ["own", "z0", "z_prev"],
+        "targets": ["flip", "own", "z_prev", "flip-uncalibrated", "z0-uncalibrated", "z_prev-uncalibrated"],
+        "groups": ["own"] * 4 + ["group8"] * 4,
         "schedule": ["own", "own", "cosine", "cosine", "sigmoid", "sigmoid"],
         "samplers": ["own", "autoregressive", "absorbing"],
     }
@@ -113,7 +130,13 @@ def test_what_each_study_compares() -> None:
         assert [row.experiment.name for row in rows[name]] == expected
         assert {row.experiment.root for row in rows[name]} == {files.join(experiment.folder, "study/variants")}
         assert {row.experiment.prior_training.steps for row in rows[name]} == {7}
-    assert {row.sampling.steps for row in rows["targets"]} == {32}
+    asked = [(row.experiment.diffusion.calibration, row.experiment.diffusion.target) for row in rows["targets"]]
+    assert asked == list(itertools.product(get_args(Calibration), get_args(Target)))
+    assert set(study._PAPER["targets"][1]) == {row.label for row in rows["targets"]}
+    assert [(row.experiment.prior.group, row.sampling.steps) for row in rows["groups"]] == [
+        (group, steps) for group in (1, 8) for steps in (4, 8, 16, 32)
+    ]
+    assert all(row.bounds["bound"].sampling == row.sampling for row in rows["groups"])
     assert list(rows["schedule"][3].bounds) == ["bound", "bound_4", "bound_8", "bound_16", "bound_32"]
     assert rows["schedule"][3].sampling.spacing == "t"
     assert [(row.sampling.steps, row.sampling.temperature) for row in rows["steps"]] == [
@@ -122,6 +145,22 @@ def test_what_each_study_compares() -> None:
     assert [row.sampling.temperature for row in rows["temperature"]] == [0.5, 1.2]
     for name in ("steps", "temperature"):
         assert all(row.experiment == experiment for row in rows[name])
+    joint = replace(experiment, prior=replace(experiment.prior, group=8))  # of binary diffusion alone
+    assert [row.experiment.prior.group for row in study._STUDIES["samplers"][1](joint)] == [8, 1, 1]
+    assert {row.experiment.prior.group for row in study._STUDIES["targets"][1](joint)} == {1}
+
+
+def test_a_study_of_groups_draws_a_line_for_each() -> None:
+    rows = [
+        {"line": f"group of {g}", "x": n, "bound": g / n, "bound_se": 0.1, "fd": n, "seconds": g, "paper": []}
+        for g in (1, 8)
+        for n in (4, 16)
+    ]
+    made = {"study": "groups", "column": "sampling.steps", "distance": "fd", "rows": rows}
+    assert study._plot(made).size == (3 * 480, 360)
+    row = {"line": "", "x": "flip", "bound": 0.5, "bound_se": 0.1, "fd": 1, "seconds": 1, "paper": []}
+    one_line = study._plot(made | {"rows": [row | {"x": name} for name in ("flip", "z0")], "study": "targets"})
+    assert one_line.size == (2 * 480, 360)
 
 
 def test_a_study_that_cannot_be_made_is_refused(encoded: Experiment) -> None:

@@ -166,14 +166,14 @@ def test_a_pair_without_its_own_evaluation_is_refused(
     tmp_path: Path, digits: dict[str, str], mlflow_server: MlflowServer
 ) -> None:
     pair = random_pair(tmp_path, digits, mlflow_server.uri)
-    with pytest.raises(FileNotFoundError, match=r"report.json' is missing: run evaluate.py first"):
+    with pytest.raises(FileNotFoundError, match=r"report.json' is missing: evaluate first"):
         register(pair)
     evaluated(pair, psnr=20.0)
     with pytest.raises(ValueError, match=r"champion_figure is 'bound'.*it has psnr: choose one of them"):
         register(pair)
     evaluated(pair, bound=0.5)
     random_pair(tmp_path, digits, mlflow_server.uri, prior=1)
-    with pytest.raises(ValueError, match=r"has prior_hash \w+, but the trained one is \w+: run evaluate.py again"):
+    with pytest.raises(ValueError, match=r"has prior_hash \w+, but the trained one is \w+: evaluate again"):
         register(pair)
 
 

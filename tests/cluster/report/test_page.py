@@ -106,7 +106,7 @@ def test_a_page_of_stage_1_alone_and_without_its_runs(
 ) -> None:
     alone = random_pair(tmp_path, digits, "")
     files.remove(f"{alone.folder}/prior")
-    with pytest.raises(FileNotFoundError, match=r"report.json' is missing: run evaluate.py first"):
+    with pytest.raises(FileNotFoundError, match=r"report.json' is missing: evaluate first"):
         write_report(alone)
     report_of(alone, {"figures": {"psnr": 20.0}})
     files.write_json(f"{alone.folder}/autoencoder/stage.json", {"run": "f" * 32, "fingerprint": {}})

@@ -16,7 +16,7 @@ from cluster.evaluation.cas import hits_of
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.export import samples_npz
 from cluster.evaluation.neighbours import Finder, Nearest
-from cluster.evaluation.references import Space, check_space, make_references
+from cluster.evaluation.references import Space, check_space, make_references, spaces_of
 from cluster.evaluation.sample_metrics import over_seeds
 from cluster.sampling.sampler import balanced_labels, bound_pieces, drawn_labels
 
@@ -96,10 +96,10 @@ def test_spaces_that_cannot_be_had_are_refused_before_anything_starts(digits: di
     data = small_digits(digits)
     experiment = Experiment(data=data, root=str(tmp_path))
     with pytest.raises(ValueError, match=r"asks for no space.*evaluation.frechet"):
-        make_references(experiment)
-    missing = EvaluationConfig(frechet=True, inception_weights=str(tmp_path / "none.pth"))
+        make_references(experiment, spaces_of(experiment))
+    missing = replace(experiment, evaluation=EvaluationConfig(frechet=True, inception_weights=f"{tmp_path}/none.pth"))
     with pytest.raises(FileNotFoundError, match=r"`inception_weights` names .*none.pth"):
-        make_references(replace(experiment, evaluation=missing))
+        make_references(missing, spaces_of(missing))
     check_space(experiment, Space("classifier"))
     assert not list(tmp_path.iterdir())
 

@@ -20,6 +20,7 @@ from bld_core.autoencoder.losses import LossConfig
 from bld_core.latents.reader import open_latents
 from bld_core.noise import key_of
 from bld_core.storage import files
+from bld_core.trained import load_autoencoder, load_prior
 from bld_core.training.checkpoint import read_model_config
 from bld_core.training.loop import Batch
 from cluster.config.artifacts import open_codes
@@ -68,6 +69,16 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert len(one) == len(other) == 20
     assert one[-1] < one[0]
     assert (one - other).abs().max() <= 1e-4
+
+
+def test_a_prior_of_groups_is_trained_like_any_other(encoded: Experiment) -> None:
+    groups = encoded.variant("variants", "groups", prior=replace(encoded.prior, group=8, known_share=0.5))
+    train_prior(groups, source=encoded.folder)
+    losses = [loss for _, loss in curve_of(groups, "prior")]
+    assert losses[-1] < losses[0]
+    prior = load_prior(groups.folder, load_autoencoder(encoded.folder))
+    assert prior.record.prior.group == 8
+    assert prior.record.metrics["val_bound"] < 1
 
 
 def test_memory_that_would_change_the_order_of_an_unfinished_run_is_refused(
@@ -189,5 +200,5 @@ def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Ex
     config_url = files.join(experiment.folder, "autoencoder/final/config.json")
     config = files.read_json(config_url)
     files.write_json(config_url, config | {"hash": "f" * 64})
-    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff.*--fresh"):
+    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff: encode the data set again"):
         train_prior(experiment)
