@@ -41,7 +41,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if not head:
             self.wfile.write(b"abc")
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # as it is called there
         pass
 
 

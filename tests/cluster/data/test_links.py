@@ -25,7 +25,7 @@ PLANTED = {"signature": "s1gnatureThatIsPlanted", "key": "k3yThatIsPlanted", "pa
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """The files of a folder, whatever the query."""
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # as it is called there
         pass
 
 
