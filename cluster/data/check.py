@@ -33,6 +33,8 @@ def check_data(experiment: Experiment) -> Shards:
     train, held_out = (survey_shards(experiment.data, split) for split in ("train", "validation"))
     for seen in (train, held_out):
         shard_names(seen.urls)
+    if not train.images:
+        first_images(experiment.data.train, experiment.data, 1)  # which says why there is none
     images = first_images(experiment.data.validation, experiment.data, _HELD_OUT)
     if len(images) < _HELD_OUT:
         raise UserError(

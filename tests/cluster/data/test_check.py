@@ -205,6 +205,12 @@ def test_held_out_images_of_which_none_can_be_read_are_one_message(tmp_path: Pat
         check_data(experiment(tmp_path, train, f"{tmp_path}/v.tar"))
 
 
+def test_training_shards_without_an_image_are_one_message(tmp_path: Path) -> None:
+    (tmp_path / "train.tar").touch()
+    with pytest.raises(UserError, match=r"none of the images of '.*train.tar' can be read: .*1 shard without samples"):
+        check_data(experiment(tmp_path, f"{tmp_path}/train.tar", shard(tmp_path / "validation.tar", [-1] * 2)))
+
+
 def test_shards_are_named_by_as_much_of_their_path_as_tells_them_apart() -> None:
     assert shard_names(["/d/a.tar", "/d/b.tar"]) == ["a.tar", "b.tar"]
     assert shard_names(["/d/date=1/a.tar", "/d/date=2/a.tar", "/d/b.tar"]) == ["date=1-a.tar", "date=2-a.tar", "b.tar"]
