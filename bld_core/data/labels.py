@@ -126,6 +126,8 @@ def class_names(url: str, *, given: bool = False) -> Sequence[str]:
         names = json.loads(files.read_bytes(url))
     except FileNotFoundError as error:
         raise MissingError(f"`class_names` is {url!r}, which is not there: correct it, or leave it empty") from error
+    except UserError:  # of storage
+        raise
     except ValueError as error:
         raise UserError(f"the class list {url!r} is not JSON ({error}): it must be a list of names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
