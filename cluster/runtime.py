@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -61,6 +61,11 @@ class ClusterConfig:
             raise UserError(
                 f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in the command's own process"
             )
+        if self.address.startswith("ray://"):
+            raise UserError(
+                f"cluster.address is {self.address!r}: Ray's client runs no training; give HOST:PORT of the cluster on "
+                "one of its nodes, or submit the command as a job: ray job submit --working-dir . -- python ..."
+            )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
@@ -111,6 +116,7 @@ def connect_ray(config: ClusterConfig) -> None:
         handler = signal.getsignal(signal.SIGTERM)
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
+            replace(config, address=address)  # checks it, too
             try:
                 ray.init(address=address, logging_level=logging.WARNING)
             except ConnectionError as error:

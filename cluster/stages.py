@@ -14,6 +14,7 @@ from filelock import Timeout, UnixFileLock
 
 from bld_core.errors import UserError
 from bld_core.storage import files
+from bld_core.storage.addresses import without_query
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
 from cluster.runtime import connect_ray
@@ -118,7 +119,11 @@ def open_stage(
 
 def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
     """A fingerprint without the signatures of links, which are new each time."""
-    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()}
+
+    def public(value: object) -> object:
+        return without_secrets(without_query(value)) if isinstance(value, str) else value
+
+    return {name: public(value) for name, value in fingerprint.items()}
 
 
 def _as_of_now(fingerprint: dict[str, object], now: Mapping[str, object]) -> dict[str, object]:

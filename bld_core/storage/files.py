@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from bld_core.errors import MissingError, UserError
+from bld_core.storage.addresses import without_query
 from bld_core.storage.patience import StorageError, persist, time_limit
 
 _BLOCK_BYTES = 8 << 20
@@ -36,6 +37,7 @@ _CONNECT_S = 5.0
 _SILENCE_S = 20.0
 _CONNECTIONS = 32
 _SLOWEST_UPLOAD = 1e6  # bytes a second
+_WITHIN_FILES = ("zip", "tar", "libarchive")  # protocols of fsspec whose file lies behind the next ::
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -64,9 +66,22 @@ def full(error: BaseException, path: str = "", wanted: int = 0) -> FullError | N
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind a path or URL, and the path within it; one client, with its connections, a process."""
+    """The file system behind a path or URL, and the path within it; one client, with its connections, a process.
+
+    Raises:
+        UserError: a protocol that is not known, or whose package is not installed.
+    """
     remote = get_protocol(url) in ("s3", "s3a")
-    fs, path = fsspec.core.url_to_fs(url, **(_s3_settings() if remote else {}))
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **(_s3_settings() if remote else {}))
+    except ImportError as error:
+        raise UserError(
+            f"{url!r} needs a package that is not installed ({error}): install it, here and on every node"
+        ) from error
+    except ValueError as error:  # fsspec's word for a protocol that it does not know
+        raise UserError(
+            f"{url!r} is no address that can be read ({error}): give a path, or s3:// or https://"
+        ) from error
     if remote:
         fs.retries = 1
     return fs, str(path)
@@ -102,8 +117,8 @@ def _s3_settings() -> dict[str, Any]:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute (~ is the home folder), any other URL as it is."""
-    return filesystem(url)[1] if is_local(url) else url
+    """A local path made absolute (~ is the home folder), any other URL as it is; so each source that `::` joins."""
+    return "::".join(filesystem(source)[1] if is_local(source) else source for source in sources(url))
 
 
 def is_local(url: str) -> bool:
@@ -117,8 +132,8 @@ def join(url: str, *parts: str) -> str:
 
 
 def name(url: str) -> str:
-    """The last part of a path or URL."""
-    return url.rstrip("/").rsplit("/", 1)[-1]
+    """The last part of the path; nothing of a link's query, where signatures are."""
+    return without_query(url).rstrip("/").rsplit("/", 1)[-1]
 
 
 def exists(url: str) -> bool:
@@ -139,32 +154,90 @@ def listing(url: str) -> list[str]:
     return sorted(name(str(entry)) for entry in persist(f"list {url!r}", fs.ls, path, detail=False))
 
 
-def expand(pattern: str) -> list[str]:
-    """The files of a pattern: braces {0000..0003}, then globs, in the order written; a glob's files are sorted.
+def sources(pattern: str) -> list[str]:
+    """The sources that `::` joins, as webdataset writes it.
 
-    Local paths come back absolute, so that they mean the same to workers with another working directory.
+    Raises:
+        UserError: nothing stands between two of them.
+    """
+    joined: list[str] = []
+    before = ""
+    for part in pattern.split("::"):
+        # Elsewhere `::` chains file systems, as in simplecache::s3://bucket/a.tar: such a chain is one source.
+        if part in fsspec.available_protocols() or get_protocol(part) in _WITHIN_FILES:
+            before += f"{part}::"
+            continue
+        joined.append(before + part)
+        before = ""
+    if before or (len(joined) > 1 and "" in joined):
+        raise UserError(f"{pattern!r} has nothing before or behind a `::`, which joins two sources: complete it")
+    return joined
+
+
+def expand(pattern: str) -> list[str]:
+    """The files of a pattern: sources joined by ::, braces {0000..0003}, then globs, as written; a glob's are sorted.
+
+    Local paths come back absolute, so that they mean the same to workers with another working directory. A folder or
+    file that is there under its very name is no glob, whatever brackets it has.
 
     Raises:
         MissingError: a named file, or every file of a glob, is missing.
+        UserError: an unbalanced brace, or a folder.
     """
     found: list[str] = []
-    for url in braceexpand.braceexpand(pattern):
+    for url in _braces(pattern):
         fs, path = filesystem(url)
         matches = [path]
-        if any(c in path for c in "*?["):
+        if any(c in path for c in ("*[" if get_protocol(url) in ("http", "https") else "*?[")):
             fs.invalidate_cache()
-            matches = sorted(str(match) for match in persist(f"list {url!r}", fs.glob, path))
+            wanted = _escaped(url, path)
+            matches = [path] if wanted is None else sorted(map(str, persist(f"list {url!r}", fs.glob, wanted)))
         if not matches:
             raise MissingError(f"no file at {url!r} (from the pattern {pattern!r}); check the path and its braces")
         found += matches if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(match) for match in matches]
     try:
-        _sizes(found)
+        sizes = _sizes(found)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = next((url for url in found if not exists(url)), found[0])
         raise MissingError(
             f"no file at {missing!r} (from the pattern {pattern!r}); check the path and its braces"
         ) from error
+    for url, size in zip(found, sizes, strict=True):
+        if (is_local(url) or size == 0) and _is_folder(url):
+            raise UserError(
+                f"{url!r} is a folder (from the pattern {pattern!r}); name the tar files in it, for example "
+                f"{join(url, '*.tar')!r}; images that are in no tar file yet must be put into some"
+            )
     return found
+
+
+def _braces(pattern: str) -> list[str]:
+    joined = sources(pattern)
+    try:
+        return [url for source in joined for url in braceexpand.braceexpand(source)]
+    except ValueError as error:  # its only one
+        raise UserError(
+            f"the pattern {pattern!r} has a brace without its other half; write {{0000..0003}} for four numbers"
+        ) from error
+
+
+def _escaped(url: str, path: str) -> str | None:
+    """A glob in which folders whose names have brackets stand for themselves; None where all of it is a name."""
+    if "[" not in path:
+        return path
+    root = url[: len(url) - len(path)] if url.endswith(path) else ""
+    parts = path.split("/")
+    for known in range(len(parts), 0, -1):
+        here = "/".join(parts[:known])
+        if "[" in here and exists(root + here):
+            rest = parts[known:]
+            return "/".join([here.replace("[", "[[]"), *rest]) if rest else None
+    return path
+
+
+def _is_folder(url: str) -> bool:
+    fs, path = filesystem(url)
+    return persist(f"look for {url!r}", fs.isdir, path)
 
 
 def _sizes(urls: list[str]) -> list[int]:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.perceptual import load_perceptual
-from bld_core.data.images import check_shards
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
@@ -38,6 +37,7 @@ from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
+from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
 from cluster.nodes import nodes_watched
@@ -68,9 +68,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
     Raises:
         UserError: bad input, each with its remedy, before anything is started.
     """
-    shards = check_shards(experiment.data, "train")
+    shards = check_data(experiment).train
     check_feed(shards, experiment.cluster.replicas)
-    check_shards(experiment.data, "validation")
     _check_losses(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
@@ -122,8 +121,9 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
     assert found.codes is not None, "`open_encoded` opens them"
     autoencoder, latents = found.autoencoder, found.codes.train
     classes = experiment.prior.classes
-    if latents.classes > classes > 0:
-        raise UserError(f"the latents hold class {latents.classes - 1}; prior.classes is {classes}: raise it")
+    most = max(latents.classes, found.codes.held_out.classes)
+    if most > classes > 0:
+        raise UserError(f"the latents hold class {most - 1}; prior.classes is {classes}: raise it")
     fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window

@@ -151,7 +151,9 @@ class Real(NamedTuple):
 
 TRAINED = ["autoencoder", "latents", "prior"]
 REAL = {
-    "make_shards.py": Real([], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json"]),
+    "make_shards.py": Real(
+        [], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json", "classes.json"]
+    ),
     "stage1_ae.py": Real([], [], r"^autoencoder: .*/small/autoencoder/final$", ["autoencoder/final/model.safetensors"]),
     "encode_latents.py": Real(
         ["autoencoder"],
