@@ -31,7 +31,13 @@ _FREE = (
 )
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
-BEFORE = {"prior.group": 1, "diffusion.calibration": "bayes"}
+BEFORE = {
+    "prior.group": 1,
+    "prior.trunk": [],
+    "diffusion.calibration": "bayes",
+    "prior_training.optimizer": "adamw",
+    "autoencoder_training.optimizer": "adamw",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

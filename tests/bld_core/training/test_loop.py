@@ -33,7 +33,9 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
     for average in state.averages:
         tensors |= {f"ema {average.decay} {name}": tensor for name, tensor in average.weights.items()}
     for i, parameter in enumerate(state.module.parameters()):
-        tensors |= {f"moment {i} {kind}": value for kind, value in state.optimizer.state[parameter].items()}
+        for optimizer in state.optimizers:
+            kept = optimizer.state.get(parameter, {})
+            tensors |= {f"moment {i} {kind}": value for kind, value in kept.items()}
     return tensors
 
 
