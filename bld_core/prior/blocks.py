@@ -40,9 +40,16 @@ class Cache:
         return [kept[:, :, : self.count] for kept in self.kept]
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang, Sennrich 2019), in float32 under autocast, too, as LayerNorm is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 def make_norm(width: int, parts: Sequence[TrunkPart]) -> nn.Module:
-    """LayerNorm, or RMSNorm (Zhang, Sennrich 2019)."""
-    return nn.RMSNorm(width, eps=1e-6) if "rms_norm" in parts else nn.LayerNorm(width)
+    """LayerNorm, or RMSNorm where it is among the parts."""
+    return RMSNorm(width, eps=1e-6) if "rms_norm" in parts else nn.LayerNorm(width)
 
 
 class Rotary(nn.Module):
@@ -94,9 +101,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         each = width // heads
-        self.norm_q, self.norm_k = (
-            nn.RMSNorm(each, eps=1e-6) if "qk_norm" in parts else nn.Identity() for _ in range(2)
-        )
+        self.norm_q, self.norm_k = (RMSNorm(each, eps=1e-6) if "qk_norm" in parts else nn.Identity() for _ in range(2))
         self.rotary = Rotary(each, tokens) if "rotary" in parts else None
 
     def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:

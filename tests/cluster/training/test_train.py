@@ -200,5 +200,5 @@ def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Ex
     config_url = files.join(experiment.folder, "autoencoder/final/config.json")
     config = files.read_json(config_url)
     files.write_json(config_url, config | {"hash": "f" * 64})
-    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff.*--fresh"):
+    with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff: encode the data set again"):
         train_prior(experiment)
