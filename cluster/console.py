@@ -113,9 +113,9 @@ class Progress:
             self._bar.update(start)
         self._done = start
 
-    def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
-        """Say that `done` units are done; `figures` are shown beside them."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+    def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Say that `done` units are done; `metrics` are shown beside them."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         if self._bar is not None:
             self._bar.update(done - self._done)
             if shown:

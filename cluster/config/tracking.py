@@ -38,9 +38,9 @@ class TrackingConfig:
         model: name in the model registry; empty takes the name of this experiment.
         alias: registry alias that `register.py` moves to the version that it makes; not `champion`, which moves by the
             rule of the next three.
-        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
-            priors on the same latents; across autoencoders or latents take a figure of images.
-        champion_lower: the lower figure is the better one.
+        champion_figure: metric of evaluation/report.json by which a version becomes `champion`. The bound compares
+            priors on the same latents; across autoencoders or latents take a metric of images.
+        champion_lower: the lower metric is the better one.
         champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
     """
 

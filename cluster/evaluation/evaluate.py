@@ -34,7 +34,7 @@ from cluster.stages import Stage, open_stage
 
 _REPORT, _MEASURED, _PIECES = "report.json", "measured.json", "pieces"
 _PICTURE_IMAGES = 32
-# Of the work, not of what is measured: figures are the same whatever these are.
+# Of the work, not of what is measured: metrics are the same whatever these are.
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
 
 
@@ -162,8 +162,8 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     check_references(config, references)
     found = _measure(inputs, references, stage)
     reconstructions = found.reconstructions
-    figures = reconstructions.metrics(experiment.loss.vgg_sha256)
-    report: dict[str, Any] = {"figures": figures}
+    metrics = reconstructions.metrics(experiment.loss.vgg_sha256)
+    report: dict[str, Any] = {"figures": metrics}
     pictures = {
         "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
     }
@@ -175,9 +175,9 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
         return report, pictures
     shown = found.samples[0].shown
     bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
-    figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
-    figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-    figures |= over_seeds([samples.metrics() for samples in found.samples])
+    metrics |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+    metrics |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
+    metrics |= over_seeds([samples.metrics() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)
     pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], inputs.artifacts.classes or 10)
     report |= {"bound_profile": bound.profile, "samples": config.samples}
@@ -186,7 +186,7 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     report["references"] = {made.space.name: made.hash for made in references}
     if config.neighbours:
         near = find_neighbours(experiment, inputs.train_shards, shown, inputs.spaces)
-        figures |= near.figures
+        metrics |= near.metrics
         pictures["neighbours.png"], report["neighbours_by"] = near.picture, near.space
     return report, pictures
 
@@ -219,7 +219,7 @@ def read_report(folder: str, trained: Artifacts) -> dict[str, Any]:
 
 
 def _protocol(fingerprint: Mapping[str, object]) -> str:
-    """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
+    """A hash of what is measured, how and on which images: metrics of one protocol may be compared."""
     images = {
         "shards",
         "train_shards",

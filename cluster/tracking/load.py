@@ -25,7 +25,7 @@ class SystemLoad:
         self.metrics()  # the use of the CPU is a mean since the call before
 
     def metrics(self) -> dict[str, float]:
-        """Figures named system/...: CPU since the call before, network since the object was made, the rest now."""
+        """Metrics named system/...: CPU since the call before, network since the object was made, the rest now."""
         found: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.clear_metrics()

@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def _reached(self) -> dict[str, int]:
-        """The last step of each figure that was logged, at first by an earlier start of this run."""
+        """The last step of each metric that was logged, at first by an earlier start of this run."""
         return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data.to_proto().metrics}
 
     @cached_property
@@ -83,9 +83,9 @@ class Run:
         return Outbox(self.waiting, self._tell, without_secrets(self.uri))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log figures of a step.
+        """Log metrics of a step.
 
-        Steps between the last checkpoint and an interruption are taken twice. Their figures are logged once: those of
+        Steps between the last checkpoint and an interruption are taken twice. Their metrics are logged once: those of
         the start before stay.
         """
         self._put({"metrics": {name: float(value) for name, value in values.items()}, "step": step})

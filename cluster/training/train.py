@@ -241,12 +241,12 @@ def _work(settings: dict[str, Job]) -> Exception | None:
         for report in train(state, batches, task.objective(worker), training):
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
-                figures = _figures(report, state, task, worker)
+                terms = _logged(report, state, task, worker)
                 if run is not None and load is not None and progress is not None:
-                    named = {f"train_{name}": value for name, value in figures.items()}
+                    named = {f"train_{name}": value for name, value in terms.items()}
                     run.metrics(named | load.metrics(), report.step)
-                    progress.update(report.step, figures)
-                if _too_many(task, report.step, figures):
+                    progress.update(report.step, terms)
+                if _too_many(task, report.step, terms):
                     return UserError(f"{_join(str(task.skipped), worker)}; {above(task.experiment.data.max_skipped)}")
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
@@ -263,25 +263,25 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     return None
 
 
-def _figures(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
+def _logged(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
     """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
     terms = torch.stack([*report.terms.values()]).double()
     values = torch.cat([terms, terms.new_tensor([task.left_out() * worker.world])])
     if worker.world > 1:
         torch.distributed.all_reduce(values)
     *means, left_out = (values / worker.world).tolist()
-    figures = dict(zip(report.terms, means, strict=True))
-    figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    logged = dict(zip(report.terms, means, strict=True))
+    logged |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
     if state.skipped:
-        figures["skipped"] = state.skipped
+        logged["skipped"] = state.skipped
     if left_out:
-        figures["skipped_images"] = left_out
-    return figures
+        logged["skipped_images"] = left_out
+    return logged
 
 
-def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
+def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     """Whether all workers together have left out too many images; each of them gets the same answer."""
-    left_out = round(figures.get("skipped_images", 0))
+    left_out = round(logged.get("skipped_images", 0))
     account = Skipped(step * task.training.batch_size + left_out, Counter(images=left_out))
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
