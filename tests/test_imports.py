@@ -65,7 +65,7 @@ ARROWS = {
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",
-    "cluster.evaluation": "plots console lineage runtime config stages training sampling evaluation.config",
+    "cluster.evaluation": "plots console lineage runtime config stages data training sampling evaluation.config",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
