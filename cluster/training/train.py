@@ -125,12 +125,14 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
         fingerprint["latents_window"] = window
     with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
+            names = list(latents.manifest.classes)[: experiment.prior.classes]
             config = {
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
                 "autoencoder_hash": autoencoder.hash,
                 "latents_hash": latents.hash,
+                **({"class_names": names} if names else {}),
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
             fit(stage, PriorTask(experiment, source, found.codes), config)
