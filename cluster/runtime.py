@@ -16,6 +16,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
+from cluster.capacity import check_nodes, say_if_busy
 from cluster.console import Progress
 from cluster.nodes import LOOK_S, Need, Watch
 from cluster.ray_private import local_cluster, set_environment
@@ -63,8 +64,9 @@ class ClusterConfig:
             )
         if self.address.startswith("ray://"):
             raise UserError(
-                f"cluster.address is {self.address!r}: Ray's client runs no training; give HOST:PORT of the cluster on "
-                "one of its nodes, or submit the command as a job: ray job submit --working-dir . -- python ..."
+                f"cluster.address (or RAY_ADDRESS) is {self.address!r}: Ray's client runs no training; give HOST:PORT "
+                "of the cluster on one of its nodes, or submit the command as a job: ray job submit --working-dir . "
+                "-- python ..."
             )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
@@ -109,7 +111,8 @@ def connect_ray(config: ClusterConfig) -> None:
     """Connect to Ray once a process, and check that the cluster can hold the work.
 
     Raises:
-        UserError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
+        UserError: fewer CPU cores or GPUs than the workers ask for, or none of the nodes has enough: Ray would wait for
+            ever.
     """
     if not ray.is_initialized():
         set_environment()
@@ -142,6 +145,10 @@ def connect_ray(config: ClusterConfig) -> None:
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
+    if config.address or os.environ.get("RAY_ADDRESS"):  # else there are no others
+        say_if_busy({"CPU": need, "GPU": config.replicas if config.gpu else 0}, ray.available_resources)
 
 
 def map_on_actors(

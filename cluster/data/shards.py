@@ -237,7 +237,18 @@ def _read(source: str, name: str) -> bytes:
     try:
         return Path(source, name).read_bytes()
     except OSError as error:
-        raise UserError(f"{name!r} in {source!r} cannot be read ({error}): mend it, or move it away") from error
+        raise _unreadable(source, name, error) from error
+
+
+def _size(source: str, name: str) -> int:
+    try:
+        return os.path.getsize(os.path.join(source, name))
+    except OSError as error:  # a link that leads nowhere, for one
+        raise _unreadable(source, name, error) from error
+
+
+def _unreadable(source: str, name: str, error: OSError) -> UserError:
+    return UserError(f"{name!r} in {source!r} cannot be read ({error}): mend it, or move it away")
 
 
 def _folder(source: str) -> tuple[list[SourceImage], list[str]]:
@@ -259,10 +270,7 @@ def _folder(source: str) -> tuple[list[SourceImage], list[str]]:
     if classes and all(re.fullmatch("[0-9]+", name) for name in classes):
         classes.sort(key=lambda name: (int(name), name))
     number = {name: i for i, name in enumerate(classes)}
-    images = [
-        SourceImage(path, os.path.getsize(os.path.join(source, path)), number.get(path.split(os.sep)[0], -1))
-        for path in paths
-    ]
+    images = [SourceImage(path, _size(source, path), number.get(path.split(os.sep)[0], -1)) for path in paths]
     loose = [image.name for image in images if image.label < 0]
     if classes and loose:
         raise UserError(

@@ -131,7 +131,8 @@ class EvaluationConfig:
     @property
     def images_needed(self) -> dict[str, int]:
         """How many training images each figure that is asked for needs, at least."""
-        least = {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
+        least = {"frechet": 2, "dinov2_sha256": 2, "classifier": 2}  # for a covariance
+        least |= {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
         return {name: count for name, count in least.items() if getattr(self, name)}
 
     def class_figures(self, classes: int) -> list[str]:

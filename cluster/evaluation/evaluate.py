@@ -20,6 +20,7 @@ from bld_core.storage import files
 from bld_core.storage.weights import VGG16
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
+from cluster.data.check import Shards, check_data
 from cluster.evaluation.actors import CALLS, Drawn, Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
@@ -123,33 +124,43 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
+def check_evaluation(experiment: Experiment) -> None:
+    """Find what an evaluation needs beside models and data, which a command that trains before it does first.
+
+    Raises:
+        MissingError: weights of an extractor are missing.
+        UserError: others than their sha256 says, images without classes to train a classifier on, or too few samples.
+    """
+    config, loss = experiment.evaluation, experiment.loss
+    if config.lpips:
+        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    for space in spaces_of(experiment):
+        check_space(experiment, space)
+    if config.cas_steps:
+        cas_experiment(experiment)
+
+
 def _open(experiment: Experiment) -> Inputs:
     """Find models, images, latents, and weights of extractors that are asked for, before anything is started."""
-    config, loss, data = experiment.evaluation, experiment.loss, experiment.data
+    config, loss = experiment.evaluation, experiment.loss
     artifacts, spaces = open_finished(experiment), spaces_of(experiment)
     has_prior = artifacts.prior is not None
     if has_prior:
         artifacts.model.steps(experiment.sampling)
-    shards = check_shards(data, "validation")
-    if config.lpips:
-        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
-    for space in spaces:
-        check_space(experiment, space)
-    if config.cas_steps:
-        cas_experiment(experiment)
+    compared = bool(spaces) or (has_prior and bool(config.neighbours or config.class_accuracy))
+    shards = check_data(experiment) if compared else Shards([], check_shards(experiment.data, "validation"))
+    check_evaluation(experiment)
     identity = {
         **artifacts.identity,
         **experiment.fingerprint("data", "sampling", "evaluation"),
         "vgg_sha256": loss.vgg_sha256,
-        "shards": files.fingerprint(shards),
+        "shards": files.fingerprint(shards.validation),
     }
-    train_shards: list[str] = []
-    if spaces or (has_prior and (config.neighbours or config.class_accuracy)):
-        train_shards = check_shards(data, "train")
-        identity["train_shards"] = files.fingerprint(train_shards)
+    if compared:
+        identity["train_shards"] = files.fingerprint(shards.train)
     if config.classifier:
         identity["classifier_steps"] = experiment.study.classifier_steps
-    return Inputs(experiment, artifacts, shards, train_shards, spaces, identity)
+    return Inputs(experiment, artifacts, shards.validation, shards.train, spaces, identity)
 
 
 def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, Image.Image]]:

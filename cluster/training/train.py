@@ -120,22 +120,20 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
     found = open_encoded(experiment, source)
     assert found.codes is not None, "`open_encoded` opens them"
     autoencoder, latents = found.autoencoder, found.codes.train
-    classes = experiment.prior.classes
-    most = max(latents.classes, found.codes.held_out.classes)
-    if most > classes > 0:
-        raise UserError(f"the latents hold class {most - 1}; prior.classes is {classes}: raise it")
     fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
         fingerprint["latents_window"] = window
     with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
         if not stage.done:
+            names = list(latents.manifest.classes)[: experiment.prior.classes]
             config = {
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
                 "autoencoder_hash": autoencoder.hash,
                 "latents_hash": latents.hash,
+                **({"class_names": names} if names else {}),
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
             fit(stage, PriorTask(experiment, source, found.codes), config)

@@ -18,12 +18,16 @@ from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Reason, Skipped
 from bld_core.errors import UserError
 from bld_core.prior.transformer import PriorConfig
+from bld_core.storage import files
+from bld_core.trained import read_autoencoder
+from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data, shard_names, stem
 from cluster.evaluation.config import EvaluationConfig
 from cluster.runtime import ClusterConfig
 from tests.bld_core.data.test_shards import File, tar_of
-from tests.bld_core.toys import png_of, toy_images
+from tests.bld_core.toys import png_of, toy_images, write_latents
+from tests.conftest import random_pair
 
 IMAGES = [png_of(image.pixels) for image in toy_images(12)]
 
@@ -236,5 +240,27 @@ def test_what_is_relative_to_a_jobs_copy_of_the_code_is_refused_and_so_is_rays_c
         experiment(tmp_path, f"{given}::a.tar", given)
     with pytest.raises(UserError, match=r"root is 'runs', relative to the copy .*: give an absolute path or a URL"):
         Experiment()
-    with pytest.raises(UserError, match=r"cluster.address is 'ray://head:10001': Ray's client runs no training; give"):
+    with pytest.raises(
+        UserError, match=r"cluster.address .* is 'ray://head:10001': Ray's client runs no training; give"
+    ):
         ClusterConfig(address="ray://head:10001")
+
+
+def test_a_prior_of_classes_is_refused_where_the_codes_have_none_or_others(
+    tmp_path: Path, digits: dict[str, str]
+) -> None:
+    pair = random_pair(tmp_path, digits, "")
+    folder, made_by = f"{pair.folder}/latents", read_autoencoder(pair.folder).hash
+    write_latents(folder, train=[4], labelled=False, autoencoder_hash=made_by)
+    with pytest.raises(UserError, match=r"prior.classes is 10, but the latents hold no class: set it to 0, or give"):
+        open_encoded(pair)
+    open_encoded(replace(pair, prior=replace(pair.prior, classes=0)))
+    write_latents(folder, train=[4], autoencoder_hash=made_by)
+    open_encoded(pair)
+    with pytest.raises(UserError, match=r"the latents hold class 2; prior.classes is 2: raise it"):
+        open_encoded(replace(pair, prior=replace(pair.prior, classes=2)))
+    manifest = files.read_json(f"{folder}/manifest.json")
+    for file in manifest["files"]:
+        del file["classes"]
+    files.write_json(f"{folder}/manifest.json", manifest)  # as an early version wrote it
+    open_encoded(pair)

@@ -185,3 +185,7 @@ def test_a_link_in_a_circle_and_a_folder_of_other_images_are_one_message(tmp_pat
         make_shards(ShardConfig(source=str(tmp_path / "a"), output=str(tmp_path / "out")))
     with pytest.raises(ValueError, match=r"missing' cannot be read .*No such file"):
         make_shards(ShardConfig(source=str(tmp_path / "missing"), output=str(tmp_path / "out")))
+    put(tmp_path / "c" / "a.png", b"")
+    (tmp_path / "c" / "b.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"'b.png' in .* cannot be read .*: mend it, or move it away"):
+        make_shards(ShardConfig(source=str(tmp_path / "c"), output=str(tmp_path / "out")))
