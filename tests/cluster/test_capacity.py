@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import pytest
 import ray
 
-import cluster.capacity
+import cluster.runtime
 from bld_core.errors import UserError
-from cluster.capacity import check_nodes, say_if_busy
-from cluster.runtime import ClusterConfig, connect_ray
+from cluster.runtime import ClusterConfig, check_nodes, connect_ray, say_if_busy
 
 TWO, FOUR, GPUS = {"CPU": 2.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}
 HEAD: Mapping[str, float] = {"memory": 1e9}  # that takes no work
@@ -41,7 +40,7 @@ def test_workers_fit_on_single_nodes_or_are_refused(
 def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.capacity, "_SETTLES_S", 0.3)
+    monkeypatch.setattr(cluster.runtime, "_SETTLES_S", 0.3)
     seen = iter([{"CPU": 1.0}, {"CPU": 4.0}])
     say_if_busy({"CPU": 4.0, "GPU": 0}, lambda: next(seen))
     assert capsys.readouterr().err == ""
