@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bld_core.errors import MissingError, UserError
 from bld_core.storage import files
+from bld_core.storage.patience import DeniedError
 
 CLASSES = "classes.json"
 """Beside shards: the names of the classes by number, a JSON list."""
@@ -104,6 +105,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_there(url: str) -> bool:
+    try:
+        return files.exists(url)
+    except DeniedError:  # beside signed links, and where only what is there may be asked for
+        return False
+
+
 @functools.cache
 def class_names(url: str, *, given: bool = False) -> Sequence[str]:
     """The names of a class list by number; none where it is not there and need not be. Read once a process.
@@ -112,12 +120,14 @@ def class_names(url: str, *, given: bool = False) -> Sequence[str]:
         MissingError: it is not there, but was given.
         UserError: it is no JSON list of different names.
     """
-    if not url or (not given and not files.exists(url)):
+    if not url or (not given and not _is_there(url)):
         return ()
     try:
         names = json.loads(files.read_bytes(url))
     except FileNotFoundError as error:
         raise MissingError(f"`class_names` is {url!r}, which is not there: correct it, or leave it empty") from error
+    except UserError:  # of storage
+        raise
     except ValueError as error:
         raise UserError(f"the class list {url!r} is not JSON ({error}): it must be a list of names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):

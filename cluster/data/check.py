@@ -84,11 +84,11 @@ def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> N
                 f"prior.classes is {classes}, so that classes are 0 to {classes - 1}, but data.{split} has class "
                 f"{seen.classes[-1]}{listed}: raise prior.classes to {seen.classes[-1] + 1}, or correct the classes"
             )
-    unseen = sorted({*held_out.classes} - {*train.classes})
-    if unseen and train.whole:
+    beyond = [label for label in held_out.classes if label > train.classes[-1]]
+    if beyond and train.whole:
         raise UserError(
-            f"{reason}, but data.validation has {len(unseen)} classes that no training image is of, such as "
-            f"{unseen[0]}: leave those images out, or add training images of them"
+            f"{reason}, but data.validation has class {beyond[-1]}, and the largest of data.train is "
+            f"{train.classes[-1]}: leave those images out, or add training images of that class"
         )
     figures = experiment.evaluation.class_figures(classes)
     if figures and not held_out.classes:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+from bld_core.data.labels import class_names
 from bld_core.errors import MissingError, UserError
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query, without_secrets
@@ -73,6 +74,12 @@ def test_a_web_server_that_refuses_is_one_message_without_the_signature(
     assert "5ecre7" not in without_secrets(str(raised.value))
     if status != 404:  # which the command's last word makes public
         assert "5ecre7" not in str(raised.value)
+
+
+def test_a_class_list_that_may_not_be_read_is_none_unless_it_was_given(web: str) -> None:
+    assert class_names(f"{web}/403/classes.json") == class_names(f"{web}/404/classes.json") == ()
+    with pytest.raises(DeniedError, match="403 Forbidden"):
+        class_names(f"{web}/403/classes.json", given=True)
 
 
 def test_a_web_server_that_refuses_for_a_while_is_asked_again(web: str) -> None:

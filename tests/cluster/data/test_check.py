@@ -50,7 +50,7 @@ CASES = {
     "no class": ([-1] * 4, [-1] * 4, 2, {}, r"prior.classes is 2, but no image of data.train has a class: looked for"),
     "beyond": ([0, 1, 2], [0, 1], 2, {}, r"prior.classes is 2, .* data.train has class 2: raise prior.classes to 3"),
     "null": ([0, 1], [0, 2], 2, {}, r"data.validation has class 2: raise prior.classes to 3"),
-    "unseen": ([0, 1], [0, 2], 3, {}, r"data.validation has 1 classes that no training image is of, such as 2"),
+    "unseen": ([0, 1], [0, 2], 3, {}, r"data.validation has class 2, and the largest of data.train is 1"),
     "single": ([0] * 4, [0] * 4, 1, {"class_accuracy": True}, r"all images of data.train are of class 0; telling"),
     "figures": (
         [-1] * 4,
