@@ -33,8 +33,9 @@ from cluster.secrets import check_no_password
 _RECORD = "shards.json"
 _PLAN = "shards-unfinished.json"
 _DIGITS_SIZE = 32
-_KINDS = (*EXTENSIONS, "jfif")  # which is JPEG
+_AS_JPEG = ("jfif", "jpe")  # other names of it
 _OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "j2k", "jp2", "jxl", "pgm", "pnm", "ppm", "psd", "tga", "tif", "tiff")
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,8 @@ class ShardConfig:
 
     Args:
         source: a folder of images; its sub-folders, if any, are the classes, numbered in the order of their names, or
-            of their numbers where all are numbers. Links are followed; what begins with a dot, and __MACOSX, is passed
-            over.
+            of their numbers where all are numbers. Links are followed; what begins with a dot is passed over, and
+            what systems put beside images, such as __MACOSX.
             "digits" is the demo set: 1,797 scanned handwritten digits, enlarged to 32 x 32.
         output: folder for the shards, a path or a URL such as s3://bucket/folder.
         images_per_shard: images in one tar file, at the most.
@@ -230,7 +231,7 @@ def _samples(numbers: list[int], images: list[SourceImage], source: str) -> Iter
         if len(data) != image.size:
             raise UserError(f"{image.name!r} in {source!r} was changed while shards were made: run the command again")
         extension = _extension(image.name)
-        yield Sample(f"{number:08d}", "jpg" if extension == "jfif" else extension, data, image.label)
+        yield Sample(f"{number:08d}", "jpg" if extension in _AS_JPEG else extension, data, image.label)
 
 
 def _read(source: str, name: str) -> bytes:
@@ -253,18 +254,21 @@ def _unreadable(source: str, name: str, error: OSError) -> UserError:
 
 def _folder(source: str) -> tuple[list[SourceImage], list[str]]:
     """The images of a folder, and the names of its classes in their order."""
-    paths, others = list[str](), Counter[str]()
+    paths, images, others = list[str](), Counter[str](), Counter[str]()
     for path in _walk(source, ()):
-        if _extension(path) in _KINDS:
+        extension = _extension(path)
+        if extension in (*EXTENSIONS, *_AS_JPEG):
             paths.append(os.path.relpath(path, source))
-        elif _extension(path) in _OTHER_IMAGES:
-            others[_extension(path)] += 1
-    left = ", ".join(f"{count} .{kind}" for kind, count in sorted(others.items()))
+        else:
+            (images if extension in _OTHER_IMAGES else others)[f".{extension}" if extension else "without ending"] += 1
+    left, rest = (", ".join(f"{n} {kind}" for kind, n in sorted(found.items())) for found in (images, others))
     if not paths:
-        found = f", found {left}: convert them" if left else ""
+        found = f", found {left}: convert them" if left else f", found {rest}" if rest else ""
         raise UserError(f"{source!r} holds no images: looked for {', '.join(EXTENSIONS)} there and below{found}")
     if left:
         print(f"left out: {left}; shards hold {', '.join(EXTENSIONS)}: convert them, to have them too")
+    if rest:
+        print(f"left out: {rest}, which are no images by their names")
     paths.sort(key=lambda path: path.split(os.sep))
     classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     if classes and all(re.fullmatch("[0-9]+", name) for name in classes):
@@ -297,7 +301,7 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
         ) from error
     for name in entries:
         path = os.path.join(folder, name)
-        if name.startswith(".") or name == "__MACOSX":
+        if name.startswith(".") or name in _OF_SYSTEMS:
             continue
         if os.path.isdir(path):
             yield from _walk(path, (*above, real))

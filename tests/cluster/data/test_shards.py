@@ -162,12 +162,21 @@ def test_a_real_folder_has_links_and_what_systems_put_beside_images(
     put(tmp_path / "elsewhere" / "b.jfif", image)
     put(tmp_path / "elsewhere" / "deep" / "c.jpeg", image)
     (source / "2").symlink_to(tmp_path / "elsewhere")
-    for name in (".ipynb_checkpoints/a.png", "__MACOSX/1/._a.png", "1/._a.png", ".DS_Store", "9/.hidden/x.png"):
+    for name in (
+        ".ipynb_checkpoints/a.png",
+        "__MACOSX/1/._a.png",
+        "1/._a.png",
+        ".DS_Store",
+        "9/.hidden/x.png",
+        "@eaDir/a.png",
+    ):
         put(source / name, image)
-    for name in ("1/a.bmp", "1/b.tif", "2/d.TIF"):
+    for name in ("1/a.bmp", "1/b.tif", "2/d.TIF", "9/labels.csv", "9/scan"):
         put(source / name, image)
     made = make_shards(ShardConfig(source=str(source), output=str(tmp_path / "out"), validation_share=0))
-    assert "left out: 1 .bmp, 2 .tif; shards hold jpg, jpeg, png, webp: convert them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: 1 .bmp, 2 .tif; shards hold jpg, jpeg, png, webp: convert them" in said
+    assert "left out: 1 .csv, 1 without ending, which are no images by their names\n" in said
     assert made.classes == 4
     assert files.read_bytes(f"{tmp_path}/out/classes.json") == b'["1", "2", "9", "10"]\n'
     samples = read_shard(f"{tmp_path}/out/train-0000.tar", ["jpg", "jpeg", "png"]).samples
