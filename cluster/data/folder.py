@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
@@ -57,8 +58,9 @@ def _as_png(path: Path) -> bytes:
     Raises:
         ValueError: its pixels are of another form, of which no range is known.
     """
-    with Image.open(path) as opened:
-        opened.load()  # which turns a TIFF; turned before, it is torn (Pillow 13)
+    # Not by its path: a TIFF that is to be turned is torn where Pillow (13.0) maps the file, or turns it unloaded.
+    with Image.open(io.BytesIO(path.read_bytes())) as opened:
+        opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16"):
             image = Image.fromarray(np.asarray(image).astype(np.uint16))
