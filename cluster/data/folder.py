@@ -133,6 +133,8 @@ def _sizes(source: str, paths: list[str]) -> dict[str, int]:
             damaged.append(str(error))
     if damaged:
         print(f"left out: {len(damaged)} images that cannot be made PNG, such as: {damaged[0]}")
+    if not sizes:
+        raise UserError(f"{source!r} holds no image that can be read: {damaged[0]}")
     return sizes
 
 

@@ -102,7 +102,7 @@ def make_shards(config: ShardConfig) -> ShardSet:
         shards |= {f"{split}-{i:0{width}d}.tar": numbers for i, numbers in enumerate(contents)}
         patterns[split] = files.join(config.output, f"{split}-{{{0:0{width}d}..{len(contents) - 1:0{width}d}}}.tar")
     _write(shards, images, config)
-    made = ShardSet(patterns, 1 + max(image.label for image in images))
+    made = ShardSet(patterns, len(classes))
     if classes:
         files.write_bytes(files.join(config.output, CLASSES), f"{json.dumps(classes, ensure_ascii=False)}\n".encode())
     files.write_json(record_url, {"config": config.settings(), **made._asdict()})
