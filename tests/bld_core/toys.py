@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
