@@ -29,7 +29,7 @@ from bld_core.data.pictures import read_picture
 from bld_core.latents import open_latents
 from bld_core.storage import files
 from cluster.registry.registry import fetch_model
-from cluster.tracking import open_client
+from cluster.tracking.store import open_client
 from tests.pipelines.test_commands import run
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-2026-11"

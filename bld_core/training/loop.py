@@ -320,8 +320,9 @@ def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[st
     state.module.train()
     who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (
-        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): the last checkpoint is good; go "
-        'on with `non_finite` "skip", or train anew without these samples, or with a lower `learning_rate`'
+        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): what was saved before, if "
+        'anything, is good; go on with `non_finite` "skip", or train anew without these samples, or with a lower '
+        "`learning_rate`"
     )
 
 

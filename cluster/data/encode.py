@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
+import torch
 
 from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
 from bld_core.data.skipped import Skipped
@@ -29,6 +31,7 @@ from bld_core.trained import load_autoencoder
 from cluster.config.artifacts import open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
+from cluster.data.check import Shards, check_data, shard_names, stem
 from cluster.lineage import lineage
 from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
@@ -39,11 +42,12 @@ _SECONDS_BETWEEN_METRICS = 10.0
 
 
 class Job(NamedTuple):
-    """One shard to encode: its source, its split, and the file, relative to the latents folder, that it becomes."""
+    """One shard to encode: its source, split and name, and the file, in the latents folder, that it becomes."""
 
     source: str
     split: Split
     file: str
+    name: str
 
 
 class Encoded(NamedTuple):
@@ -71,12 +75,15 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
         MissingError: no autoencoder yet.
         UserError: bad input, each with its remedy, before anything is started.
     """
-    autoencoder, jobs = open_autoencoder(experiment).autoencoder, _jobs(experiment)
+    autoencoder = open_autoencoder(experiment).autoencoder
+    jobs = _jobs(check_data(experiment))
     fingerprint = {
         **experiment.fingerprint("data", "latents"),
         "shards": files.fingerprint([job.source for job in jobs]),
         "autoencoder_hash": autoencoder.hash,
     }
+    if experiment.data.names:
+        fingerprint["class_names"] = list(experiment.data.names)
     with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
         if not stage.done:
             manifest = _empty_manifest(experiment, autoencoder.hash)
@@ -122,17 +129,12 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     return [encoded_files[position] for position in range(len(jobs))]
 
 
-def _jobs(experiment: Experiment) -> list[Job]:
-    splits: tuple[Split, ...] = ("train", "validation")
-    jobs = [
-        Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet")
-        for split in splits
-        for url in check_shards(experiment.data, split)
-    ]
-    taken = Counter(job.file for job in jobs)
-    twice = [job.source for job in jobs if taken[job.file] > 1]
-    if twice:
-        raise UserError(f"two shards of one split have the same file name: {', '.join(twice)}; rename one of them")
+def _jobs(shards: Shards) -> list[Job]:
+    jobs: list[Job] = []
+    splits: tuple[tuple[Split, list[str]], ...] = (("train", shards.train), ("validation", shards.validation))
+    for split, urls in splits:
+        named = zip(urls, shard_names(urls), strict=True)
+        jobs += [Job(url, split, f"{split}/{stem(name)}.parquet", name) for url, name in named]
     return jobs
 
 
@@ -145,6 +147,7 @@ def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
         seed=experiment.seed,
         preprocessing={"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
         latents=experiment.latents,
+        classes=list(data.names),
     )
 
 
@@ -188,7 +191,7 @@ class Encoder:
         if files.exists(url):
             data = files.read_bytes(url)
             metadata = shard_metadata(data)
-            if metadata.items() >= {**self.identity, "source": files.name(job.source)}.items():
+            if metadata.items() >= {**self.identity, "source": job.name}.items():
                 skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
                 file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
                 return Encoded(file, len(data), skipped, anew=False)
@@ -196,8 +199,10 @@ class Encoder:
         latents = self.experiment.latents
         images = self._decoded(job.source, skipped)
         rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
+        if not rows.key:
+            rows.bits = torch.empty(0, math.prod(self.experiment.code_shape) // 8, dtype=torch.uint8)
         facts: dict[str, Any] = {
-            "source": files.name(job.source),
+            "source": job.name,
             "rows": len(rows.key),
             "seen": skipped.seen,
             "skipped": dict(skipped.counts),
@@ -232,7 +237,8 @@ def verify_latents(experiment: Experiment) -> str:
         raise MissingError(f"{location!r} is missing: encode the data set first", stages=("latents",))
     listed_files = Manifest.from_json(files.read_json(location)).files
     listed = {file.file for file in listed_files}
-    due = {job.file for job in _jobs(experiment)}
+    shards = Shards(check_shards(experiment.data, "train"), check_shards(experiment.data, "validation"))
+    due = {job.file for job in _jobs(shards)}
     there = {
         f"{split}/{name}"
         for split in sorted({file.split for file in listed_files})

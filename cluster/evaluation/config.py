@@ -129,6 +129,18 @@ class EvaluationConfig:
             raise UserError(f"evaluation.neighbours is {self.neighbours}; it must be 0 (no picture) or more")
 
     @property
+    def images_needed(self) -> dict[str, int]:
+        """How many training images each figure that is asked for needs, at least."""
+        least = {"frechet": 2, "dinov2_sha256": 2, "classifier": 2}  # for a covariance
+        least |= {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
+        return {name: count for name, count in least.items() if getattr(self, name)}
+
+    def class_figures(self, classes: int) -> list[str]:
+        """What is asked for that needs real images with classes, where the prior has so many."""
+        figures = {"classifier": True, "class_accuracy": classes > 0, "cas_steps": True}
+        return [name for name, measured in figures.items() if measured and getattr(self, name)]
+
+    @property
     def features_kept(self) -> int:
         """How many training images are kept as features, for figures that cannot be had from sums."""
         return self.samples if self.kid or self.precision_recall else 0

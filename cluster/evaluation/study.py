@@ -42,7 +42,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         fresh: train the variants again, though never the experiment's own prior, and measure again.
 
     Returns:
-        The table: "rows", each with its figures by name, and what they were measured with.
+        The table: "rows", each with its metrics by name, and what they were measured with.
 
     Raises:
         MissingError: no autoencoder or no latents yet.
@@ -75,18 +75,18 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         if not stage.done:
             source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
-            for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
-                stage.run.metrics(figures, len(found))
+            for row, metrics in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
+                stage.run.metrics(metrics, len(found))
                 x = row.label if row.x is None else row.x
                 about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}
-                found.append(about | figures)
+                found.append(about | metrics)
             made = {
                 "study": name,
                 "column": column,
                 "rows": found,
                 "paper": source,
                 "distance": reference.space.metric_name("fd"),
-                "reference": reference.figures | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
+                "reference": reference.metrics | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
@@ -114,7 +114,7 @@ def _space(experiment: Experiment) -> Space:
 def _measure(
     experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes
 ) -> Iterator[dict[str, float]]:
-    """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
+    """The metrics of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
     reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
     urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
     held_out = [] if files.exists(reconstructions_url) else check_shards(experiment.data, "validation")
@@ -133,7 +133,7 @@ def _measure(
             files.write_json(reconstructions_url, {f"{reference.space.metric_name('fd')}_reconstructed": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
-                files.write_json(url, _figures(row, work, experiment.study.samples, reference))
+                files.write_json(url, _metrics(row, work, experiment.study.samples, reference))
             yield files.read_json(url)
 
 
@@ -148,31 +148,31 @@ def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | Sample
     ]
 
 
-def _figures(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
+def _metrics(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
     """Take from the stream of results those of one row."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in row.bounds:
         bound = next(work)
-        figures |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
+        metrics |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
     moments, seconds = FeatureMoments(), 0.0
     while moments.count < samples:
         drawn = next(work)
         moments.update(drawn.features[reference.space.name])
         seconds += drawn.seconds
-    figures[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
-    figures["seconds"] = seconds / samples
-    return figures
+    metrics[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
+    metrics["seconds"] = seconds / samples
+    return metrics
 
 
 def _names(made: dict[str, Any]) -> list[str]:
-    """The figures of a table's rows, without their errors."""
+    """The metrics of a table's rows, without their errors."""
     return [
         name for name in made["rows"][0] if f"{name}_se" in made["rows"][0] or name in (made["distance"], "seconds")
     ]
 
 
 def study_table(made: dict[str, Any]) -> str:
-    """A study as lines of text, the paper's figures beside ours."""
+    """A study as lines of text, the paper's metrics beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
     for row in made["rows"]:

@@ -16,7 +16,7 @@ StudyName = Literal["lambda", "targets", "groups", "schedule", "steps", "tempera
 _STRIDES = (4, 8, 16, 32, 64)
 _SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
-# The paper's figures, by study and row: 256 x 256, 50,000 samples.
+# The paper's metrics, by study and row: 256 x 256, 50,000 samples.
 PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "lambda": (
         "FID, recall; Table 7, LSUN Churches",
@@ -25,9 +25,9 @@ PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "targets": (
         "FID, recall; Table 7, LSUN Churches",
         {
-            f"{target}{reading}": figures
+            f"{target}{reading}": metrics
             for reading in ("", ", uncalibrated")
-            for target, figures in {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)}.items()
+            for target, metrics in {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)}.items()
         },
     ),
     "samplers": (
@@ -49,7 +49,7 @@ class StudyRow:
         label: names the row.
         experiment: the prior lies in its folder.
         sampling: how its samples are drawn.
-        bounds: which likelihood bounds are measured, by the name of the figure.
+        bounds: which likelihood bounds are measured, by the name of the metric.
         x: its position in the plot; None takes the label.
         line: names the line of the plot that it lies on; empty is the only one.
     """

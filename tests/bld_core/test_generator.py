@@ -84,6 +84,14 @@ def test_images_become_bits_and_bits_images(generator: Generator) -> None:
     assert torch.equal(generator.reconstruct(images), decoded)
 
 
+def test_classes_are_known_by_their_names_where_they_have_some(generator: Generator) -> None:
+    assert generator.prior is not None
+    record = generator.prior.record
+    assert [record.label(2), replace(record, class_names=["cat", "dog", "owl"]).label("dog")] == [2, 1]
+    with pytest.raises(UserError, match="class 'dog' asked for, of which the prior knows nothing: its classes are num"):
+        record.label("dog")
+
+
 def test_samples_are_a_function_of_seed_and_index(generator: Generator) -> None:
     labels = [0, 1, 2, -1] * 5
     whole = generator.sample(labels=labels, seed=7)

@@ -46,7 +46,8 @@ def test_the_bytes_depend_neither_on_threads_nor_on_where_they_go(tmp_path: Path
             "train": f"{output}/train-{{0000..0007}}.tar",
             "validation": f"{output}/validation-{{0000..0000}}.tar",
         }
-        assert files.listing(output) == ["shards.json", *sorted(first)]
+        assert files.listing(output) == ["classes.json", "shards.json", *sorted(first)]
+        assert files.read_bytes(files.join(output, "classes.json")) == b'["class 0", "class 1", "class 2"]\n'
     assert make_shards(ShardConfig(source=source, output=f"{s3}/made", images_per_shard=7)) == made[f"{s3}/made"]
 
 
@@ -145,3 +146,46 @@ def test_bad_sources_and_settings_are_refused(tmp_path: Path) -> None:
     for field, value in (("images_per_shard", 0), ("mib_per_shard", -1), ("validation_share", 1.0), ("threads", 0)):
         with pytest.raises(ValueError, match=f"{field} is {value}"):
             ShardConfig(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def test_a_real_folder_has_links_and_what_systems_put_beside_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, image = tmp_path / "source", png_of(toy_images(1)[0].pixels)
+    for name in ("10", "9", "1"):
+        put(source / name / "a.png", image)
+    put(tmp_path / "elsewhere" / "b.jfif", image)
+    put(tmp_path / "elsewhere" / "deep" / "c.jpeg", image)
+    (source / "2").symlink_to(tmp_path / "elsewhere")
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/1/._a.png", "1/._a.png", ".DS_Store", "9/.hidden/x.png"):
+        put(source / name, image)
+    for name in ("1/a.bmp", "1/b.tif", "2/d.TIF"):
+        put(source / name, image)
+    made = make_shards(ShardConfig(source=str(source), output=str(tmp_path / "out"), validation_share=0))
+    assert "left out: 1 .bmp, 2 .tif; shards hold jpg, jpeg, png, webp: convert them" in capsys.readouterr().out
+    assert made.classes == 4
+    assert files.read_bytes(f"{tmp_path}/out/classes.json") == b'["1", "2", "9", "10"]\n'
+    samples = read_shard(f"{tmp_path}/out/train-0000.tar", ["jpg", "jpeg", "png"]).samples
+    assert sorted((sample.label, sample.extension) for sample in samples) == [
+        *((0, "png"), (1, "jpeg"), (1, "jpg"), (2, "png"), (3, "png"))
+    ]
+
+
+def test_a_link_in_a_circle_and_a_folder_of_other_images_are_one_message(tmp_path: Path) -> None:
+    put(tmp_path / "a" / "x.gif", b"")
+    with pytest.raises(ValueError, match=r"holds no images: looked for .*, found 1 .gif: convert them"):
+        make_shards(ShardConfig(source=str(tmp_path / "a"), output=str(tmp_path / "out")))
+    (tmp_path / "a" / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a/b' is a link to a folder that it lies in: remove it"):
+        make_shards(ShardConfig(source=str(tmp_path / "a"), output=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match=r"missing' cannot be read .*No such file"):
+        make_shards(ShardConfig(source=str(tmp_path / "missing"), output=str(tmp_path / "out")))
+    put(tmp_path / "c" / "a.png", b"")
+    (tmp_path / "c" / "b.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"'b.png' in .* cannot be read .*: mend it, or move it away"):
+        make_shards(ShardConfig(source=str(tmp_path / "c"), output=str(tmp_path / "out")))
