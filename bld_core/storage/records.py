@@ -107,8 +107,8 @@ def read_part(url: str, part: Part, record: str, stages: tuple[str, ...] = ()) -
     return data
 
 
-def _differs(part: Part, record: str, size: int, sha256: str | None) -> str:
-    if part.bytes not in (None, size):
+def _differs(part: Part, record: str, size: int | None, sha256: str | None) -> str:
+    if size is not None and part.bytes not in (None, size):
         return f"has {size} bytes, {record} says {part.bytes}: it was cut off or replaced"
     if sha256 not in (None, part.sha256):
         return f"has sha256 {sha256[:12]}, {record} says {part.sha256[:12]}: it was damaged or replaced"
@@ -132,15 +132,15 @@ def part_faults(folder: str, parts: Mapping[str, Part], record: str, *, deep: bo
     return found
 
 
-def sizes(folder: str) -> dict[str, int]:
-    """The size of each file in a folder, by name; none where there is no such folder."""
+def sizes(folder: str) -> dict[str, int | None]:
+    """The size of each file in a folder, by name, where its listing tells; empty where there is no such folder."""
     fs, path = files.filesystem(folder)
     fs.invalidate_cache()
     try:
         entries = persist(f"list {folder!r}", fs.ls, path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {files.name(str(entry["name"])): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+    return {files.name(str(entry["name"])): entry["size"] for entry in entries if entry["type"] == "file"}
 
 
 def set_aside(url: str) -> str:

@@ -20,7 +20,7 @@ from mlflow.models import Model
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.trained import AUTOENCODER, PRIOR
-from bld_core.training.checkpoint import CONFIG, WEIGHTS
+from bld_core.training.checkpoint import CONFIG, WEIGHTS, check_model
 from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
@@ -65,10 +65,13 @@ def register(experiment: Experiment) -> Registered:
 
     Raises:
         MissingError: a stage is not finished.
+        DamagedError: a model is not what was written.
         UserError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
             MLflow refuses the name or is away.
     """
     pair = open_pair(experiment)
+    for part in (AUTOENCODER, PRIOR):
+        check_model(files.join(experiment.folder, part))
     made_from = lineage(pair.autoencoder, pair.prior)
     report = read_report(experiment.folder, pair)
     _check(report, experiment.tracking.champion_figure)

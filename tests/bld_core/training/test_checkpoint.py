@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bld_core.errors import DamagedError
+from bld_core.storage.records import part_of
 from bld_core.training.checkpoint import load_state, load_weights, read_model_config, save_model, save_state
 from bld_core.training.loop import TrainingConfig, make_state
 from tests.bld_core.toys import perturb, tiny_prior
@@ -20,7 +23,8 @@ def test_a_model_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
     perturb(prior)
     digest = save_model(folder, prior.state_dict(), {"prior": {"layers": 1}})
     config = read_model_config(folder)
-    assert config == {"format": 2, "hash": digest, "prior": {"layers": 1}}
+    size = (tmp_path / "final/model.safetensors").stat().st_size
+    assert config == {"format": 2, "hash": digest, "bytes": size, "prior": {"layers": 1}}
     load_weights(folder, other, digest)
     assert not other.training
     for name, tensor in prior.state_dict().items():
@@ -83,15 +87,48 @@ def test_checkpoints_are_safetensors_and_json_and_nothing_else(tmp_path: Path) -
     for path in tmp_path.rglob("*.safetensors"):  # 8 bytes of length, then a JSON header
         data = path.read_bytes()
         json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert json.loads((tmp_path / "state/meta.json").read_text()) == {
-        "format": 2,
-        "step": 0,
-        "skipped": 0,
-        "metrics": {"x": 1.5},
-    }
+    meta = json.loads((tmp_path / "state/meta.json").read_text())
+    parts = {name: part_of((tmp_path / "state" / name).read_bytes()) for name in meta["parts"]}
+    assert parts.keys() == {"ema.safetensors", "model.safetensors", "optimizer.safetensors"}
+    del meta["sha256"]  # its own
+    assert meta == {"format": 2, "step": 0, "skipped": 0, "parts": parts, "metrics": {"x": 1.5}}
 
 
 def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
     save_state(str(tmp_path), make_state(tiny_prior(classes=0), CONFIG), {})
     with pytest.raises(RuntimeError, match=r"label\.weight"):
         load_state(str(tmp_path), make_state(tiny_prior(classes=3), CONFIG))
+
+
+def test_parts_of_another_step_and_a_wrong_step_are_found_and_the_state_stays_as_it_was(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        state = make_state(tiny_prior(seed=seed), CONFIG)
+        state.step = seed
+        save_state(str(tmp_path / str(seed)), state, {})
+    names = ("model.safetensors", "ema.safetensors", "meta.json")
+    for name in names:
+        mixed = tmp_path / f"with {name}"
+        shutil.copytree(tmp_path / "1", mixed)
+        shutil.copy(tmp_path / "0" / name, mixed / name)
+        untouched = make_state(tiny_prior(seed=2), CONFIG)
+        with pytest.raises(DamagedError, match=r"sha256 \w{12}, meta.json says \w{12}: it was damaged or replaced"):
+            load_state(str(mixed), untouched)
+        assert untouched.step == 0
+        for key, tensor in tiny_prior(seed=2).state_dict().items():
+            assert torch.equal(untouched.module.state_dict()[key], tensor), key
+    meta = tmp_path / "1/meta.json"
+    meta.write_text(meta.read_text().replace('"step": 1', '"step": 0'))
+    with pytest.raises(DamagedError, match=r"meta.json' says of itself that it has sha256"):
+        load_state(str(tmp_path / "1"), make_state(tiny_prior(), CONFIG))
+
+
+def test_a_state_of_an_early_version_is_read_without_digests(tmp_path: Path) -> None:
+    saved, read = make_state(tiny_prior(seed=1), CONFIG), make_state(tiny_prior(seed=2), CONFIG)
+    saved.step = 3
+    save_state(str(tmp_path), saved, {})
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({name: meta[name] for name in ("format", "step", "skipped")}))
+    load_state(str(tmp_path), read)
+    assert read.step == 3
+    for key, tensor in saved.module.state_dict().items():
+        assert torch.equal(read.module.state_dict()[key], tensor), key
