@@ -186,8 +186,11 @@ def open_splits(path: str, *splits: Split) -> list[Latents]:
     for split, latents in zip(splits, opened, strict=True):
         if not len(latents):
             raise UserError(f"{path!r} holds no {split} codes; set `{split}` and encode again", stages=_STAGES)
-    for fault in latent_faults(path, manifest, splits):
-        raise DamagedError(*fault, _STAGES)
+    if faults := latent_faults(path, manifest, splits):
+        (url, reason), more = faults[0], len(faults) - 1
+        raise DamagedError(
+            url, f"{reason}; {more} more files of {path!r} are not as they should be" if more else reason, _STAGES
+        )
     return opened
 
 

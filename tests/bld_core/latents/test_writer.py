@@ -27,6 +27,7 @@ from bld_core.latents.writer import (
     encode_images,
     latent_shard_bytes,
     shard_metadata,
+    whole_shard_metadata,
 )
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
@@ -62,7 +63,7 @@ def test_the_golden_shard_reads_with_plain_pyarrow() -> None:
 def test_the_golden_shard_says_how_it_was_made() -> None:
     golden = json.loads(GOLDEN.read_text())
     table = pq.read_table(io.BytesIO(latent_shard_bytes(golden_rows(), golden_metadata())))
-    assert json.loads(table.schema.metadata[b"bld_latents"]) == golden["metadata"]
+    assert json.loads(table.schema.metadata[b"bld_latents"]) == golden["metadata"] | {"sha256": "0" * 64}
 
 
 @pytest.mark.skipif(
@@ -85,9 +86,22 @@ def test_no_compression_and_no_dictionary() -> None:
 
 def test_the_metadata_survives() -> None:
     data = latent_shard_bytes(golden_rows(), golden_metadata())
-    assert shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
+    assert whole_shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
     with pytest.raises(ValueError, match="format: 9"):
         shard_metadata(latent_shard_bytes(golden_rows(), {"format": 9}))
+
+
+def test_no_bit_of_a_shard_may_differ() -> None:
+    data = latent_shard_bytes(golden_rows(), golden_metadata())
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        try:
+            assert whole_shard_metadata(bytes(damaged)) is None, place
+        except ValueError as error:  # the format's own name or number
+            assert "not a latent shard of format 1" in str(error)  # noqa: PT017
+    for size in (0, 3, 8, len(data) // 2, len(data) - 1):
+        assert whole_shard_metadata(data[:size]) is None
 
 
 def test_a_foreign_file_is_refused() -> None:
