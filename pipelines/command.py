@@ -93,7 +93,9 @@ def fresh_flag(made: Parser) -> None:
 
 def mend_flags(made: Parser) -> None:
     """--verify and --mend, for stages whose results are kept."""
-    made.add_argument("--verify", action="store_true", help="make nothing: read all that was made, and name what differs")
+    made.add_argument(
+        "--verify", action="store_true", help="make nothing: read all that was made, and name what differs"
+    )
     made.add_argument("--mend", action="store_true", help="read all that was made, and make again what is damaged")
 
 

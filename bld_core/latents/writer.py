@@ -30,7 +30,7 @@ from bld_core.storage.records import Part
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_UNSEALED = b"0" * 64  # where a file's own sha256 is to stand
+_UNSEALED = "0" * 64  # where a file's own sha256 is to stand
 Split = Literal["train", "validation"]
 
 
@@ -149,12 +149,18 @@ def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
         "view": pa.array(rows.view, pa.int8()),
         "bits": bits,
     }
-    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata, "sha256": _UNSEALED.decode()}, sort_keys=True)}
+    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata, "sha256": _UNSEALED}, sort_keys=True)}
     table = pa.table(columns).replace_schema_metadata(note)
     out = io.BytesIO()
     pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False)
     data = out.getvalue()
-    return data.replace(_UNSEALED, files.sha256(data).encode(), 1)  # the first: Arrow keeps a copy of it, in base64
+    return _with_digest(data, _UNSEALED, files.sha256(data))
+
+
+def _with_digest(data: bytes, old: str, new: str) -> bytes:
+    """A shard with another sha256 in its footer, which is at its end; Arrow's copy, in base64, stays as it was."""
+    rows, key, footer = data.rpartition(f'"sha256": "{old}"'.encode())
+    return rows + key.replace(old.encode(), new.encode()) + footer
 
 
 def whole_shard_metadata(data: bytes) -> dict[str, Any] | None:
@@ -171,9 +177,8 @@ def whole_shard_metadata(data: bytes) -> dict[str, Any] | None:
         if isinstance(error, UserError):
             raise
         return None
-    digest = str(metadata.pop("sha256", "")).encode()
-    unsealed = data.replace(digest, _UNSEALED, 1) if digest else b""
-    return metadata if files.sha256(unsealed).encode() == digest else None
+    digest = str(metadata.pop("sha256", ""))
+    return metadata if files.sha256(_with_digest(data, digest, _UNSEALED)) == digest else None
 
 
 def shard_metadata(data: bytes) -> dict[str, Any]:

@@ -117,4 +117,6 @@ def verify_training(experiment: Experiment, stage: Literal["autoencoder", "prior
     faults = model_faults(files.join(folder, FINAL), deep=True) + _checkpoint_faults(folder)
     if faults:
         raise faulty(stage, folder, faults)
-    return f"verified {files.join(folder, FINAL)!r} and {len(checkpoints(folder))} checkpoints: all is as it was written"
+    return (
+        f"verified {files.join(folder, FINAL)!r} and {len(checkpoints(folder))} checkpoints: all is as it was written"
+    )

@@ -240,7 +240,9 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                     run.metrics(named | load.metrics(), report.step)
                     progress.update(report.step, figures)
                 if _too_many(task, report.step, figures):
-                    return UserError(f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}")
+                    return UserError(
+                        f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
+                    )
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
             if due:

@@ -27,6 +27,7 @@ from bld_core.latents.writer import (
     encode_images,
     latent_shard_bytes,
     shard_metadata,
+    whole_shard_metadata,
 )
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
@@ -85,7 +86,7 @@ def test_no_compression_and_no_dictionary() -> None:
 
 def test_the_metadata_survives() -> None:
     data = latent_shard_bytes(golden_rows(), golden_metadata())
-    assert shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
+    assert whole_shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
     with pytest.raises(ValueError, match="format: 9"):
         shard_metadata(latent_shard_bytes(golden_rows(), {"format": 9}))
 
