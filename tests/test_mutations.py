@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,38 +13,15 @@ import torch
 import bld_core
 from bld_core.errors import UserError
 from cluster.config.experiment import Experiment
-from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents, verify_latents
 from cluster.training.checkpoints import verify_training
 from cluster.training.train import train_autoencoder, train_prior
-from tests.conftest import copy_of, small_training
-from tests.mutations import Damage, damages
+from tests.cluster.test_integrity import STAGES, STORED, made, whole
+from tests.conftest import copy_of
+from tests.mutations import Mutation, mutations
 
-STAGES = ("autoencoder", "latents", "prior")
-SEED = 15
-SHORT, ALL = 4, 90
-
-
-@pytest.fixture(scope="module")
-def stored(encoded: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """A finished experiment with two checkpoints of its prior; its MLflow runs are those of `encoded`."""
-    root = copy_of(encoded, tmp_path_factory.mktemp("stored"), "autoencoder", "latents")
-    experiment = replace(
-        encoded,
-        root=str(root),
-        prior_training=small_training(20, ema_decay=[0.9, 0.3], checkpoint_every=10),
-        tracking=TrackingConfig(uri=encoded.tracking.resolve(encoded.root)),
-    )
-    train_prior(experiment)
-    assert len([*Path(experiment.folder, "prior").glob("checkpoint-*")]) == 2
-    return experiment
-
-
-def results(experiment: Experiment) -> dict[str, bytes]:
-    """What the stages have made, but for checkpoints and their own records."""
-    folder = Path(experiment.folder)
-    found = [*folder.glob("*/final/*"), *folder.glob("latents/manifest.json"), *folder.glob("latents/*/*.parquet")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.is_file()}
+__all__ = ["whole"]  # a fixture
+DAMAGES = mutations(STORED, 108, seed=16)
 
 
 def said_by(work: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[str, bool]:
@@ -60,14 +36,14 @@ def said_by(work: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> t
     return f"{out.out}{out.err}{error}", not error
 
 
-def is_found_or_harmless(stored: Experiment, damage: Damage, root: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def is_found_or_harmless(whole: Experiment, damage: Mutation, root: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Do a damage to a copy, run every command as a user would, and as it says; "found" or "harmless"."""
-    experiment = replace(stored, root=str(copy_of(stored, root, *STAGES)))
+    experiment = replace(whole, root=str(copy_of(whole, root, *STAGES)))
     folder = Path(experiment.folder)
     stage = damage.file.split("/")[0]
     if "checkpoint-" in damage.file:  # which is read where a training goes on
         shutil.rmtree(folder / stage / "final")
-    damage.do(folder)
+    damage.apply(folder)
     runs: list[Callable[[], object]] = [
         lambda: train_autoencoder(experiment),
         lambda: encode_latents(experiment),
@@ -86,7 +62,7 @@ def is_found_or_harmless(stored: Experiment, damage: Damage, root: Path, capsys:
     told = [said_by(work, capsys) for work in (*runs, *checks)]
     named = Path(damage.file).name in "".join(said for said, _ in told)
     if not named:
-        assert results(experiment) == results(stored), f"{damage}: silent: {told}"
+        assert made(experiment) == made(whole), f"{damage}: silent: {told}"
     if not all(good for _, good in told):
         assert named, f"{damage}: not named: {told}"
         for mend in mends:  # as the messages say
@@ -95,45 +71,31 @@ def is_found_or_harmless(stored: Experiment, damage: Damage, root: Path, capsys:
     for check in checks:
         said, good = said_by(check, capsys)
         assert good, f"{damage}: not verified: {said}"
-    assert results(experiment) == results(stored), f"{damage}: other bytes"
+    assert made(experiment) == made(whole), f"{damage}: other bytes"
     shutil.rmtree(root)
     return "found" if named else "harmless"
 
 
-@pytest.mark.parametrize("damage", range(SHORT))
-def test_damage_is_found_or_harmless_and_what_is_said_mends_it(
-    stored: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: int
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(each, marks=[pytest.mark.long] if number else []) for number, each in enumerate(DAMAGES)],
+    ids=lambda each: f"{each.file}, {each.damage}",
+)
+def test_what_the_commands_say_of_a_damage_mends_it(
+    damage: Mutation, whole: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = next(itertools.islice(damages(Path(stored.folder), SEED), damage, None))
-    is_found_or_harmless(stored, chosen, tmp_path / "damaged", capsys)
+    assert is_found_or_harmless(whole, damage, tmp_path / "damaged", capsys) in ("found", "harmless")
 
 
-@pytest.mark.long
-def test_ninety_damages_over_all_kinds_of_stored_files(
-    stored: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    faults: list[str] = []
-    verdicts: list[str] = []
-    for number, damage in enumerate(itertools.islice(damages(Path(stored.folder), SEED), ALL)):
-        try:
-            verdicts.append(is_found_or_harmless(stored, damage, tmp_path / str(number), capsys))
-        except Exception as error:
-            faults.append(f"{damage}: {error!r}"[:3000])
-    with capsys.disabled():
-        print(f"{verdicts.count('found')} found, {verdicts.count('harmless')} harmless, {len(faults)} faults of {ALL}")
-    assert not faults, "\n\n".join(faults)
-
-
-def test_a_damaged_registered_model_is_refused_or_draws_the_same(stored: Experiment, tmp_path: Path) -> None:
-    expected = bld_core.load(stored.folder).sample(labels=[3], seed=1, steps=2)
-    finals = Path(stored.folder)
-    for number, damage in enumerate(itertools.islice(damages(finals, SEED), 400)):
-        if "/final/" not in damage.file:
-            continue
+def test_a_damaged_registered_model_is_refused_or_draws_the_same(whole: Experiment, tmp_path: Path) -> None:
+    expected = bld_core.load(whole.folder).sample(labels=[3], seed=1, steps=2)
+    finals = Path(whole.folder)
+    finals_alone = [file for file in STORED if "/final/" in file]
+    for number, damage in enumerate(mutations(finals_alone, 40, seed=17)):
         folder = tmp_path / str(number)
         for stage in ("autoencoder", "prior"):
             shutil.copytree(finals / stage / "final", folder / stage / "final")
-        damage.do(folder)
+        damage.apply(folder)
         try:
             drawn = bld_core.load(str(folder)).sample(labels=[3], seed=1, steps=2)
         except UserError as error:

@@ -70,7 +70,8 @@ def parse_record(url: str, data: bytes, stages: tuple[str, ...] = ()) -> dict[st
 
 def _digest(data: Mapping[str, Any]) -> str:
     """The sha256 of a JSON object, however it is laid out; tuples are lists, as they will be read back."""
-    return files.sha256(json.dumps(json.loads(json.dumps(data)), sort_keys=True).encode())
+    fields = {name: value for name, value in data.items() if name != _DIGEST}
+    return files.sha256(json.dumps(json.loads(json.dumps(fields)), sort_keys=True).encode())
 
 
 def part_of(data: bytes) -> dict[str, int | str]:

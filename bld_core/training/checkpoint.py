@@ -212,7 +212,7 @@ def read_model_config(folder: str) -> dict[str, Any]:
 
 
 def model_faults(folder: str, *, deep: bool) -> list[Fault]:
-    """What is wrong with a finished model by config.json and the size of the weights, or with `deep` by their bytes.
+    """What is wrong with a finished model: by config.json and the size of its weights, or with `deep` by their bytes.
 
     Raises:
         MissingError: nothing finished there.

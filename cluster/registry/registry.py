@@ -65,13 +65,10 @@ def register(experiment: Experiment) -> Registered:
 
     Raises:
         MissingError: a stage is not finished.
-        DamagedError: a model is not what was written.
         UserError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
             MLflow refuses the name or is away.
     """
     pair = open_pair(experiment)
-    for part in (AUTOENCODER, PRIOR):
-        check_model(files.join(experiment.folder, part))
     made_from = lineage(pair.autoencoder, pair.prior)
     report = read_report(experiment.folder, pair)
     _check(report, experiment.tracking.champion_figure)
@@ -129,6 +126,8 @@ def _make_version(
     client: MlflowClient, name: str, experiment: Experiment, report: dict[str, Any], tags: dict[str, str]
 ) -> ModelVersion:
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
+    for part in (AUTOENCODER, PRIOR):
+        check_model(files.join(experiment.folder, part))
     run = start_run(experiment, "registered", None)
     succeeded = False
     try:

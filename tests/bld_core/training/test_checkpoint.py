@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import pytest
 import torch
 
 from bld_core.errors import DamagedError
-from bld_core.storage.records import part_of
+from bld_core.storage.records import part_of, read_record, set_aside, write_record
 from bld_core.training.checkpoint import load_state, load_weights, read_model_config, save_model, save_state
-from bld_core.training.loop import TrainingConfig, make_state
+from bld_core.training.loop import TrainingConfig, TrainState, make_state
 from tests.bld_core.toys import perturb, tiny_prior
 
 CONFIG = TrainingConfig(steps=4, batch_size=4)
@@ -87,11 +86,11 @@ def test_checkpoints_are_safetensors_and_json_and_nothing_else(tmp_path: Path) -
     for path in tmp_path.rglob("*.safetensors"):  # 8 bytes of length, then a JSON header
         data = path.read_bytes()
         json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    meta = json.loads((tmp_path / "state/meta.json").read_text())
-    parts = {name: part_of((tmp_path / "state" / name).read_bytes()) for name in meta["parts"]}
-    assert parts.keys() == {"ema.safetensors", "model.safetensors", "optimizer.safetensors"}
-    del meta["sha256"]  # its own
-    assert meta == {"format": 2, "step": 0, "skipped": 0, "parts": parts, "metrics": {"x": 1.5}}
+    meta = read_record(str(tmp_path / "state/meta.json"))
+    assert meta.pop("parts") == {
+        path.name: part_of(path.read_bytes()) for path in (tmp_path / "state").glob("*.safetensors")
+    }
+    assert meta == {"format": 2, "step": 0, "skipped": 0, "metrics": {"x": 1.5}}
 
 
 def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -100,35 +99,84 @@ def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
         load_state(str(tmp_path), make_state(tiny_prior(classes=3), CONFIG))
 
 
-def test_parts_of_another_step_and_a_wrong_step_are_found_and_the_state_stays_as_it_was(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        state = make_state(tiny_prior(seed=seed), CONFIG)
-        state.step = seed
-        save_state(str(tmp_path / str(seed)), state, {})
-    names = ("model.safetensors", "ema.safetensors", "meta.json")
-    for name in names:
-        mixed = tmp_path / f"with {name}"
-        shutil.copytree(tmp_path / "1", mixed)
-        shutil.copy(tmp_path / "0" / name, mixed / name)
-        untouched = make_state(tiny_prior(seed=2), CONFIG)
-        with pytest.raises(DamagedError, match=r"sha256 \w{12}, meta.json says \w{12}: it was damaged or replaced"):
-            load_state(str(mixed), untouched)
-        assert untouched.step == 0
-        for key, tensor in tiny_prior(seed=2).state_dict().items():
-            assert torch.equal(untouched.module.state_dict()[key], tensor), key
-    meta = tmp_path / "1/meta.json"
-    meta.write_text(meta.read_text().replace('"step": 1', '"step": 0'))
-    with pytest.raises(DamagedError, match=r"meta.json' says of itself that it has sha256"):
-        load_state(str(tmp_path / "1"), make_state(tiny_prior(), CONFIG))
+# --- Damage ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_of_an_early_version_is_read_without_digests(tmp_path: Path) -> None:
-    saved, read = make_state(tiny_prior(seed=1), CONFIG), make_state(tiny_prior(seed=2), CONFIG)
-    saved.step = 3
-    save_state(str(tmp_path), saved, {})
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps({name: meta[name] for name in ("format", "step", "skipped")}))
-    load_state(str(tmp_path), read)
-    assert read.step == 3
-    for key, tensor in saved.module.state_dict().items():
-        assert torch.equal(read.module.state_dict()[key], tensor), key
+def with_critic() -> TrainState:
+    state = make_state(tiny_prior(seed=0), CONFIG)
+    state.critic = make_state(tiny_prior(seed=1), CONFIG)
+    for each in state.states():
+        sum(parameter.sum() for parameter in each.module.parameters()).backward()
+        each.optimizer.step()
+    return state
+
+
+FILES = [f"{part}{name}" for part in ("", "critic/") for name in ("model", "optimizer", "ema")]
+
+
+@pytest.mark.parametrize("file", [*(f"{name}.safetensors" for name in FILES), "meta.json", "critic/meta.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "missing", "of another step", "a folder"])
+def test_whatever_is_wrong_with_a_checkpoint_is_found_and_the_state_stays_as_it_was(
+    file: str, damage: str, tmp_path: Path
+) -> None:
+    state = with_critic()
+    save_state(str(tmp_path / "older"), state, {})
+    for each in state.states():
+        each.step = 7
+        perturb(each.module)
+        each.averages[0].update(each.module, each.step)
+        for values in each.optimizer.state.values():
+            values["exp_avg"].add_(1.0)
+    save_state(str(tmp_path / "newer"), state, {})
+    spoiled = tmp_path / "newer" / file
+    data = spoiled.read_bytes()
+    middle = len(data) // 2
+    spoiled.unlink()
+    if damage == "flipped":
+        spoiled.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    elif damage == "cut off":
+        spoiled.write_bytes(data[:middle])
+    elif damage == "of another step":
+        spoiled.write_bytes((tmp_path / "older" / file).read_bytes())
+    elif damage == "a folder":
+        spoiled.mkdir()
+    fresh = with_critic()
+    before = {name: weight.clone() for each in fresh.states() for name, weight in each.module.state_dict().items()}
+    with pytest.raises(DamagedError) as found:
+        load_state(str(tmp_path / "newer"), fresh)
+    assert str(tmp_path / "newer") in str(found.value)
+    after = {name: weight for each in fresh.states() for name, weight in each.module.state_dict().items()}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    load_state(str(tmp_path / "older"), fresh)
+
+
+def test_a_checkpoint_of_an_early_version_is_read_without_digests(tmp_path: Path) -> None:
+    save_state(str(tmp_path), with_critic(), {})
+    for file in ("meta.json", "critic/meta.json"):
+        meta = json.loads((tmp_path / file).read_text())
+        del meta["parts"], meta["sha256"]
+        (tmp_path / file).write_text(json.dumps(meta))
+    load_state(str(tmp_path), with_critic())
+    (tmp_path / "ema.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DamagedError, match=r"ema.safetensors' is no safetensors file"):
+        load_state(str(tmp_path), with_critic())
+
+
+@pytest.mark.parametrize("text", ['{"a": 1', "", "[1]", '{"a": 2, "sha256": "%s"}', "\udcff"])
+def test_a_record_that_is_not_what_was_written_is_named(text: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "a.json")
+    write_record(url, {"a": 1, "b": (2.5, None)})
+    assert read_record(url) == {"a": 1, "b": [2.5, None]}
+    (tmp_path / "a.json").write_bytes((text.replace("%s", "0" * 64)).encode(errors="surrogateescape"))
+    with pytest.raises(DamagedError, match=r"a\.json' .*; bring it back, or have it made again"):
+        read_record(url)
+
+
+def test_what_is_set_aside_is_renamed_and_never_replaced(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        (tmp_path / "part").write_text(content)
+        set_aside(str(tmp_path / "part"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "part.damaged": "first",
+        "part.damaged-2": "second",
+    }
