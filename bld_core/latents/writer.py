@@ -153,32 +153,25 @@ def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
     table = pa.table(columns).replace_schema_metadata(note)
     out = io.BytesIO()
     pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False)
-    data = out.getvalue()
-    return _with_digest(data, _UNSEALED, files.sha256(data))
+    return _with_digest(data := out.getvalue(), files.sha256(data))
 
 
-def _with_digest(data: bytes, old: str, new: str) -> bytes:
-    """A shard with another sha256 in its footer, which is at its end; Arrow's copy, in base64, stays as it was."""
-    rows, key, footer = data.rpartition(f'"sha256": "{old}"'.encode())
-    return rows + key.replace(old.encode(), new.encode()) + footer
+def _with_digest(data: bytes, digest: str) -> bytes:
+    """A shard with this sha256 in its footer, which is at its end; Arrow's copy, in base64, stays as it was."""
+    rows, key, footer = data.rpartition(b'"sha256": "')
+    return rows + key + digest.encode() + footer[len(digest) :]
 
 
 def whole_shard_metadata(data: bytes) -> dict[str, Any] | None:
     """The metadata of a latent shard; None where the file is not, byte for byte, what `latent_shard_bytes` wrote.
 
-    None, too, for shards of early versions, which do not say their sha256.
-
-    Raises:
-        UserError: not a latent shard of this format.
+    None, too, for shards of early versions, which do not say their sha256. A damaged file is not parsed.
     """
-    try:
-        metadata = shard_metadata(data)
-    except (pa.ArrowException, OSError, ValueError) as error:  # pyarrow's, of a file that is cut off, too
-        if isinstance(error, UserError):
-            raise
+    unsealed = _with_digest(data, _UNSEALED)
+    if _with_digest(unsealed, files.sha256(unsealed)) != data:
         return None
-    digest = str(metadata.pop("sha256", ""))
-    return metadata if files.sha256(_with_digest(data, digest, _UNSEALED)) == digest else None
+    metadata = shard_metadata(data)
+    return {name: value for name, value in metadata.items() if name != "sha256"}
 
 
 def shard_metadata(data: bytes) -> dict[str, Any]:

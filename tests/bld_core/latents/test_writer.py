@@ -187,3 +187,14 @@ def test_draws_are_1_as_often_as_the_probability_says() -> None:
 def test_a_bad_field_is_named_with_its_value(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"`{field}` is {value}"):
         LatentConfig(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_shard_says_by_itself_whether_it_is_whole() -> None:
+    data = latent_shard_bytes(golden_rows(), golden_metadata())
+    for position in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << (position % 8)
+        assert whole_shard_metadata(bytes(flipped)) is None, position
+    for length in range(0, len(data), 50):
+        assert whole_shard_metadata(data[:length]) is None, length
+    assert whole_shard_metadata(data + b"x") is None
