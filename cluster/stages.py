@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +59,7 @@ def open_stage(
     *,
     fresh: bool = False,
     on_change: Literal["refuse", "redo"] = "refuse",
-    faults: Callable[[], list[Fault]] = list,
+    faults: Callable[[], list[Fault]] | None = None,
 ) -> Generator[Stage]:
     """Open a stage for work, or find it done.
 
@@ -70,7 +71,7 @@ def open_stage(
         fresh: delete what is there and start over.
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
         faults: what is wrong with a finished stage by its own record: these files are set aside, and the stage is not
-            done.
+            done. By default, what shows in the result file itself.
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
@@ -105,7 +106,8 @@ def open_stage(
                 f"--name, or delete them with {_anew(name)}"
             )
         complete = record is not None and files.exists(files.join(folder, result))
-        wrong = faults() if complete else []
+        look = faults or partial(_result_faults, files.join(folder, result))
+        wrong = look() if complete else []
         if record is not None and complete and not wrong:
             print(f"{name}: already done in {folder}", flush=True)
             yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
@@ -148,6 +150,17 @@ def read_stage(folder: str) -> dict[str, Any] | None:
         print(f"{error.url!r} {error.reason}; set aside as {set_aside(url)!r}, and written again", flush=True)
         write_record(url, record)
         return record
+
+
+def _result_faults(url: str) -> list[Fault]:
+    """What is wrong with a result file: whether a JSON file is one."""
+    if not url.endswith(".json"):
+        return []
+    try:
+        read_record(url)
+    except DamagedError as error:
+        return [Fault(error.url, error.reason)]
+    return []
 
 
 def faulty(stage: str, folder: str, faults: Sequence[Fault]) -> UserError:
