@@ -108,17 +108,19 @@ def read_part(url: str, part: Part, record: str, stages: tuple[str, ...] = ()) -
     return data
 
 
-def _differs(part: Part, record: str, size: int, sha256: str | None) -> str:
-    if part.bytes not in (None, size):
+def _differs(part: Part, record: str, size: int | None, sha256: str | None) -> str:
+    if None not in (size, part.bytes) and size != part.bytes:
         return f"has {size} bytes, {record} says {part.bytes}: it was cut off or replaced"
-    if sha256 not in (None, part.sha256):
+    if sha256 is not None and sha256 != part.sha256:
         return f"has sha256 {sha256[:12]}, {record} says {part.sha256[:12]}: it was damaged or replaced"
     return ""
 
 
-def part_faults(folder: str, parts: Mapping[str, Part], record: str, *, deep: bool) -> list[Fault]:
-    """What is wrong with the files of a folder, by one listing, or with `deep` by reading all of them."""
-    there, found = sizes(folder), list[Fault]()
+def part_faults(
+    folder: str, there: Mapping[str, int | None], parts: Mapping[str, Part], record: str, *, deep: bool
+) -> list[Fault]:
+    """What is wrong with the files of a folder, by their `sizes`, or with `deep` by reading all of them."""
+    found: list[Fault] = []
     for name, part in parts.items():
         url = files.join(folder, name)
         if name not in there:
@@ -133,15 +135,15 @@ def part_faults(folder: str, parts: Mapping[str, Part], record: str, *, deep: bo
     return found
 
 
-def sizes(folder: str) -> dict[str, int]:
-    """The size of each file in a folder, by name; none where there is no such folder."""
+def sizes(folder: str) -> dict[str, int | None]:
+    """The size of each file in a folder, by name, None where the server does not say; empty without a folder."""
     fs, path = files.filesystem(folder)
     fs.invalidate_cache()
     try:
         entries = persist(f"list {folder!r}", fs.ls, path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {files.name(str(entry["name"])): int(entry["size"]) for entry in entries if entry["type"] == "file"}
+    return {files.name(str(entry["name"])): entry.get("size") for entry in entries if entry["type"] == "file"}
 
 
 def set_aside(url: str) -> str:
