@@ -34,7 +34,7 @@ class Fault(NamedTuple):
 
 def write_record(url: str, data: Mapping[str, Any]) -> None:
     """Write a JSON object, committed, and in it the sha256 of all its other fields; the errors of `write_json`."""
-    files.write_json(url, {**data, _DIGEST: _digest(data)})
+    files.write_json(url, {**data, _DIGEST: _digest(url, data)})
 
 
 def read_record(url: str, stages: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def parse_record(url: str, data: bytes, stages: tuple[str, ...] = ()) -> dict[st
     if not isinstance(found, dict):
         raise DamagedError(url, f"holds {type(found).__name__} where an object was written: it was replaced", stages)
     said = found.pop(_DIGEST, None)
-    if said is not None and said != (digest := _digest(found)):
+    if said is not None and said != (digest := _digest(url, found)):
         raise DamagedError(
             url,
             f"says of itself that it has sha256 {str(said)[:12]}, but has {digest[:12]}: it was changed or damaged",
@@ -68,10 +68,13 @@ def parse_record(url: str, data: bytes, stages: tuple[str, ...] = ()) -> dict[st
     return found
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    """The sha256 of a JSON object, however it is laid out; tuples are lists, as they will be read back."""
+def _digest(url: str, data: Mapping[str, Any]) -> str:
+    """The sha256 of a JSON object, however it is laid out, and of its file's name, which says what kind it is.
+
+    Tuples are lists, as they will be read back.
+    """
     fields = {name: value for name, value in data.items() if name != _DIGEST}
-    return files.sha256(json.dumps(json.loads(json.dumps(fields)), sort_keys=True).encode())
+    return files.sha256(json.dumps([files.name(url), json.loads(json.dumps(fields))], sort_keys=True).encode())
 
 
 def part_of(data: bytes) -> dict[str, int | str]:
