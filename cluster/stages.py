@@ -90,7 +90,7 @@ def open_stage(
         record, outdated = None, fresh
         if not fresh:
             try:
-                record = read_stage(folder)
+                record = read_stage(folder, name)
             except DamagedError as error:
                 if on_change == "refuse":
                     raise UserError(f"{error}: {_anew(name)}") from error
@@ -118,7 +118,7 @@ def open_stage(
             files.remove(folder)
         if record is None or record["run"] != run.run_id:
             for file in (RECORD, _COPY):
-                write_record(files.join(folder, file), {"run": run.run_id, "fingerprint": fingerprint})
+                write_record(files.join(folder, file), {"stage": name, "run": run.run_id, "fingerprint": fingerprint})
         for url, reason in wrong:
             aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
             print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
@@ -130,8 +130,8 @@ def open_stage(
             run.end(succeeded)
 
 
-def read_stage(folder: str) -> dict[str, Any] | None:
-    """The record of a stage: its run and its fingerprint; None where there is none.
+def read_stage(folder: str, name: str) -> dict[str, Any] | None:
+    """The record of a stage in its folder: its run and its fingerprint; None where there is none.
 
     A damaged one is named, set aside and written again from its copy.
 
@@ -140,16 +140,23 @@ def read_stage(folder: str) -> dict[str, Any] | None:
     """
     url, copy = files.join(folder, RECORD), files.join(folder, _COPY)
     if not files.exists(url):
-        return read_record(copy) if files.exists(copy) else None
+        return _of_stage(copy, name) if files.exists(copy) else None
     try:
-        return read_record(url)
+        return _of_stage(url, name)
     except DamagedError as error:
         if not files.exists(copy):
             raise
-        record = read_record(copy)
+        record = _of_stage(copy, name)
         print(f"{error.url!r} {error.reason}; set aside as {set_aside(url)!r}, and written again", flush=True)
         write_record(url, record)
         return record
+
+
+def _of_stage(url: str, name: str) -> dict[str, Any]:
+    record = read_record(url)
+    if (found := record.get("stage", name)) != name:  # early versions did not say it
+        raise DamagedError(url, f"is the record of {found!r}: it was replaced")
+    return record
 
 
 def _result_faults(url: str) -> list[Fault]:

@@ -184,7 +184,7 @@ BORDER = {
     "bld_core.storage.files": {"write_json"},
     "bld_core.storage.records": {"write_record", "_digest"},
     "bld_core.trained": {"_known"},
-    "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},  # meta.json
+    "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
     "cluster.console": {"user_errors_answered", "_told"},  # the command line, parsed
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set

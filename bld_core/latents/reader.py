@@ -188,9 +188,7 @@ def open_splits(path: str, *splits: Split) -> list[Latents]:
             raise UserError(f"{path!r} holds no {split} codes; set `{split}` and encode again", stages=_STAGES)
     if faults := latent_faults(path, manifest, splits):
         (url, reason), more = faults[0], len(faults) - 1
-        raise DamagedError(
-            url, f"{reason}; {more} more files of {path!r} are not as they should be" if more else reason, _STAGES
-        )
+        raise DamagedError(url, f"{reason}, as {more} other files are faulty" if more else reason, _STAGES)
     return opened
 
 
@@ -207,8 +205,9 @@ def latent_faults(path: str, manifest: Manifest, splits: Sequence[Split]) -> lis
     faults: list[Fault] = []
     for folder, listed in folders.items():
         url = files.join(path, folder) if folder else path
-        faults += part_faults(url, {name: shard.part for name, shard in listed.items()}, MANIFEST, deep=False)
-        others = [name for name in sizes(url) if name.endswith(".parquet") and name not in listed]
+        there = sizes(url)
+        faults += part_faults(url, there, {name: shard.part for name, shard in listed.items()}, MANIFEST, deep=False)
+        others = [name for name in there if name.endswith(".parquet") and name not in listed]
         faults += [Fault(files.join(url, name), f"is not named in {MANIFEST}") for name in others]
     return faults
 

@@ -34,7 +34,7 @@ class Fault(NamedTuple):
 
 def write_record(url: str, data: Mapping[str, Any]) -> None:
     """Write a JSON object, committed, and in it the sha256 of all its other fields; the errors of `write_json`."""
-    files.write_json(url, {**data, _DIGEST: _digest(data)})
+    files.write_json(url, {**data, _DIGEST: _digest(url, data)})
 
 
 def read_record(url: str, stages: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def parse_record(url: str, data: bytes, stages: tuple[str, ...] = ()) -> dict[st
     if not isinstance(found, dict):
         raise DamagedError(url, f"holds {type(found).__name__} where an object was written: it was replaced", stages)
     said = found.pop(_DIGEST, None)
-    if said is not None and said != (digest := _digest(found)):
+    if said is not None and said != (digest := _digest(url, found)):
         raise DamagedError(
             url,
             f"says of itself that it has sha256 {str(said)[:12]}, but has {digest[:12]}: it was changed or damaged",
@@ -68,10 +68,13 @@ def parse_record(url: str, data: bytes, stages: tuple[str, ...] = ()) -> dict[st
     return found
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    """The sha256 of a JSON object, however it is laid out; tuples are lists, as they will be read back."""
+def _digest(url: str, data: Mapping[str, Any]) -> str:
+    """The sha256 of a JSON object, however it is laid out, and of its file's name, which says what kind it is.
+
+    Tuples are lists, as they will be read back.
+    """
     fields = {name: value for name, value in data.items() if name != _DIGEST}
-    return files.sha256(json.dumps(json.loads(json.dumps(fields)), sort_keys=True).encode())
+    return files.sha256(json.dumps([files.name(url), json.loads(json.dumps(fields))], sort_keys=True).encode())
 
 
 def part_of(data: bytes) -> dict[str, int | str]:
@@ -109,16 +112,18 @@ def read_part(url: str, part: Part, record: str, stages: tuple[str, ...] = ()) -
 
 
 def _differs(part: Part, record: str, size: int | None, sha256: str | None) -> str:
-    if size is not None and part.bytes not in (None, size):
+    if None not in (size, part.bytes) and size != part.bytes:
         return f"has {size} bytes, {record} says {part.bytes}: it was cut off or replaced"
-    if sha256 not in (None, part.sha256):
+    if sha256 is not None and sha256 != part.sha256:
         return f"has sha256 {sha256[:12]}, {record} says {part.sha256[:12]}: it was damaged or replaced"
     return ""
 
 
-def part_faults(folder: str, parts: Mapping[str, Part], record: str, *, deep: bool) -> list[Fault]:
-    """What is wrong with the files of a folder, by one listing, or with `deep` by reading all of them."""
-    there, found = sizes(folder), list[Fault]()
+def part_faults(
+    folder: str, there: Mapping[str, int | None], parts: Mapping[str, Part], record: str, *, deep: bool
+) -> list[Fault]:
+    """What is wrong with the files of a folder, by their `sizes`, or with `deep` by reading all of them."""
+    found: list[Fault] = []
     for name, part in parts.items():
         url = files.join(folder, name)
         if name not in there:
@@ -134,14 +139,14 @@ def part_faults(folder: str, parts: Mapping[str, Part], record: str, *, deep: bo
 
 
 def sizes(folder: str) -> dict[str, int | None]:
-    """The size of each file in a folder, by name, where its listing tells; empty where there is no such folder."""
+    """The size of each file in a folder, by name, None where the server does not say; empty without a folder."""
     fs, path = files.filesystem(folder)
     fs.invalidate_cache()
     try:
         entries = persist(f"list {folder!r}", fs.ls, path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {files.name(str(entry["name"])): entry["size"] for entry in entries if entry["type"] == "file"}
+    return {files.name(str(entry["name"])): entry.get("size") for entry in entries if entry["type"] == "file"}
 
 
 def set_aside(url: str) -> str:

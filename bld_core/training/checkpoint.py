@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage import files
-from bld_core.storage.records import Fault, Part, part_faults, part_of, read_file, read_part, read_record, write_record
+from bld_core.storage.records import (
+    Fault,
+    Part,
+    part_faults,
+    part_of,
+    read_file,
+    read_part,
+    read_record,
+    sizes,
+    write_record,
+)
 from bld_core.training.loop import TrainState
 
 FORMAT_VERSION = 2
@@ -222,7 +232,7 @@ def model_faults(folder: str, *, deep: bool) -> list[Fault]:
         config = read_model_config(folder)
     except DamagedError as error:
         return [Fault(error.url, error.reason)]
-    return part_faults(folder, {WEIGHTS: Part(config["hash"], config.get("bytes"))}, CONFIG, deep=deep)
+    return part_faults(folder, sizes(folder), {WEIGHTS: Part(config["hash"], config.get("bytes"))}, CONFIG, deep=deep)
 
 
 def check_model(folder: str) -> None:

@@ -319,4 +319,5 @@ class Verifier:
     def check(self, listed: LatentFile) -> Fault | None:
         """Compare one file with what the manifest says of it."""
         folder, name = files.join(self.folder, listed.file).rsplit("/", 1)
-        return next(iter(part_faults(folder, {name: listed.part}, MANIFEST, deep=True)), None)
+        faults = part_faults(folder, {name: None}, {name: listed.part}, MANIFEST, deep=True)
+        return faults[0] if faults else None

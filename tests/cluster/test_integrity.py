@@ -216,7 +216,9 @@ def test_a_damaged_stage_record_is_written_again_from_its_copy(
     record = Path(spoiled.folder, "prior/stage.json")
     before = record.read_bytes()
     record.write_bytes(before[:40])
-    shutil.copy(Path(spoiled.folder, "autoencoder/stage.json"), Path(spoiled.folder, "prior/stage.copy.json.other"))
+    shutil.copy(Path(spoiled.folder, "autoencoder/stage.json"), Path(spoiled.folder, "latents/stage.json"))
+    encode_latents(spoiled)
+    assert "stage.json' is the record of 'autoencoder': it was replaced; set aside as" in capsys.readouterr().out
     train_prior(spoiled)
     said = capsys.readouterr().out
     assert re.search(r"stage\.json' is not JSON .*; set aside as '.*stage\.json\.damaged', and written again", said)
