@@ -25,5 +25,22 @@ class MissingError(UserError, FileNotFoundError):
     """A file that was named is not there, or one that an earlier stage is yet to make."""
 
 
+class DamagedError(UserError):
+    """Something stored that is not what was written: missing, unreadable, cut off, changed, or of another step.
+
+    Attributes:
+        url: of the file.
+        reason: what is wrong with it: the end of a sentence that begins with its name.
+    """
+
+    def __init__(self, url: str, reason: str, stages: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{url!r} {reason}; bring it back, or have it made again", stages=stages)
+        self.url = url
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[str, str, tuple[str, ...]]]:
+        return DamagedError, (self.url, self.reason, self.stages)  # from one process to another
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """A loss or a gradient that is not finite: of these data, with these settings."""

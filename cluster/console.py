@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import tqdm
 
-from bld_core.errors import MissingError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage.files import full
 from cluster.secrets import without_secrets
 
@@ -30,6 +30,8 @@ COMMANDS = {
     "reference": "reference.py",
 }
 """The command of each stage."""
+MENDED = ("autoencoder", "latents", "prior")
+"""The stages whose commands know --mend."""
 
 
 def on_terminal() -> bool:
@@ -89,9 +91,15 @@ def _told(error: UserError, settings: Mapping[str, Any]) -> str:
         return f"{owners[0]}.{name[1]}" if len(owners) == 1 else name[1]
 
     message = re.sub(r"`(\w+)`", flag, str(error))
-    anew = "" if isinstance(error, MissingError) else " --fresh"
-    commands = [f"pipelines/{COMMANDS[stage]}{anew}" for stage in error.stages if stage in COMMANDS]
+    commands = [f"pipelines/{COMMANDS[stage]}{_how(error, stage)}" for stage in error.stages if stage in COMMANDS]
     return f"{message}: {', then '.join(commands)}" if commands else message
+
+
+def _how(error: UserError, stage: str) -> str:
+    """The flag by which a stage's command mends an error."""
+    if isinstance(error, MissingError):
+        return ""
+    return " --mend" if isinstance(error, DamagedError) and stage in MENDED else " --fresh"
 
 
 class Progress:

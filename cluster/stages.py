@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import Timeout, UnixFileLock
 
-from bld_core.errors import UserError
+from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query
+from bld_core.storage.records import Fault, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
 from cluster.runtime import connect_ray
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.tracking.runs import Run
 
 RECORD = "stage.json"
+_COPY = "stage.copy.json"  # a stage whose record is damaged would be lost otherwise, with all its checkpoints
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def open_stage(
     *,
     fresh: bool = False,
     on_change: Literal["refuse", "redo"] = "refuse",
+    faults: Callable[[], list[Fault]] | None = None,
 ) -> Generator[Stage]:
     """Open a stage for work, or find it done.
 
@@ -67,6 +71,8 @@ def open_stage(
         result: the file, within the stage's folder, whose presence means that the stage is finished.
         fresh: delete what is there and start over.
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
+        faults: what is wrong with a finished stage by its own record: these files are set aside, and the stage is not
+            done. By default, what shows in the result file itself.
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
@@ -83,19 +89,28 @@ def open_stage(
     except UserError as error:
         raise UserError(f"root is {experiment.root!r}: {error}") from error
     with _lock(folder):
-        record_url = files.join(folder, RECORD)
-        record = files.read_json(record_url) if files.exists(record_url) and not fresh else None
-        outdated = fresh
+        record, outdated = None, fresh
+        if not fresh:
+            try:
+                record = read_stage(folder, name)
+            except DamagedError as error:
+                if on_change == "refuse":
+                    raise UserError(f"{error}: {_anew(name)}") from error
+                print(f"{name}: {error.url!r} {error.reason}: made again", flush=True)
+                outdated = True
         if record is not None and (before := _as_of_now(_public(record["fingerprint"]), fingerprint)) != fingerprint:
             if on_change == "refuse":
                 raise UserError(_changes(folder, name, before, fingerprint))
             record, outdated = None, True
-        elif record is None and not fresh and files.exists(folder) and files.listing(folder):
+        elif record is None and not outdated and files.exists(folder) and files.listing(folder):
             raise UserError(
                 f"{folder!r} holds files but no {RECORD}, so it was not made here: move them away, choose another "
                 f"--name, or delete them with {_anew(name)}"
             )
-        if record is not None and files.exists(files.join(folder, result)):
+        complete = record is not None and files.exists(files.join(folder, result))
+        look = faults or partial(_result_faults, files.join(folder, result))
+        wrong = look() if complete else []
+        if record is not None and complete and not wrong:
             print(f"{name}: already done in {folder}", flush=True)
             yield Stage(experiment, name, known_run(experiment, name, record["run"]), done=True)
             return
@@ -105,7 +120,11 @@ def open_stage(
         if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)
         if record is None or record["run"] != run.run_id:
-            files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
+            for file in (RECORD, _COPY):
+                write_record(files.join(folder, file), {"stage": name, "run": run.run_id, "fingerprint": fingerprint})
+        for url, reason in wrong:
+            aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
+            print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
         how: Ending = "KILLED"  # by Ctrl-C or a signal
         try:
             yield Stage(experiment, name, run, done=False)
@@ -115,6 +134,53 @@ def open_stage(
             raise
         finally:
             run.end(how)
+
+
+def read_stage(folder: str, name: str) -> dict[str, Any] | None:
+    """The record of a stage in its folder: its run and its fingerprint; None where there is none.
+
+    A damaged one is named, set aside and written again from its copy.
+
+    Raises:
+        DamagedError: and the copy is missing or damaged, too.
+    """
+    url, copy = files.join(folder, RECORD), files.join(folder, _COPY)
+    if not files.exists(url):
+        return _of_stage(copy, name) if files.exists(copy) else None
+    try:
+        return _of_stage(url, name)
+    except DamagedError as error:
+        if not files.exists(copy):
+            raise
+        record = _of_stage(copy, name)
+        print(f"{error.url!r} {error.reason}; set aside as {set_aside(url)!r}, and written again", flush=True)
+        write_record(url, record)
+        return record
+
+
+def _of_stage(url: str, name: str) -> dict[str, Any]:
+    record = read_record(url)
+    if (found := record.get("stage", name)) != name:  # early versions did not say it
+        raise DamagedError(url, f"is the record of {found!r}: it was replaced")
+    return record
+
+
+def _result_faults(url: str) -> list[Fault]:
+    """What is wrong with a result file: whether a JSON file is one."""
+    if not url.endswith(".json"):
+        return []
+    try:
+        read_record(url)
+    except DamagedError as error:
+        return [Fault(error.url, error.reason)]
+    return []
+
+
+def faulty(stage: str, folder: str, faults: Sequence[Fault]) -> UserError:
+    """The error that names every fault of a finished stage."""
+    listed = [f"  {url.removeprefix(folder).lstrip('/')} {reason}" for url, reason in faults]
+    remedy = f"bring these files back, or have them made again: pipelines/{COMMANDS[stage]} --mend"
+    return UserError("\n".join([f"{len(faults)} faults in {folder!r}:", *listed, remedy]))
 
 
 def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:

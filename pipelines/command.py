@@ -91,6 +91,14 @@ def fresh_flag(made: Parser) -> None:
     made.add_argument("--fresh", action="store_true", help="start over: delete what this stage made before")
 
 
+def mend_flags(made: Parser) -> None:
+    """--verify and --mend, for stages whose results are kept."""
+    made.add_argument(
+        "--verify", action="store_true", help="make nothing: read all that was made, and name what differs"
+    )
+    made.add_argument("--mend", action="store_true", help="read all that was made, and make again what is damaged")
+
+
 def next_command(script: str, *more: str) -> None:
     """Say which command follows: with those flags of this one that it knows too, the experiment's, and `more`.
 
@@ -99,7 +107,7 @@ def next_command(script: str, *more: str) -> None:
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
-        if word == "--fresh":
+        if word in ("--fresh", "--mend"):
             continue
         if word.startswith("--grid."):
             if "=" not in word:

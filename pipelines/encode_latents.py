@@ -4,19 +4,19 @@ from argparse import Namespace
 
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents, verify_latents
-from pipelines.command import Parser, command, fresh_flag, next_command
+from pipelines.command import Parser, command, fresh_flag, mend_flags, next_command
 
 
 def extras(made: Parser) -> None:
     fresh_flag(made)
-    made.add_argument("--verify", action="store_true", help="encode nothing: check every file against the manifest")
+    mend_flags(made)
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
     if flags.verify:
         print(verify_latents(experiment))
         return
-    print(f"latents: {encode_latents(experiment, flags.fresh)}")
+    print(f"latents: {encode_latents(experiment, flags.fresh, flags.mend)}")
     next_command("stage2_prior.py")
 
 

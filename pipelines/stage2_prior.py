@@ -3,14 +3,23 @@
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
+from cluster.training.checkpoints import verify_training
 from cluster.training.train import train_prior
-from pipelines.command import command, fresh_flag, next_command
+from pipelines.command import Parser, command, fresh_flag, mend_flags, next_command
+
+
+def extras(made: Parser) -> None:
+    fresh_flag(made)
+    mend_flags(made)
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
-    print(f"prior: {train_prior(experiment, flags.fresh)}")
+    if flags.verify:
+        print(verify_training(experiment, "prior"))
+        return
+    print(f"prior: {train_prior(experiment, flags.fresh, mend=flags.mend)}")
     next_command("sample.py")
 
 
 if __name__ == "__main__":
-    command(__doc__, main, extras=fresh_flag)
+    command(__doc__, main, extras=extras)

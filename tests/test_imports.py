@@ -184,8 +184,9 @@ BORDER = {
     "bld_core.generator": {"_settle", "_draw"},  # keywords of SamplingConfig
     "bld_core.latents.writer": {"latent_shard_bytes", "from_json"},
     "bld_core.storage.files": {"write_json"},
+    "bld_core.storage.records": {"write_record", "_digest"},
     "bld_core.trained": {"_known"},
-    "bld_core.training.checkpoint": {"save_state", "save_model"},
+    "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
     "cluster.console": {"user_errors_answered", "_told"},  # the command line, parsed
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set

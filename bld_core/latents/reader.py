@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bld_core.errors import MissingError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentFile, Manifest, Split
 from bld_core.storage import files
 from bld_core.storage.cache import read_verified
+from bld_core.storage.records import Fault, parse_record, part_faults, read_file, sizes
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -172,11 +172,8 @@ def open_splits(path: str, *splits: Split) -> list[Latents]:
     location = files.join(path, MANIFEST)
     if not files.exists(location):
         raise MissingError(f"{location!r} is missing: encode the data set first", stages=_STAGES)
-    data = files.read_bytes(location)
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{location!r} is not JSON ({error}): it is damaged; encode again", stages=_STAGES) from error
+    data = read_file(location, _STAGES)
+    found = parse_record(location, data, _STAGES)
     if found.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{location!r} has format {found.get('format')}; this version reads {FORMAT_VERSION}; encode again",
@@ -189,28 +186,30 @@ def open_splits(path: str, *splits: Split) -> list[Latents]:
     for split, latents in zip(splits, opened, strict=True):
         if not len(latents):
             raise UserError(f"{path!r} holds no {split} codes; set `{split}` and encode again", stages=_STAGES)
-    _check_present(path, [shard.file for latents in opened for shard in latents.shards])
+    if faults := latent_faults(path, manifest, splits):
+        (url, reason), more = faults[0], len(faults) - 1
+        raise DamagedError(url, f"{reason}, as {more} other files are faulty" if more else reason, _STAGES)
     return opened
 
 
-def _check_present(path: str, names: list[str]) -> None:
-    """One listing a folder, not a question a file."""
-    folders = {name.rpartition("/")[0] for name in names}
-    there = {f"{folder}/{name}".lstrip("/") for folder in folders for name in _names(files.join(path, folder))}
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(names)} files of {path!r} are missing, the first is {missing[0]!r}: "
-            "bring them back, or encode again",
-            stages=_STAGES,
-        )
+def latent_faults(path: str, manifest: Manifest, splits: Sequence[Split]) -> list[Fault]:
+    """What is wrong with the files of some splits, by one listing a folder: missing, of another size, or not listed.
 
-
-def _names(folder: str) -> list[str]:
-    try:
-        return files.listing(folder)
-    except FileNotFoundError:
-        return []
+    A file that nobody listed: the manifest has lost an entry, or the file does not belong there.
+    """
+    chosen = [shard for shard in manifest.files if shard.split in splits]
+    folders: dict[str, dict[str, LatentFile]] = {}
+    for shard in chosen:
+        folder, _, name = shard.file.rpartition("/")
+        folders.setdefault(folder, {})[name] = shard
+    faults: list[Fault] = []
+    for folder, listed in folders.items():
+        url = files.join(path, folder) if folder else path
+        there = sizes(url)
+        faults += part_faults(url, there, {name: shard.part for name, shard in listed.items()}, MANIFEST, deep=False)
+        others = [name for name in there if name.endswith(".parquet") and name not in listed]
+        faults += [Fault(files.join(url, name), f"is not named in {MANIFEST}") for name in others]
+    return faults
 
 
 def _bits_column(table: pa.Table, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -26,9 +26,11 @@ from bld_core.errors import UserError
 from bld_core.latents.bits import pack_bits
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
+from bld_core.storage.records import Part
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_UNSEALED = "0" * 64  # where a file's own sha256 is to stand
 Split = Literal["train", "validation"]
 
 
@@ -131,7 +133,10 @@ def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[Labell
 
 
 def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
-    """The Parquet file of one shard; `metadata` (JSON values) goes into the file's own metadata."""
+    """The Parquet file of one shard; `metadata` (JSON values) goes into the file's own metadata.
+
+    So does the file's sha256, as it is with 64 zeros in its place: whether the file is whole shows without a manifest.
+    """
     width = rows.bits.shape[1]
     bits = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(width), len(rows.key), [None, pa.py_buffer(rows.bits.contiguous().numpy())]
@@ -143,20 +148,38 @@ def latent_shard_bytes(rows: LatentRows, metadata: dict[str, Any]) -> bytes:
         "view": pa.array(rows.view, pa.int8()),
         "bits": bits,
     }
-    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata}, sort_keys=True)}
+    note = {"bld_latents": json.dumps({"format": FORMAT_VERSION, **metadata, "sha256": _UNSEALED}, sort_keys=True)}
     table = pa.table(columns).replace_schema_metadata(note)
     out = io.BytesIO()
     pq.write_table(table, out, compression="none", use_dictionary=False, write_statistics=False)
-    return out.getvalue()
+    return _with_digest(data := out.getvalue(), files.sha256(data))
+
+
+def _with_digest(data: bytes, digest: str) -> bytes:
+    """A shard with this sha256 in its footer, which is at its end; Arrow's copy, in base64, stays as it was."""
+    rows, key, footer = data.rpartition(b'"sha256": "')
+    return rows + key + digest.encode() + footer[len(digest) :]
+
+
+def whole_shard_metadata(data: bytes) -> dict[str, Any] | None:
+    """The metadata of a latent shard; None where the file is not, byte for byte, what `latent_shard_bytes` wrote.
+
+    None, too, for shards of early versions, which do not say their sha256. A damaged file is not parsed.
+    """
+    unsealed = _with_digest(data, _UNSEALED)
+    if _with_digest(unsealed, files.sha256(unsealed)) != data:
+        return None
+    metadata = shard_metadata(data)
+    return {name: value for name, value in metadata.items() if name != "sha256"}
 
 
 def shard_metadata(data: bytes) -> dict[str, Any]:
-    """The metadata that `latent_shard_bytes` wrote.
+    """The metadata that `latent_shard_bytes` wrote, and "sha256".
 
     Raises:
         UserError: not a latent shard of this format.
     """
-    note = (pq.read_schema(io.BytesIO(data)).metadata or {}).get(b"bld_latents")
+    note = (pq.read_metadata(io.BytesIO(data)).metadata or {}).get(b"bld_latents")
     metadata = json.loads(note) if note else {}
     if metadata.get("format") != FORMAT_VERSION:
         raise UserError(
@@ -178,6 +201,7 @@ class LatentFile:
         sha256: of its bytes.
         source: name of the image shard.
         skipped: samples of the shard that were left out, by reason.
+        bytes: its size; early versions did not write it down.
     """
 
     file: str
@@ -187,6 +211,12 @@ class LatentFile:
     sha256: str
     source: str
     skipped: dict[str, int]
+    bytes: int | None = None
+
+    @property
+    def part(self) -> Part:
+        """Size and sha256."""
+        return Part(self.sha256, self.bytes)
 
 
 def describe_file(
@@ -195,7 +225,8 @@ def describe_file(
     """The manifest's entry of a file with these bytes."""
     labels = pq.read_table(io.BytesIO(data), columns=["label"])["label"].to_numpy()
     classes = int(labels.max(initial=-1)) + 1
-    return LatentFile(file, split, rows, classes, files.sha256(data), source, dict(sorted(skipped.items())))
+    counts = dict(sorted(skipped.items()))
+    return LatentFile(file, split, rows, classes, files.sha256(data), source, counts, len(data))
 
 
 @dataclass(frozen=True, kw_only=True)

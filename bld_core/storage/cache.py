@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, UnixFileLock
 
-from bld_core.errors import UserError
+from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
 
 
@@ -21,7 +21,8 @@ def read_verified(url: str, sha256: str) -> bytes:
 
     Raises:
         MissingError: there is no such file.
-        UserError: its sha256 is another, or the cache cannot be written.
+        DamagedError: its sha256 is another.
+        UserError: the cache cannot be written.
     """
     if files.is_local(url):
         return _verify(files.read_bytes(url), url, sha256)
@@ -39,10 +40,10 @@ def read_verified(url: str, sha256: str) -> bytes:
 def _verify(data: bytes, url: str, sha256: str) -> bytes:
     found = files.sha256(data)
     if found != sha256:
-        raise UserError(
-            f"{url!r} has sha256 {found[:12]}, the manifest says {sha256[:12]}: it was changed or damaged; "
-            "bring it back, or encode again",
-            stages=("latents",),
+        raise DamagedError(
+            url,
+            f"has sha256 {found[:12]}, the manifest says {sha256[:12]}: it was damaged or replaced",
+            ("latents",),
         )
     return data
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from bld_core.errors import MissingError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage import files
+from bld_core.storage.records import (
+    Fault,
+    Part,
+    part_faults,
+    part_of,
+    read_file,
+    read_part,
+    read_record,
+    sizes,
+    write_record,
+)
 from bld_core.training.loop import TrainState
 
 FORMAT_VERSION = 2
@@ -19,68 +32,151 @@ META = "meta.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CRITIC = "critic"
+_TENSORS = ".safetensors"
 
 
 def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
-    """Write network, averages and optimizer, those of a critic, too; meta.json, with the step and `extra`, comes last.
+    """Write network, averages and optimizer, those of a critic, too; meta.json comes last.
+
+    It says the step, the size and sha256 of every other file, and `extra`.
 
     Args:
         folder: local path or URL.
         state: what is saved.
         extra: JSON values that the caller wants back, for example the position in the data.
     """
+    parts: dict[str, dict[str, int | str]] = {}
     if state.critic is not None:
         save_state(files.join(folder, _CRITIC), state.critic, {})
+        parts[f"{_CRITIC}/{META}"] = part_of(files.read_bytes(files.join(folder, _CRITIC, META)))
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
     for optimizer in state.optimizers:
         for parameter, values in optimizer.state.items():
             for kind, value in values.items():
                 moments[f"{names[parameter]}|{kind}"] = value
-    parts = {"model": state.module.state_dict(), "optimizer": moments}
-    parts |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
-    for part, tensors in parts.items():
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        files.write_bytes(files.join(folder, f"{part}.safetensors"), save_tensors(contiguous))
-    progress = {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped}
-    files.write_json(files.join(folder, META), progress | extra)
+    tables = {"model": state.module.state_dict(), "optimizer": moments}
+    tables |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
+    for name, tensors in tables.items():
+        file = f"{name}{_TENSORS}"
+        data = save_tensors({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
+        files.write_bytes(files.join(folder, file), data)
+        parts[file] = part_of(data)
+    progress = {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped, "parts": parts}
+    write_record(files.join(folder, META), progress | extra)
 
 
-def load_state(folder: str, state: TrainState) -> dict[str, Any]:
-    """Restore what `save_state` wrote into a state of the same shape; returns its meta.json.
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint in memory, every file of it as meta.json says.
+
+    Attributes:
+        meta: its meta.json.
+        tensors: those of each part, by name.
+        critic: that of the critic, where it has one.
+    """
+
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    critic: SavedState | None
+
+    def restore(self, state: TrainState) -> None:
+        """Put it into a state of the same shape.
+
+        Raises:
+            RuntimeError: weights of another network.
+        """
+        state.module.load_state_dict(self.tensors["model"])
+        for number, average in enumerate(state.averages):
+            saved = self.tensors[average_name(number)]
+            assert saved.keys() == average.weights.keys(), "averages and network come from the same checkpoint"
+            for name, weight in average.weights.items():
+                weight.copy_(saved[name])
+        by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
+        owner = {p: each for each in state.optimizers for group in each.param_groups for p in group["params"]}
+        for optimizer in state.optimizers:
+            optimizer.state.clear()
+        for name, value in self.tensors["optimizer"].items():
+            parameter_name, kind = name.split("|")
+            parameter = by_name[parameter_name]
+            # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
+            like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
+            owner[parameter].state[parameter][kind] = like.copy_(value)
+        state.step, state.skipped = self.meta["step"], self.meta["skipped"]
+        if state.critic is not None:
+            assert self.critic is not None, "`read_state` was asked for it"
+            self.critic.restore(state.critic)
+
+
+def read_state(folder: str, averages: int, *, critic: bool = False) -> SavedState:
+    """Read what `save_state` wrote, each file once.
+
+    Args:
+        folder: local path or URL.
+        averages: how many averages of the weights it holds.
+        critic: whether it holds one.
 
     Raises:
+        DamagedError: a file is missing, unreadable, or not the one that meta.json names.
+        UserError: another format version.
+    """
+    meta = read_meta(folder)
+    names = ["model", "optimizer", *(average_name(number) for number in range(averages))]
+    tensors = {name: read_tensors(folder, meta, name) for name in names}
+    if not critic:
+        return SavedState(meta, tensors, None)
+    _read(folder, meta, f"{_CRITIC}/{META}")
+    return SavedState(meta, tensors, read_state(files.join(folder, _CRITIC), averages))
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    """The meta.json of a checkpoint; the errors are those of `read_state`."""
+    meta = read_record(files.join(folder, META))
+    if meta.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {folder!r} has format {meta.get('format')}; this version reads {FORMAT_VERSION}: train anew"
+        )
+    return meta
+
+
+def read_tensors(folder: str, meta: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """One part of a checkpoint; the errors are those of `read_state`."""
+    file = f"{name}{_TENSORS}"
+    try:
+        return load_tensors(_read(folder, meta, file))
+    except SafetensorError as error:  # of an early version, without digests
+        raise DamagedError(files.join(folder, file), f"is no safetensors file ({error}): it is damaged") from error
+
+
+def _read(folder: str, meta: Mapping[str, Any], file: str) -> bytes:
+    url, parts = files.join(folder, file), meta.get("parts")
+    if parts is None:  # an early version
+        return read_file(url)
+    if file not in parts:
+        raise DamagedError(url, f"is not named in {META}: it belongs to another checkpoint")
+    return read_part(url, Part(**parts[file]), META)
+
+
+def check_state(folder: str) -> None:
+    """Read a checkpoint's files, whatever they are, and compare them with meta.json; the errors of `read_state`."""
+    meta = read_meta(folder)
+    for file in meta.get("parts", {}):
+        _read(folder, meta, file)
+        if file == f"{_CRITIC}/{META}":
+            check_state(files.join(folder, _CRITIC))
+
+
+def load_state(folder: str, state: TrainState) -> Mapping[str, Any]:
+    """Read a checkpoint into a state of the same shape; returns its meta.json.
+
+    Raises:
+        DamagedError: as `read_state`; the state is then as it was.
         UserError: another format version.
         RuntimeError: weights of another network.
     """
-    meta = files.read_json(files.join(folder, META))
-    if meta["format"] != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {folder!r} has format {meta['format']}; this version reads {FORMAT_VERSION}: train anew"
-        )
-    names = ["model", "optimizer", *(average_name(number) for number in range(len(state.averages)))]
-    model, moments, *averages = (
-        load_tensors(files.read_bytes(files.join(folder, f"{name}.safetensors"))) for name in names
-    )
-    state.module.load_state_dict(model)
-    for average, saved in zip(state.averages, averages, strict=True):
-        assert saved.keys() == average.weights.keys(), "averages and network come from the same checkpoint"
-        for name, weight in average.weights.items():
-            weight.copy_(saved[name])
-    by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
-    owner = {p: each for each in state.optimizers for group in each.param_groups for p in group["params"]}
-    for optimizer in state.optimizers:
-        optimizer.state.clear()
-    for name, value in moments.items():
-        parameter_name, kind = name.split("|")
-        parameter = by_name[parameter_name]
-        # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
-        like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-        owner[parameter].state[parameter][kind] = like.copy_(value)
-    state.step, state.skipped = meta["step"], meta["skipped"]
-    if state.critic is not None:
-        load_state(files.join(folder, _CRITIC), state.critic)
-    return meta
+    saved = read_state(folder, len(state.averages), critic=state.critic is not None)
+    saved.restore(state)
+    return saved.meta
 
 
 def average_name(number: int) -> str:
@@ -93,15 +189,16 @@ def _parameter_names(state: TrainState) -> dict[Tensor, str]:
 
 
 def save_model(folder: str, weights: dict[str, Tensor], config: dict[str, Any]) -> str:
-    """Write a finished model: model.safetensors, then config.json with `config` and the sha256 of the weights.
+    """Write a finished model: model.safetensors, then config.json with `config`, size and sha256 of the weights.
 
     Returns:
-        That hash, which identifies the model.
+        That sha256, which identifies the model.
     """
     data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     files.write_bytes(files.join(folder, WEIGHTS), data)
     digest = files.sha256(data)
-    files.write_json(files.join(folder, CONFIG), {"format": FORMAT_VERSION, "hash": digest, **config})
+    progress = {"format": FORMAT_VERSION, "hash": digest, "bytes": len(data)}
+    write_record(files.join(folder, CONFIG), progress | config)
     return digest
 
 
@@ -110,6 +207,7 @@ def read_model_config(folder: str) -> dict[str, Any]:
 
     Raises:
         MissingError: nothing finished there.
+        DamagedError: it is not what was written.
         UserError: another format version.
     """
     url = files.join(folder, CONFIG)
@@ -117,13 +215,37 @@ def read_model_config(folder: str) -> dict[str, Any]:
         raise MissingError(
             f"{folder!r} holds no finished model ({CONFIG} is missing): train it first", stages=_stage(folder)
         )
-    config = json.loads(files.read_bytes(url))
+    config = read_record(url, _stage(folder))
     if config.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{url!r} has format {config.get('format')}; this version reads {FORMAT_VERSION}: train again",
             stages=_stage(folder),
         )
     return config
+
+
+def model_faults(folder: str, *, deep: bool) -> list[Fault]:
+    """What is wrong with a finished model: by config.json and the size of its weights, or with `deep` by their bytes.
+
+    Raises:
+        MissingError: nothing finished there.
+        UserError: another format version.
+    """
+    try:
+        config = read_model_config(folder)
+    except DamagedError as error:
+        return [Fault(error.url, error.reason)]
+    return part_faults(folder, sizes(folder), {WEIGHTS: Part(config["hash"], config.get("bytes"))}, CONFIG, deep=deep)
+
+
+def check_model(folder: str) -> None:
+    """Read a finished model and see that it is what was written.
+
+    Raises:
+        DamagedError: it is not; and the errors of `model_faults`.
+    """
+    for fault in model_faults(folder, deep=True):
+        raise DamagedError(*fault, _stage(folder))
 
 
 def _stage(folder: str) -> tuple[str, ...]:
@@ -135,15 +257,8 @@ def load_weights(folder: str, module: nn.Module, expected_hash: str, device: str
     """Load the weights of a finished model into its network.
 
     Raises:
-        UserError: the file is not the one that config.json names.
+        DamagedError: the file is not the one that config.json names.
     """
-    data = files.read_bytes(files.join(folder, WEIGHTS))
-    found = files.sha256(data)
-    if found != expected_hash:
-        raise UserError(
-            f"{folder!r}: {WEIGHTS} has sha256 {found[:12]}, config.json says {expected_hash[:12]}; "
-            "the file is damaged or was replaced: restore it, or train again",
-            stages=_stage(folder),
-        )
+    data = read_part(files.join(folder, WEIGHTS), Part(expected_hash), CONFIG, _stage(folder))
     module.load_state_dict(load_tensors(data))
     module.to(torch.device(device)).eval()

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import torch
 
 from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
 from bld_core.data.skipped import Skipped
-from bld_core.errors import MissingError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
+from bld_core.latents.reader import latent_faults
 from bld_core.latents.writer import (
     MANIFEST,
     LatentFile,
@@ -25,48 +26,69 @@ from bld_core.latents.writer import (
     encode_images,
     latent_shard_bytes,
     shard_metadata,
+    whole_shard_metadata,
 )
 from bld_core.storage import files
+from bld_core.storage.records import Fault, part_faults, read_file, read_record, set_aside, write_record
 from bld_core.trained import load_autoencoder
-from cluster.config.artifacts import open_autoencoder
+from cluster.config.artifacts import LATENTS, open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.data.check import check_data, shard_names, stem
 from cluster.lineage import lineage
 from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
-from cluster.stages import Stage, open_stage
+from cluster.stages import Stage, faulty, open_stage
 
 _BATCHES_AHEAD = 2
 _SECONDS_BETWEEN_METRICS = 10.0
 
 
 class Job(NamedTuple):
-    """One shard to encode: its source, split and name, and the file, in the latents folder, that it becomes."""
+    """One shard to encode.
+
+    Attributes:
+        source: the image shard.
+        split: which part of the data set.
+        file: what it becomes, relative to the latents folder.
+        name: of the source, as the file and the manifest say it.
+        listed: what an earlier manifest says of it.
+    """
 
     source: str
     split: Split
     file: str
     name: str
+    listed: LatentFile | None = None
 
 
 class Encoded(NamedTuple):
-    """A job done: what the manifest says of its file, the file's size, what it leaves out, and whether it is new."""
+    """A job done.
+
+    Attributes:
+        file: what the manifest says of it.
+        bytes: its size.
+        skipped: what it leaves out.
+        anew: whether it was made now.
+        fault: what was wrong with the file that was there; where that is now.
+    """
 
     file: LatentFile
     bytes: int
     skipped: Skipped
     anew: bool
+    fault: str = ""
 
 
-def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
+def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = False) -> str:
     """Image shards -> <folder>/latents: a Parquet file for each shard, and manifest.json when all are there.
 
-    A shard that an interrupted run has finished is not encoded again.
+    A shard that an interrupted run has finished is not encoded again, unless its file is not what was written.
 
     Args:
         experiment: its configuration.
         fresh: start over, deleting what the stage made before.
+        mend: read all that it made before, and make again what is damaged.
 
     Returns:
         The latents folder.
@@ -85,12 +107,17 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
     }
     if experiment.data.names:
         fingerprint["class_names"] = list(experiment.data.names)
-    with open_stage(experiment, "latents", fingerprint, MANIFEST, fresh=fresh) as stage:
+    folder = files.join(experiment.folder, LATENTS)
+    with open_stage(
+        experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=lambda: _faults(experiment, jobs, deep=mend)
+    ) as stage:
         if not stage.done:
+            listed = {file.file: file for file in _listed(folder)}
+            jobs = [job._replace(listed=listed.get(job.file)) for job in jobs]
             manifest = _empty_manifest(experiment, autoencoder.hash)
             manifest = replace(manifest, files=_encode(stage, jobs, manifest))
             manifest_url = files.join(stage.folder, MANIFEST)
-            files.write_json(manifest_url, manifest.to_json())
+            write_record(manifest_url, manifest.to_json())
             latents_hash = files.sha256(files.read_bytes(manifest_url))
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})
         return stage.folder
@@ -119,6 +146,8 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
                 images += encoded.file.rows // views
             else:
                 progress.start += 1
+            if encoded.fault:
+                print(f"{stage.name}: {encoded.fault}; made again", flush=True)
             now = time.monotonic()
             rate = images / (now - began)
             progress.update(len(encoded_files), {"images/s": rate})
@@ -188,15 +217,13 @@ class Encoder:
         )
 
     def encode(self, job: Job) -> Encoded:
-        """Encode one shard, unless its file is there already."""
-        url = files.join(self.experiment.folder, "latents", job.file)
+        """Encode one shard, unless its file is there already, byte for byte as it was written."""
+        url, fault = files.join(self.experiment.folder, LATENTS, job.file), ""
         if files.exists(url):
-            data = files.read_bytes(url)
-            metadata = shard_metadata(data)
-            if metadata.items() >= {**self.identity, "source": job.name}.items():
-                skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
-                file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
-                return Encoded(file, len(data), skipped, anew=False)
+            found = self._finished(job, url)
+            if isinstance(found, Encoded):
+                return found
+            fault = f"{url!r} {found}, and is set aside as {set_aside(url)!r}"
         skipped = Skipped()
         latents = self.experiment.latents
         images = self._decoded(job.source, skipped)
@@ -213,7 +240,26 @@ class Encoder:
         data = latent_shard_bytes(rows, {**self.identity, **facts})
         files.write_bytes(url, data)
         file = describe_file(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
-        return Encoded(file, len(data), skipped, anew=True)
+        return Encoded(file, len(data), skipped, True, fault)
+
+    def _finished(self, job: Job, url: str) -> Encoded | str:
+        """The file of a job as it was finished earlier; or what is wrong with it."""
+        try:
+            data = read_file(url)
+        except DamagedError as error:
+            return error.reason
+        if job.listed is not None:  # also those of early versions, which do not say their own sha256
+            metadata = shard_metadata(data) if files.sha256(data) == job.listed.sha256 else None
+        else:
+            metadata = whole_shard_metadata(data)
+        if metadata is None:
+            return "is not what was written: it is damaged, or of an early version that could not tell"
+        wanted = {**self.identity, "source": job.name}
+        if not metadata.items() >= wanted.items():
+            return "was made from another shard, or in another way"
+        skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
+        file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
+        return Encoded(file, len(data), skipped, anew=False)
 
     def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
@@ -226,6 +272,33 @@ class Encoder:
                 yield from part
 
 
+def _listed(folder: str) -> Sequence[LatentFile]:
+    """The entries of the manifest, where there is one."""
+    url = files.join(folder, MANIFEST)
+    return Manifest.from_json(read_record(url, (LATENTS,))).files if files.exists(url) else []
+
+
+def _faults(experiment: Experiment, jobs: Sequence[Job], *, deep: bool) -> list[Fault]:
+    """What is wrong with a finished data set: by the sizes of its files, or with `deep` by all their bytes."""
+    folder = files.join(experiment.folder, LATENTS)
+    url = files.join(folder, MANIFEST)
+    try:
+        manifest = Manifest.from_json(read_record(url))
+    except DamagedError as error:
+        return [Fault(error.url, error.reason)]
+    faults = latent_faults(folder, manifest, ("train", "validation"))
+    due, listed = {job.file for job in jobs}, {file.file for file in manifest.files}
+    if due != listed:  # then the files themselves are good, as far as anybody knows
+        names = ", ".join(sorted(due ^ listed))
+        return [Fault(url, f"does not name the files that these shards make ({names}): it was changed")]
+    if deep:
+        named = {fault.url for fault in faults}
+        connect_ray(experiment.cluster)
+        checked = map_on_actors(Verifier, (folder,), "check", manifest.files, experiment.cluster, "verify")
+        faults += [fault for fault in checked if fault is not None and fault.url not in named]
+    return faults
+
+
 def verify_latents(experiment: Experiment) -> str:
     """Read every latent file again and compare it with the manifest; returns what was found, as a line of text.
 
@@ -233,36 +306,16 @@ def verify_latents(experiment: Experiment) -> str:
         MissingError: the data set is not (completely) encoded.
         UserError: files that differ, are missing or are too many, each named.
     """
-    folder = files.join(experiment.folder, "latents")
+    folder = files.join(experiment.folder, LATENTS)
     location = files.join(folder, MANIFEST)
     if not files.exists(location):
-        raise MissingError(f"{location!r} is missing: encode the data set first", stages=("latents",))
-    listed_files = Manifest.from_json(files.read_json(location)).files
-    listed = {file.file for file in listed_files}
-    due = {job.file for job in _jobs(experiment)}
-    there = {
-        f"{split}/{name}"
-        for split in sorted({file.split for file in listed_files})
-        if files.exists(files.join(folder, split))
-        for name in files.listing(files.join(folder, split))
-        if name.endswith(".parquet")
-    }
-    faults = [f"{file}: not in the manifest" for file in sorted((due | there) - listed)]
-    connect_ray(experiment.cluster)
-    checks = list(map_on_actors(Verifier, (folder,), "check", listed_files, experiment.cluster, "verify"))
-    faults += [check.fault for check in checks if check.fault]
+        raise MissingError(f"{location!r} is missing: encode the data set first", stages=(LATENTS,))
+    faults = _faults(experiment, _jobs(experiment), deep=True)
     if faults:
-        remedy = f"delete these files and {MANIFEST}, and run encode_latents.py again, which makes what is missing"
-        raise UserError("\n".join([f"{len(faults)} faults in {folder!r}:", *faults, remedy]))
-    rows, size = sum(file.rows for file in listed_files), sum(check.bytes for check in checks)
-    return f"verified {len(listed_files)} files, {rows} rows, {size} bytes: all are as the manifest says"
-
-
-class Checked(NamedTuple):
-    """A file read again: its size, and what is wrong with it, if anything."""
-
-    bytes: int
-    fault: str
+        raise faulty(LATENTS, folder, faults)
+    listed = _listed(folder)
+    rows, size = sum(file.rows for file in listed), sum(file.bytes or 0 for file in listed)
+    return f"verified {len(listed)} files, {rows} rows, {size} bytes: all are as the manifest says"
 
 
 class Verifier:
@@ -271,12 +324,8 @@ class Verifier:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def check(self, listed: LatentFile) -> Checked:
+    def check(self, listed: LatentFile) -> Fault | None:
         """Compare one file with what the manifest says of it."""
-        try:
-            data = files.read_bytes(files.join(self.folder, listed.file))
-        except FileNotFoundError:
-            return Checked(0, f"{listed.file}: missing")
-        found, said = files.sha256(data), listed.sha256
-        fault = "" if found == said else f"{listed.file}: sha256 {found[:12]}, the manifest says {said[:12]}"
-        return Checked(len(data), fault)
+        folder, name = files.join(self.folder, listed.file).rsplit("/", 1)
+        faults = part_faults(folder, {name: None}, {name: listed.part}, MANIFEST, deep=True)
+        return faults[0] if faults else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from bld_core.training.checkpoint import CONFIG, read_model_config
 from bld_core.training.loop import Batch, Objective, TrainState
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
+from cluster.training.checkpoints import FINAL, training_faults
 from cluster.training.tasks import Evaluation, ImageTask, Worker
-from cluster.training.train import FINAL, fit
+from cluster.training.train import fit
 
 _FOLDER, _STAGE = "cas", "classifier"
 
@@ -121,7 +123,8 @@ def measure_cas(experiment: Experiment, held_out: Sequence[str], identity: Mappi
         identity: what the samples were made by.
     """
     fingerprint = {**identity} | experiment.fingerprint("data", "augmentation", "autoencoder_training")
-    with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo") as stage:
+    faults = partial(training_faults, files.join(experiment.folder, _STAGE), deep=False)
+    with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo", faults=faults) as stage:
         if not stage.done:
             fit(stage, CasTask(experiment, held_out), {"classes": experiment.prior.classes})
         metrics = read_model_config(files.join(stage.folder, FINAL))["metrics"]

@@ -17,6 +17,7 @@ from bld_core.data.pictures import fitting, grid, png, reconstruction_grid
 from bld_core.diffusion.bound import Bound, merge_bounds
 from bld_core.errors import MissingError, UserError
 from bld_core.storage import files
+from bld_core.storage.records import read_record
 from bld_core.storage.weights import VGG16
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
@@ -211,12 +212,13 @@ def read_report(folder: str, trained: Artifacts) -> dict[str, Any]:
 
     Raises:
         MissingError: not evaluated yet.
-        UserError: the report is about other weights.
+        DamagedError: the report is damaged.
+        UserError: it is about other weights.
     """
     url = files.join(folder, "evaluation", _REPORT)
     if not files.exists(url):
         raise MissingError(f"{url!r} is missing: evaluate first", stages=("evaluation",))
-    report = files.read_json(url)
+    report = read_record(url, ("evaluation",))
     hashes = {"autoencoder_hash": trained.autoencoder.hash}
     if trained.prior is not None:
         hashes["prior_hash"] = trained.prior.hash

@@ -20,7 +20,7 @@ from mlflow.models import Model
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.trained import AUTOENCODER, PRIOR
-from bld_core.training.checkpoint import CONFIG, WEIGHTS
+from bld_core.training.checkpoint import CONFIG, WEIGHTS, check_model
 from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
@@ -127,6 +127,8 @@ def _make_version(
     client: MlflowClient, name: str, experiment: Experiment, report: dict[str, Any], tags: dict[str, str]
 ) -> ModelVersion:
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
+    for part in (AUTOENCODER, PRIOR):
+        check_model(files.join(experiment.folder, part))
     run = replace(start_run(experiment, "registered", None), waiting="")  # nobody would come back to it
     how: Ending = "FAILED"
     try:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from bld_core.data.pictures import png
 from bld_core.storage import files
+from bld_core.storage.records import read_record
 from bld_core.trained import AutoencoderRecord
 from cluster.config.artifacts import open_trained
 from cluster.config.experiment import Experiment
@@ -98,7 +99,7 @@ def _runs(experiment: Experiment) -> list[RecordedRun]:
     """The MLflow runs that made the experiment, as far as they are there."""
     uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
     records = [files.join(experiment.folder, stage, RECORD) for stage in _STAGES]
-    found = [find_run(uri, files.read_json(record)["run"], patience) for record in records if files.exists(record)]
+    found = [find_run(uri, read_record(record)["run"], patience) for record in records if files.exists(record)]
     return [run for run in found if run is not None]
 
 

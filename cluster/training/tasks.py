@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -47,6 +48,20 @@ class Worker(NamedTuple):
     rank: int
     world: int
     device: torch.device
+
+    def said_by_all(self, message: str) -> str:
+        """What all workers say, each thing once, a line each; the same on every one of them."""
+        everyone: list[str] = [message] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(everyone, message)
+        return "\n".join(dict.fromkeys(said for said in everyone if said))
+
+    def said_by_first(self, names: list[str]) -> list[str]:
+        """What rank 0 says."""
+        box = [names]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box)
+        return box[0]
 
 
 class Evaluation(NamedTuple):

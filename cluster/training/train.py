@@ -6,15 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
 from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
     ControllerError,
     FailureConfig,
     LoggingConfig,
@@ -23,7 +21,6 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
@@ -32,7 +29,7 @@ from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
 from bld_core.storage import files
-from bld_core.training.checkpoint import CONFIG, average_name, load_state, save_model, save_state
+from bld_core.training.checkpoint import CONFIG, average_name, read_meta, read_tensors, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
@@ -47,20 +44,21 @@ from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tracking.load import SystemLoad
 from cluster.tracking.runs import Run
+from cluster.training.checkpoints import FINAL, checkpoint_name, checkpoints, resume, training_faults
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
-_CHECKPOINT = "checkpoint-"
-FINAL = "final"
+_RAYS_LIST = "checkpoint_manager_snapshot.json"
 _SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
-def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
+def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = False) -> str:
     """Stage 1: image shards -> <folder>/autoencoder/final.
 
     Args:
         experiment: its configuration.
         fresh: start over, deleting what the stage made before.
+        mend: read all that it made before, and make again what is damaged.
 
     Returns:
         The folder of the finished model.
@@ -75,7 +73,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False) -> str:
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
-    with open_stage(experiment, "autoencoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
+    faults = partial(training_faults, files.join(experiment.folder, "autoencoder"), mend)
+    with open_stage(experiment, "autoencoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(experiment.autoencoder),
@@ -101,13 +100,14 @@ def _check_losses(experiment: Experiment) -> None:
             PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))
 
 
-def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -> str:
+def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", mend: bool = False) -> str:
     """Stage 2: cached latents -> <folder>/prior/final.
 
     Args:
         experiment: its configuration.
         fresh: start over, deleting what the stage made before.
         source: experiment folder of the latents and their autoencoder; by default the experiment's own.
+        mend: read all that it made before, and make again what is damaged.
 
     Returns:
         The folder of the finished model.
@@ -124,7 +124,8 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "") -
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
         fingerprint["latents_window"] = window
-    with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh) as stage:
+    faults = partial(training_faults, files.join(experiment.folder, "prior"), mend)
+    with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
         if not stage.done:
             names = list(latents.manifest.classes)[: experiment.prior.classes]
             config = {
@@ -149,6 +150,8 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         facts: what config.json is to say beside run and metrics; JSON values.
     """
     cluster = stage.experiment.cluster
+    # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
+    files.remove(files.join(stage.folder, _RAYS_LIST))
     trainer = PlainTrainer(
         _work,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
@@ -159,7 +162,6 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
             name=stage.name,
             **run_storage(stage.experiment.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -172,12 +174,10 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         raise
     if result.return_value is not None:
         raise result.return_value
-    checkpoint = _last_checkpoint(stage.folder)
-    assert checkpoint is not None, "the last step always saves one"
-    with checkpoint.as_directory() as folder:
-        metrics = files.read_json(f"{folder}/meta.json")["metrics"]
-        best = task.training.ema_decays.index(metrics["ema_decay"])
-        weights = load_file(f"{folder}/{average_name(best)}.safetensors")
+    newest = checkpoints(stage.folder)[-1]  # the last step always saves one
+    meta = read_meta(newest)
+    metrics = meta["metrics"]
+    weights = read_tensors(newest, meta, average_name(task.training.ema_decays.index(metrics["ema_decay"])))
     final = files.join(stage.folder, FINAL)
     digest = save_model(final, weights, {**facts, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
@@ -224,11 +224,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     state = make_state(task.network(), training, ray.train.torch.prepare_model)
     if (critic := task.critic()) is not None:
         state.critic = make_state(*critic, ray.train.torch.prepare_model)
-    positions: list[list[int]] = []
-    checkpoint = ray.train.get_checkpoint() or _last_checkpoint(job.folder)
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            positions = load_state(folder, state)["positions"]
+    positions = resume(job.label, job.folder, state, worker)
     run: Run | None = job.run if worker.rank == 0 else None
     load = SystemLoad() if worker.rank == 0 else None
     shown = bar(remote) if job.bar else None
@@ -245,7 +241,9 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                     run.metrics(named | load.metrics(), report.step)
                     progress.update(report.step, terms)
                 if _too_many(task, report.step, terms):
-                    return UserError(f"{_join(str(task.skipped), worker)}; {above(task.experiment.data.max_skipped)}")
+                    return UserError(
+                        f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
+                    )
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
             if due:
@@ -253,7 +251,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
             if due or keep:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
-        return NonFiniteError(_join(str(error), worker), *error.settings)
+        return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
     finally:
         batches.close()  # a stream of Ray Data that is open when Ray ends starts it again, and the process never ends
     if progress is not None:
@@ -305,48 +303,17 @@ def _meet(task: Task, state: TrainState, metrics: dict[str, float], worker: Work
     """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
 
     The checkpoint is written by us, where an upload that fails is an error: pyarrow, which Ray would copy
-    it with, closes remote files without looking whether that went well.
+    it with, closes remote files without looking whether that went well. Ray is not told of it.
     """
     positions = [] if folder is None else _gather(task.position(), worker)
     if worker.rank or folder is None:
         ray.train.report({"step": state.step})
         return
-    url = files.join(folder, f"{_CHECKPOINT}{state.step:07d}")
+    url = files.join(folder, checkpoint_name(state.step))
     save_state(url, state, {"positions": positions, "metrics": metrics})
-    ray.train.report(
-        {"step": state.step, **metrics},
-        checkpoint=_checkpoint(url),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
-    if not task.experiment.cluster.workers:  # else Ray Train does so
-        for old in _checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
-            files.remove(old)
-
-
-def _checkpoint(url: str) -> Checkpoint:
-    """A checkpoint where it lies, as Ray sees it."""
-    return Checkpoint(files.filesystem(url)[1], run_storage(url).get("storage_filesystem"))
-
-
-def _checkpoints(folder: str) -> list[str]:
-    """The whole checkpoints of a stage, oldest first."""
-    names = [name for name in files.listing(folder) if name.startswith(_CHECKPOINT)]
-    urls = [files.join(folder, name) for name in sorted(names)]
-    return [url for url in urls if files.exists(f"{url}/meta.json")]
-
-
-def _last_checkpoint(folder: str) -> Checkpoint | None:
-    """The newest whole checkpoint of a stage."""
-    there = _checkpoints(folder)
-    return _checkpoint(there[-1]) if there else None
-
-
-def _join(message: str, worker: Worker) -> str:
-    """What all workers say, each once."""
-    everyone: list[str] = [message] * worker.world
-    if worker.world > 1:
-        torch.distributed.all_gather_object(everyone, message)
-    return "\n".join(dict.fromkeys(everyone))
+    for old in checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
+        files.remove(old)
+    ray.train.report({"step": state.step})
 
 
 def _gather(position: list[int], worker: Worker) -> list[list[int]]:

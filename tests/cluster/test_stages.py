@@ -20,6 +20,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.prior.transformer import PriorConfig
 from bld_core.storage import files
+from bld_core.storage.records import write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.data.encode import encode_latents
 from cluster.runtime import ClusterConfig, connect_ray
@@ -240,7 +241,7 @@ def test_an_added_shard_is_a_change(encoded: Experiment, digits: dict[str, str],
     experiment = replace(encoded, root=str(root), data=data)
     record = root / experiment.name / "latents/stage.json"
     made = json.loads(record.read_text())
-    record.write_text(json.dumps(made | {"fingerprint": made["fingerprint"] | {"data.train": data.train}}))
+    write_record(str(record), made | {"fingerprint": made["fingerprint"] | {"data.train": data.train}})
     encode_latents(experiment)  # the same files under another name: done
     shutil.copy(shards / "train-0000.tar", shards / "train-0004.tar")
     with pytest.raises(ValueError, match=r"shards: '\w+' -> '\w+'[\s\S]*pipelines/encode_latents.py --fresh"):

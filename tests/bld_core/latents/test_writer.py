@@ -27,6 +27,7 @@ from bld_core.latents.writer import (
     encode_images,
     latent_shard_bytes,
     shard_metadata,
+    whole_shard_metadata,
 )
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
@@ -62,7 +63,9 @@ def test_the_golden_shard_reads_with_plain_pyarrow() -> None:
 def test_the_golden_shard_says_how_it_was_made() -> None:
     golden = json.loads(GOLDEN.read_text())
     table = pq.read_table(io.BytesIO(latent_shard_bytes(golden_rows(), golden_metadata())))
-    assert json.loads(table.schema.metadata[b"bld_latents"]) == golden["metadata"]
+    metadata = json.loads(table.schema.metadata[b"bld_latents"])
+    assert len(metadata.pop("sha256")) == 64
+    assert metadata == golden["metadata"]
 
 
 @pytest.mark.skipif(
@@ -85,7 +88,7 @@ def test_no_compression_and_no_dictionary() -> None:
 
 def test_the_metadata_survives() -> None:
     data = latent_shard_bytes(golden_rows(), golden_metadata())
-    assert shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
+    assert whole_shard_metadata(data) == {"format": FORMAT_VERSION, **golden_metadata()}
     with pytest.raises(ValueError, match="format: 9"):
         shard_metadata(latent_shard_bytes(golden_rows(), {"format": 9}))
 
@@ -184,3 +187,14 @@ def test_draws_are_1_as_often_as_the_probability_says() -> None:
 def test_a_bad_field_is_named_with_its_value(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"`{field}` is {value}"):
         LatentConfig(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_shard_says_by_itself_whether_it_is_whole() -> None:
+    data = latent_shard_bytes(golden_rows(), golden_metadata())
+    for position in range(0, 8 * len(data), 7):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << (position % 8)
+        assert whole_shard_metadata(bytes(flipped)) is None, position
+    for length in range(0, len(data), 50):
+        assert whole_shard_metadata(data[:length]) is None, length
+    assert whole_shard_metadata(data + b"x") is None

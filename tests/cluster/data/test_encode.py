@@ -181,7 +181,7 @@ def test_verify_reads_everything_and_names_what_differs(encoded: Experiment, tmp
     with pytest.raises(ValueError, match="3 faults in ") as found:
         verify_latents(spoiled)
     said = str(found.value)
-    assert "train/foreign.parquet: not in the manifest" in said
-    assert f"train/train-0000.parquet: sha256 {files.sha256(bytes(data))[:12]}, the manifest says" in said
-    assert "train/train-0001.parquet: missing" in said
-    assert "run encode_latents.py again" in said
+    assert "train/foreign.parquet is not named in manifest.json" in said
+    assert f"train/train-0000.parquet has sha256 {files.sha256(bytes(data))[:12]}, manifest.json says" in said
+    assert "train/train-0001.parquet is missing" in said
+    assert said.endswith("pipelines/encode_latents.py --mend")

@@ -20,6 +20,7 @@ from bld_core.autoencoder.losses import LossConfig
 from bld_core.latents.reader import open_latents
 from bld_core.noise import key_of
 from bld_core.storage import files
+from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior
 from bld_core.training.checkpoint import read_model_config
 from bld_core.training.loop import Batch
@@ -199,6 +200,6 @@ def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Ex
     experiment = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder", "latents")))
     config_url = files.join(experiment.folder, "autoencoder/final/config.json")
     config = files.read_json(config_url)
-    files.write_json(config_url, config | {"hash": "f" * 64})
+    write_record(config_url, config | {"hash": "f" * 64})
     with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff: encode the data set again"):
         train_prior(experiment)
