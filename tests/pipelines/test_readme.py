@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -178,21 +179,57 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     assert not missing
 
 
+def listing(ring: str) -> dict[str, str]:
+    """What the listing of a ring says of each of its files and folders; words that go on stand two columns further."""
+    (block,) = re.findall(rf"```\n({ring}/ .*?)```", (REPOSITORY / ring / "README.md").read_text(), re.S)
+    column = re.match(r"\S+ +", block).end()  # pyright: ignore[reportOptionalMemberAccess]
+    said, folders = dict[str, str](), list[str]()
+    for line in block.splitlines():
+        assert len(line) <= 120, f"{len(line)} characters: {line}"
+        if line.startswith(" " * (column + 2)):
+            said["".join(folders)] += f" {line.strip()}"
+            continue
+        indent, name, words = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        folders[len(indent) // 2 :] = [name]
+        assert "".join(folders) not in said, f"{name} is listed twice"
+        said["".join(folders)] = words
+    return said
+
+
+def public_names(path: Path) -> set[str]:
+    """The public functions and classes of a module, and the public methods of these classes as Class.method."""
+    names = set[str]()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            methods = node.body if isinstance(node, ast.ClassDef) else []
+            found = [method.name for method in methods if isinstance(method, ast.FunctionDef)]
+            names |= {node.name, *(f"{node.name}.{name}" for name in found if not name.startswith("_"))}
+    return names
+
+
 @pytest.mark.parametrize("ring", ["bld_core", "cluster"])
 def test_the_listing_of_a_ring_is_its_tree(ring: str) -> None:
-    (block,) = re.findall(rf"```\n({ring}/ .*?)```", (REPOSITORY / ring / "README.md").read_text(), re.S)
-    listed, folders = list[str](), list[str]()
-    for line in block.splitlines():
-        indent, name, words = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        assert words
-        folders[len(indent) // 2 :] = [name]
-        listed.append("".join(folders))
     tree = [
         f"{path.relative_to(REPOSITORY).as_posix()}{'/' if path.is_dir() else ''}"
         for path in (REPOSITORY / ring, *(REPOSITORY / ring).rglob("*"))
         if not {"__pycache__", "__init__.py", "README.md"} & {*path.parts}
     ]
-    assert sorted(listed) == sorted(tree)
+    assert sorted(listing(ring)) == sorted(tree)
+
+
+@pytest.mark.parametrize("ring", ["bld_core", "cluster"])
+def test_the_listing_of_a_ring_names_the_entry_points_of_its_files(ring: str) -> None:
+    files = [name for both in ("bld_core", "cluster") for name in listing(both) if name.endswith(".py")]
+    for name, words in listing(ring).items():
+        if not name.endswith(".py"):
+            continue
+        own, named = public_names(REPOSITORY / name), {*re.findall(r"`([^`]*)`", words)}
+        others = [
+            file for other in re.findall(r"[\w/]+\.py\b", words) for file in files if f"/{file}".endswith(f"/{other}")
+        ]
+        assert not own or own & named, f"{name} has {sorted(own)}, and its line names none of them: {words}"
+        unknown = named - own.union(*(public_names(REPOSITORY / other) for other in others))
+        assert not unknown, f"the line of {name} names what is not in it: {sorted(unknown)}"
 
 
 def test_every_text_that_is_named_is_in_the_repository() -> None:
