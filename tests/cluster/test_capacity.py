@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import ray
@@ -51,7 +52,6 @@ def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(
     )
 
 
-@ray.remote(num_cpus=1)
 class Other:
     """Somebody else's work."""
 
@@ -64,7 +64,7 @@ def test_cores_that_others_hold_are_waited_for_aloud(ray_session: None, capsys: 
     connect_ray(config)
     cores = ray.cluster_resources()["CPU"]
     capsys.readouterr()
-    other = Other.remote()
+    other: Any = ray.remote(num_cpus=1)(Other).remote()
     assert ray.get(other.here.remote())
     address = ray.get_runtime_context().gcs_address
     connect_ray(ClusterConfig(address=address, cpus_per_worker=cores - 0.5))
