@@ -131,6 +131,7 @@ def read_prior(folder: str) -> PriorRecord:
     found = _known(PriorRecord, read_model_config(files.join(folder, PRIOR)))
     diffusion = found["diffusion"]
     found["single_step"] = diffusion.get("target") == "z_prev" and "calibration" not in diffusion
+    found["prior"].setdefault("trunk", [])  # the only one that early versions had
     found["prior"] = PriorConfig(**found["prior"])
     found["diffusion"] = DiffusionConfig(**found["diffusion"])
     found["sampling"] = SamplingConfig(**found["sampling"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
+import signal
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,16 +17,14 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
-_SETTLES_S = 3.0  # within which Ray counts as free what has just ended
-_TURN_S = 0.2
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
 
-Resources = Mapping[str, float]
 """What there is of each kind: "CPU" in cores, "GPU"."""
 
 
@@ -48,6 +46,7 @@ class ClusterConfig:
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died, and that a
             piece of work of another job is begun again.
+        patience: seconds to wait for nodes that were there and are gone, before the command ends.
     """
 
     address: str = ""
@@ -57,6 +56,7 @@ class ClusterConfig:
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
+    patience: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -73,6 +73,8 @@ class ClusterConfig:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+        if not self.patience >= 0:
+            raise UserError(f"cluster.patience is {self.patience}; it must be 0 seconds or more")
         if self.latents_gb <= 0:
             raise UserError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
@@ -96,6 +98,11 @@ class ClusterConfig:
         """Where a worker's networks run."""
         return "cuda" if self.gpu else "cpu"
 
+    @property
+    def need(self) -> Need:
+        """What all workers, and one task that decodes, reserve."""
+        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
+
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""
         torch.set_num_threads(max(1, round(self.cpus_per_worker)))
@@ -110,6 +117,7 @@ def connect_ray(config: ClusterConfig) -> None:
     """
     if not ray.is_initialized():
         set_environment()
+        handler = signal.getsignal(signal.SIGTERM)
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
             replace(config, address=address)  # checks it, too
@@ -123,15 +131,17 @@ def connect_ray(config: ClusterConfig) -> None:
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     have = ray.cluster_resources()
-    need = config.replicas * config.cpus_per_worker + DECODE_CPUS
-    if need > have.get("CPU", 0):
+    need = config.need
+    if need.cpus > have.get("CPU", 0):
         raise UserError(
             f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
-            f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
+            f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )
-    if config.gpu and config.replicas > have.get("GPU", 0):
+    if need.gpus > have.get("GPU", 0):
         raise UserError(
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
@@ -139,60 +149,7 @@ def connect_ray(config: ClusterConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
     if config.address or os.environ.get("RAY_ADDRESS"):  # else there are no others
-        say_if_busy({"CPU": need, "GPU": config.replicas if config.gpu else 0}, ray.available_resources)
-
-
-def check_nodes(workers: int, cpus: float, gpu: bool, nodes: Sequence[Resources]) -> None:
-    """Refuse workers that the nodes never hold, though there may be enough of all of them together.
-
-    Args:
-        workers: that run at the same time, each on one node.
-        cpus: cores of each.
-        gpu: whether each has a GPU.
-        nodes: what each node has.
-
-    Raises:
-        UserError: Ray would wait for ever.
-    """
-    rooms = [int(node.get("CPU", 0) / cpus + 1e-6) for node in nodes]
-    if gpu:
-        rooms = [min(room, int(node.get("GPU", 0))) for room, node in zip(rooms, nodes, strict=True)]
-    if sum(rooms) >= workers:
-        return
-    one = f"{cpus:g} CPU cores and a GPU" if gpu else f"{cpus:g} CPU cores"
-    if not any(rooms):
-        able = [node.get("CPU", 0) for node in nodes if not gpu or node.get("GPU", 0) >= 1]
-        most = f"the largest{' with a GPU' if gpu else ''} has {max(able, default=0):g} CPU cores"
-        raise UserError(
-            f"a worker of {one} fits on no single node of the Ray cluster, {most}: lower cluster.cpus_per_worker"
-        )
-    raise UserError(
-        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(rooms)}, as no "
-        "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
-    )
-
-
-def say_if_busy(need: Resources, free: Callable[[], Resources]) -> None:
-    """Say what the work waits for, where others hold it now.
-
-    Args:
-        need: of the work.
-        free: asks the cluster what nobody holds.
-    """
-    deadline = time.monotonic() + _SETTLES_S
-    while busy := _lacking(need, free()):
-        if time.monotonic() >= deadline:
-            # not print, which Ray Train would repeat in its own log
-            sys.stderr.write(f"waiting: the Ray cluster has {busy} free, others hold the rest until they end\n")
-            sys.stderr.flush()
-            return
-        time.sleep(_TURN_S)
-
-
-def _lacking(need: Resources, free: Resources) -> str:
-    words = {"CPU": "CPU cores", "GPU": "GPUs"}
-    few = {kind: count for kind, count in need.items() if free.get(kind, 0) < count - 1e-6}
-    return " and ".join(f"{free.get(kind, 0):g} of the {count:g} {words[kind]} needed" for kind, count in few.items())
+        say_if_busy(need, ray.available_resources)
 
 
 def map_on_actors(
@@ -250,23 +207,32 @@ def finished_on_actors(
 
     Raises:
         Exception: what a call has raised, as it was raised there.
+        UserError: nodes are gone, and have not come back.
     """
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(actor_class)
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(
+        type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
+    )
 
     def start() -> Any:
-        return remote.options(max_concurrency=calls).remote(*arguments)
+        return remote.options(max_concurrency=calls).remote(actor_class, arguments)
 
     actors = [start() for _ in range(min(config.replicas, len(items)))]
     idle = [*range(len(actors))] * calls
     waiting = deque(range(len(items)))
     running: dict[Any, tuple[int, int, Any]] = {}
     deaths: Counter[int] = Counter()
+    watch = Watch(config.need, config.patience)
     try:
         while running or waiting:
             while idle and waiting:
                 slot, position = idle.pop(), waiting.popleft()
-                running[getattr(actors[slot], method).remote(items[position])] = position, slot, actors[slot]
-            [done], _ = ray.wait(list(running), num_returns=1)
+                running[actors[slot].call.remote(method, items[position])] = position, slot, actors[slot]
+            done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
+            if (over := watch.look()) is not None:
+                raise over
+            if not done:
+                continue
+            [done] = done
             position, slot, actor = running.pop(done)
             idle.append(slot)
             try:
@@ -283,8 +249,29 @@ def finished_on_actors(
             else:
                 yield position, result
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        if ray.is_initialized():  # else it would start again to kill what is dead
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _Holder:
+    """An actor around the one that does the work: what that one's constructor raises is raised by the calls, as it was.
+
+    Of an actor whose own constructor fails, Ray hands back a text with the whole traceback, and no exception.
+    """
+
+    def __init__(self, actor_class: type, arguments: tuple[Any, ...]) -> None:
+        self._failure: Exception | None = None
+        try:
+            self._held = actor_class(*arguments)
+        except Exception as error:
+            self._failure = error
+
+    def call(self, method: str, item: Any) -> Any:
+        """Call a method of the held one."""
+        if self._failure is not None:
+            raise self._failure
+        return getattr(self._held, method)(item)
 
 
 def fetch(reference: Any) -> Any:

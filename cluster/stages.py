@@ -21,7 +21,7 @@ from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from cluster.tracking import Run
+    from cluster.tracking.runs import Run
 
 RECORD = "stage.json"
 
@@ -73,7 +73,8 @@ def open_stage(
             is too small for the work. Nothing is deleted then.
     """
     # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
-    from cluster.tracking import Run, start_run
+    from cluster.tracking.runs import Ending, known_run, start_run
+    from cluster.tracking.store import open_client
 
     folder = files.join(experiment.folder, name)
     fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
@@ -96,20 +97,24 @@ def open_stage(
             )
         if record is not None and files.exists(files.join(folder, result)):
             print(f"{name}: already done in {folder}", flush=True)
-            yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
+            yield Stage(experiment, name, known_run(experiment, name, record["run"]), done=True)
             return
+        open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
         connect_ray(experiment.cluster)
         run = start_run(experiment, name, record["run"] if record else None)
         if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)
         if record is None or record["run"] != run.run_id:
             files.write_json(record_url, {"run": run.run_id, "fingerprint": fingerprint})
-        succeeded = False
+        how: Ending = "KILLED"  # by Ctrl-C or a signal
         try:
             yield Stage(experiment, name, run, done=False)
-            succeeded = True
+            how = "FINISHED"
+        except Exception:
+            how = "FAILED"
+            raise
         finally:
-            run.end(succeeded)
+            run.end(how)
 
 
 def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:

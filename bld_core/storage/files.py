@@ -8,11 +8,13 @@ there for a passing reason is tried again, for BLD_STORAGE_SECONDS at the most.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Generator
@@ -36,6 +38,31 @@ _SILENCE_S = 20.0
 _CONNECTIONS = 32
 _SLOWEST_UPLOAD = 1e6  # bytes a second
 _WITHIN_FILES = ("zip", "tar", "libarchive")  # protocols of fsspec whose file lies behind the next ::
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class FullError(UserError, OSError):
+    """No space for a file, by the disk, a quota, or a limit on the size of files."""
+
+
+def full(error: BaseException, path: str = "", wanted: int = 0) -> FullError | None:
+    """What to tell the user of an error that says that there is no space; None of any other.
+
+    Args:
+        error: what the operating system has said.
+        path: of the file, where the error does not name it.
+        wanted: its size, as far as it is known.
+    """
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    path = path or str(error.filename or "a file")
+    folder = next((folder for folder in Path(path).absolute().parents if folder.exists()), Path("/"))
+    size = f" of {wanted:,} bytes" if wanted else ""
+    free = shutil.disk_usage(folder).free
+    return FullError(
+        f"no space for {path!r}{size} ({error.strerror}; {free:,} bytes are free there): free some, or choose another "
+        "folder, then run the same command again, which goes on where it stopped"
+    )
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -289,8 +316,16 @@ def open_read(url: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def commit(url: str) -> Generator[IO[bytes]]:
-    """Open for writing in binary; the file takes its name only if the block ends without an error."""
+def commit(url: str, size: int = 0) -> Generator[IO[bytes]]:
+    """Open for writing in binary; the file takes its name only if the block ends without an error.
+
+    Args:
+        url: the file.
+        size: that it is going to have, where that is known.
+
+    Raises:
+        FullError: no space for it.
+    """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -301,12 +336,23 @@ def commit(url: str) -> Generator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            size = size or (os.path.getsize(temporary) if os.path.exists(temporary) else 0)
+            Path(temporary).unlink(missing_ok=True)
+            if (problem := full(error, path, size)) is not None:
+                raise problem from error
+            raise
         finally:
             Path(temporary).unlink(missing_ok=True)
     else:
         with tempfile.NamedTemporaryFile() as file:
-            yield file
-            file.flush()
+            try:
+                yield file
+                file.flush()
+            except OSError as error:
+                if (problem := full(error, file.name, size)) is not None:
+                    raise problem from error
+                raise
             seconds = _silence() + file.tell() / _SLOWEST_UPLOAD
             # One upload, which an object store shows only when it is complete.
             persist(f"write {url!r}", fs.put_file, file.name, path, **_within(fs, seconds))
@@ -320,7 +366,7 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file, committed."""
-    with commit(url) as file:
+    with commit(url, len(data)) as file:
         file.write(data)
 
 

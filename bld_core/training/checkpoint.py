@@ -33,9 +33,10 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
         save_state(files.join(folder, _CRITIC), state.critic, {})
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
-    for parameter, values in state.optimizer.state.items():
-        for kind, value in values.items():
-            moments[f"{names[parameter]}|{kind}"] = value
+    for optimizer in state.optimizers:
+        for parameter, values in optimizer.state.items():
+            for kind, value in values.items():
+                moments[f"{names[parameter]}|{kind}"] = value
     parts = {"model": state.module.state_dict(), "optimizer": moments}
     parts |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
     for part, tensors in parts.items():
@@ -67,13 +68,15 @@ def load_state(folder: str, state: TrainState) -> dict[str, Any]:
         for name, weight in average.weights.items():
             weight.copy_(saved[name])
     by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
-    state.optimizer.state.clear()
+    owner = {p: each for each in state.optimizers for group in each.param_groups for p in group["params"]}
+    for optimizer in state.optimizers:
+        optimizer.state.clear()
     for name, value in moments.items():
         parameter_name, kind = name.split("|")
         parameter = by_name[parameter_name]
         # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
         like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-        state.optimizer.state[parameter][kind] = like.copy_(value)
+        owner[parameter].state[parameter][kind] = like.copy_(value)
     state.step, state.skipped = meta["step"], meta["skipped"]
     if state.critic is not None:
         load_state(files.join(folder, _CRITIC), state.critic)

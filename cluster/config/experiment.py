@@ -34,7 +34,13 @@ _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit
 _LATER = ("data.label_field", "data.class_names")  # settings that came later, and change nothing where they are empty
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
-BEFORE = {"prior.group": 1, "diffusion.calibration": "bayes"}
+BEFORE = {
+    "prior.group": 1,
+    "prior.trunk": [],
+    "diffusion.calibration": "bayes",
+    "prior_training.optimizer": "adamw",
+    "autoencoder_training.optimizer": "adamw",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

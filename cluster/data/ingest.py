@@ -10,7 +10,7 @@ with the very next image, and nothing can be lost without notice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ def check_feed(urls: list[str], workers: int) -> None:
 
 def image_batches(
     experiment: Experiment, start_step: int, start: Position, rank: int, world: int, skipped: Skipped
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position]]:
     """One worker's batches from `start` on, without end, each with the position behind it.
 
     Args:

@@ -23,7 +23,6 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,11 +40,13 @@ from cluster.console import Progress, on_terminal
 from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.ray_private import bar, quiet_training_worker
+from cluster.nodes import nodes_watched
+from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
-from cluster.tracking import Run, SystemLoad
+from cluster.tracking.load import SystemLoad
+from cluster.tracking.runs import Run
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
@@ -148,7 +149,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         facts: what config.json is to say beside run and metrics; JSON values.
     """
     cluster = stage.experiment.cluster
-    trainer = TorchTrainer(
+    trainer = PlainTrainer(
         _work,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
         scaling_config=ScalingConfig(
@@ -163,7 +164,8 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         ),
     )
     try:
-        result = trainer.fit()
+        with nodes_watched(cluster.need, cluster.patience):
+            result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error)) is not None:
             raise failure from error
@@ -185,7 +187,8 @@ def _user_error(error: TrainingFailedError) -> UserError | None:
     """What a training says that failed by a user's mistake, or as storage was away: the same as any other stage."""
     failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
     failures += [error.controller_failure] if isinstance(error, ControllerError) else []
-    return next((failure for failure in map(unwrap, failures) if isinstance(failure, UserError)), None)
+    found = [files.full(failure) or failure for failure in map(unwrap, failures)]
+    return next((failure for failure in found if isinstance(failure, UserError)), None)
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,12 @@ def _work(settings: dict[str, Job]) -> Exception | None:
         for report in train(state, batches, task.objective(worker), training):
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
-                figures = _figures(report, state, task, worker)
+                terms = _logged(report, state, task, worker)
                 if run is not None and load is not None and progress is not None:
-                    named = {f"train_{name}": value for name, value in figures.items()}
+                    named = {f"train_{name}": value for name, value in terms.items()}
                     run.metrics(named | load.metrics(), report.step)
-                    progress.update(report.step, figures)
-                if _too_many(task, report.step, figures):
+                    progress.update(report.step, terms)
+                if _too_many(task, report.step, terms):
                     return UserError(f"{_join(str(task.skipped), worker)}; {above(task.experiment.data.max_skipped)}")
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
@@ -251,30 +254,32 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(_join(str(error), worker), *error.settings)
+    finally:
+        batches.close()  # a stream of Ray Data that is open when Ray ends starts it again, and the process never ends
     if progress is not None:
         progress.close()
     return None
 
 
-def _figures(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
+def _logged(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
     """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
     terms = torch.stack([*report.terms.values()]).double()
     values = torch.cat([terms, terms.new_tensor([task.left_out() * worker.world])])
     if worker.world > 1:
         torch.distributed.all_reduce(values)
     *means, left_out = (values / worker.world).tolist()
-    figures = dict(zip(report.terms, means, strict=True))
-    figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    logged = dict(zip(report.terms, means, strict=True))
+    logged |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
     if state.skipped:
-        figures["skipped"] = state.skipped
+        logged["skipped"] = state.skipped
     if left_out:
-        figures["skipped_images"] = left_out
-    return figures
+        logged["skipped_images"] = left_out
+    return logged
 
 
-def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
+def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     """Whether all workers together have left out too many images; each of them gets the same answer."""
-    left_out = round(figures.get("skipped_images", 0))
+    left_out = round(logged.get("skipped_images", 0))
     account = Skipped(step * task.training.batch_size + left_out, Counter(images=left_out))
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 

@@ -24,7 +24,7 @@ from cluster.config.experiment import BEFORE, Experiment
 from cluster.data.encode import encode_latents
 from cluster.runtime import ClusterConfig, connect_ray
 from cluster.stages import open_stage
-from cluster.tracking import Run, start_run
+from cluster.tracking.runs import Run, start_run
 from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import copy_of, small_experiment
 

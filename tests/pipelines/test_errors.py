@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
@@ -254,12 +254,12 @@ def test_an_actor_tells_whose_mistake_it_is(
 
 
 class FaultyTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         raise AssertionError(number())
 
 
 class RefusingTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         raise UserError(f"`batch_size` is {self.training.batch_size}; it must not be", self.training)
 
 

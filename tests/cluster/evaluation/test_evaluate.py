@@ -308,7 +308,7 @@ def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
     [again] = make_references(replace(experiment, name="another", seed=1), [space])
     assert "already done" in capsys.readouterr().out
     assert Path(again.folder).parent == tmp_path / "references"
-    assert again.figures == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
+    assert again.metrics == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
     with np.load(f"{again.folder}/statistics.npz") as arrays:
         np.testing.assert_array_equal(arrays["mu"], again.moments.mean.numpy())
         assert arrays["sigma"].shape == (2048, 2048)

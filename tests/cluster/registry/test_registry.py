@@ -27,7 +27,7 @@ import bld_core
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.registry.registry import compare_with_champion, fetch_model, register
-from cluster.tracking import open_client
+from cluster.tracking.store import open_client
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
 

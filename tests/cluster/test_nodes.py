@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import ray
 
-import cluster.runtime
+import cluster.nodes
 from bld_core.errors import UserError
-from cluster.runtime import ClusterConfig, check_nodes, connect_ray, say_if_busy
+from cluster.nodes import Need, check_nodes, say_if_busy
+from cluster.runtime import ClusterConfig, connect_ray
 
 TWO, FOUR, GPUS = {"CPU": 2.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}
 HEAD: Mapping[str, float] = {"memory": 1e9}  # that takes no work
@@ -41,14 +42,14 @@ def test_workers_fit_on_single_nodes_or_are_refused(
 def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.runtime, "_SETTLES_S", 0.3)
+    monkeypatch.setattr(cluster.nodes, "_SETTLES_S", 0.3)
     seen = iter([{"CPU": 1.0}, {"CPU": 4.0}])
-    say_if_busy({"CPU": 4.0, "GPU": 0}, lambda: next(seen))
+    say_if_busy(Need(4.0, 0), lambda: next(seen))
     assert capsys.readouterr().err == ""
-    say_if_busy({"CPU": 4.25, "GPU": 2}, lambda: {"CPU": 1.5})
+    say_if_busy(Need(4.25, 2), lambda: {"CPU": 1.5})
     assert capsys.readouterr().err == (
-        "waiting: the Ray cluster has 1.5 of the 4.25 CPU cores needed and 0 of the 2 GPUs needed free, "
-        "others hold the rest until they end\n"
+        "waiting: of what the work needs 1.5 of 4.25 CPU cores and 0 of 2 GPUs are free; others hold the rest until "
+        "they end\n"
     )
 
 
@@ -64,9 +65,9 @@ def test_cores_that_others_hold_are_waited_for_aloud(ray_session: None, capsys: 
     connect_ray(config)
     cores = ray.cluster_resources()["CPU"]
     capsys.readouterr()
-    other: Any = ray.remote(num_cpus=1)(Other).remote()
+    other: Any = ray.remote(Other).options(num_cpus=1).remote()
     assert ray.get(other.here.remote())
     address = ray.get_runtime_context().gcs_address
     connect_ray(ClusterConfig(address=address, cpus_per_worker=cores - 0.5))
     ray.kill(other)
-    assert f"of the {cores - 0.25:g} CPU cores needed free" in capsys.readouterr().err
+    assert f"of {cores - 0.25:g} CPU cores are free; others hold" in capsys.readouterr().err
