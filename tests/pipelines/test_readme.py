@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from bld_core.data.images import ImageConfig, first_images
 from bld_core.storage.files import expand
@@ -50,6 +51,15 @@ def test_every_command_is_understood(
     monkeypatch.setenv("BLD_DATA", "/shards")
     script = words[1].removeprefix("pipelines/")
     assert run(monkeypatch, script, *words[2:], "--print_config") == 0, capsys.readouterr().err
+
+
+def test_a_job_is_sent_all_of_the_code_and_no_data() -> None:
+    excluded = get_excludes_from_ignore_files(REPOSITORY, include_gitignore=True)
+    code = [path for ring in ("bld_core", "cluster", "pipelines", "configs") for path in (REPOSITORY / ring).rglob("*")]
+    left_out = [path for path in code if any(exclude(path) for exclude in excluded)]
+    assert [path for path in left_out if "__pycache__" not in path.parts] == []
+    data = ["data/mine/notes.txt", "runs/demo/stage.json", "mine/train-0000.tar", ".venv/bin/python"]
+    assert all(any(exclude(REPOSITORY / path) for exclude in excluded) for path in data)
 
 
 def test_every_target_of_make_is_there() -> None:

@@ -346,11 +346,11 @@ def test_too_few_training_images_are_refused_before_a_sample_is_drawn(finished: 
     experiment = replace(
         finished,
         root=str(copy_of(finished, tmp_path, "autoencoder", "latents", "prior")),
-        data=replace(finished.data, train=shard),
+        data=replace(finished.data, train=shard, validation=shard),
         evaluation=EvaluationConfig(samples=4, classifier=True, precision_recall=True, export="png"),
         study=StudyConfig(classifier_steps=1),
     )
-    with pytest.raises(ValueError, match=r"3 real images for precision and recall, which look at the 3 nearest others"):
+    with pytest.raises(ValueError, match=r"data.train holds 3 images; evaluation.precision_recall needs at least 4"):
         evaluate(experiment)
     assert not Path(experiment.folder, "evaluation/samples").exists()
 
