@@ -40,9 +40,9 @@ def measure(mode: str, batch_size: int, steps: int, latents: Latents, device: st
     """The median of `steps` steps, after two that are not counted, and of as many batches alone."""
     config = TrainingConfig(steps=steps + 2, batch_size=batch_size, **MODES[mode])
     torch.manual_seed(0)
-    state = make_state(Prior(PriorConfig(), 256, 32).to(device), config)
+    state = make_state(Prior(PriorConfig(trunk=[]), 256, 32).to(device), config)
     batches = latent_batches(latents, config, 0, 0, device=torch.device(device))
-    loop = train(state, batches, PriorObjective(DiffusionConfig(), PriorConfig(), 0), config)
+    loop = train(state, batches, PriorObjective(DiffusionConfig(), PriorConfig(trunk=[]), 0), config)
     step = statistics.median([seconds(lambda: next(loop), device) for _ in range(steps + 2)][2:])
     loader = statistics.median([seconds(lambda: next(batches), device) for _ in range(20)])
     limit = matrix_rate(torch.bfloat16 if "precision" in MODES[mode] else torch.float32, device)

@@ -39,7 +39,7 @@ from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
 from cluster.runtime import ClusterConfig
-from cluster.tracking import Run
+from cluster.tracking.runs import Run
 from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
 

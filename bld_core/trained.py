@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,6 +77,7 @@ class PriorRecord:
         latents_hash: of the encoded data set.
         run: the MLflow run that trained it.
         metrics: of its last evaluation in training.
+        class_names: of its classes by number, where they have names.
         single_step: it is of target z_prev and from an early version, which had another network for it.
     """
 
@@ -88,7 +89,21 @@ class PriorRecord:
     latents_hash: str = ""
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    class_names: Sequence[str] = ()
     single_step: bool = False
+
+    def label(self, named: int | str) -> int:
+        """The number of a class that is named, or given as its number, which is not checked.
+
+        Raises:
+            UserError: no class has this name.
+        """
+        if isinstance(named, int):
+            return named
+        if named not in self.class_names:
+            known = f"its classes are {', '.join(self.class_names)}" if self.class_names else "its classes are numbers"
+            raise UserError(f"class {named!r} asked for, of which the prior knows nothing: {known}")
+        return self.class_names.index(named)
 
     def model(self, code_shape: tuple[int, int, int]) -> PriorModel:
         """The model that it is, of codes (h, w, c)."""
@@ -116,6 +131,7 @@ def read_prior(folder: str) -> PriorRecord:
     found = _known(PriorRecord, read_model_config(files.join(folder, PRIOR)))
     diffusion = found["diffusion"]
     found["single_step"] = diffusion.get("target") == "z_prev" and "calibration" not in diffusion
+    found["prior"].setdefault("trunk", [])  # the only one that early versions had
     found["prior"] = PriorConfig(**found["prior"])
     found["diffusion"] = DiffusionConfig(**found["diffusion"])
     found["sampling"] = SamplingConfig(**found["sampling"])

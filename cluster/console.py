@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tqdm
 
 from bld_core.errors import DamagedError, MissingError, UserError
+from bld_core.storage.files import full
 from cluster.secrets import without_secrets
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -40,14 +43,38 @@ def on_terminal() -> bool:
 def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
     """A mistake of the user ends the command with one message and exit code 2; anything else keeps its traceback.
 
+    SIGTERM, and Ctrl-C, end it as its errors do, step by step, with exit code 143, or 130.
+
     Args:
         settings: the command's, those of a section as a mapping.
     """
+    terminated = list[int]()
+
+    def stop(number: int, _: object) -> NoReturn:
+        """As Ctrl-C does: Ray turns any other exception of a handler into one of its own."""
+        signal.signal(number, signal.SIG_IGN)  # who asks again, asks for what is under way
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    handles = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if handles else None
     try:
         yield
     except UserError as error:
         print(f"error: {without_secrets(_told(error, settings))}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (problem := full(error)) is None:
+            raise
+        print(f"error: {without_secrets(str(problem))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        print(f"stopped by {number.name}; run the same command again, which goes on where it was", file=sys.stderr)
+        sys.exit(128 + number)
+    finally:
+        if handles and not terminated:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _told(error: UserError, settings: Mapping[str, Any]) -> str:
@@ -94,9 +121,9 @@ class Progress:
             self._bar.update(start)
         self._done = start
 
-    def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
-        """Say that `done` units are done; `figures` are shown beside them."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+    def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Say that `done` units are done; `metrics` are shown beside them."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         if self._bar is not None:
             self._bar.update(done - self._done)
             if shown:

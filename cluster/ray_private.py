@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import Generator
@@ -18,6 +19,9 @@ from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental import tqdm_ray
+from ray.train.torch import TorchTrainer
+
+from bld_core.errors import UserError
 
 _TURN_S = 0.05
 _EVERYWHERE = {
@@ -27,6 +31,8 @@ _EVERYWHERE = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     # Ray Tune's older reporter says nothing where `verbose` is 0; the newer one prints a table and two paths anyway.
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray Tune takes Ctrl-C for the wish to rank the trials that are there, as if they were all; and its handler stays.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 _LOCAL = {
     # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
@@ -60,9 +66,7 @@ def local_cluster() -> Generator[int]:
     """
     for name, value in _LOCAL.items():
         os.environ.setdefault(name, value)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
     log = logging.getLogger("ray._private.authentication.authentication_token_setup")
@@ -72,6 +76,29 @@ def local_cluster() -> Generator[int]:
         yield port
     finally:
         log.setLevel(before)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, and that no connection takes until the dashboard does, seconds later.
+
+    Those that the system hands out begin at 32768, and those of Ray's workers end at 19999.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("none of 100 ports between 20000 and 32000 is free on this machine: end what listens there")
+
+
+class PlainTrainer(TorchTrainer):
+    """Ray Train's trainer that leaves Ctrl-C to Python.
+
+    Its own handler asks the controller to abort, and waits for its answer: in vain for a minute where the controller
+    waits itself, for a node. The handler also stays when the training has ended, and ends the process with code 0.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Nothing."""
 
 
 def quiet_training_worker() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -15,12 +17,15 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
+
+"""What there is of each kind: "CPU" in cores, "GPU"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class ClusterConfig:
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from its last checkpoint after a worker or node has died, and that a
             piece of work of another job is begun again.
+        patience: seconds to wait for nodes that were there and are gone, before the command ends.
     """
 
     address: str = ""
@@ -50,16 +56,25 @@ class ClusterConfig:
     gpu: bool = False
     latents_gb: float = 8.0
     max_failures: int = 3
+    patience: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UserError(
                 f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in the command's own process"
             )
+        if self.address.startswith("ray://"):
+            raise UserError(
+                f"cluster.address (or RAY_ADDRESS) is {self.address!r}: Ray's client runs no training; give HOST:PORT "
+                "of the cluster on one of its nodes, or submit the command as a job: ray job submit --working-dir . "
+                "-- python ..."
+            )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+        if not self.patience >= 0:
+            raise UserError(f"cluster.patience is {self.patience}; it must be 0 seconds or more")
         if self.latents_gb <= 0:
             raise UserError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
@@ -83,6 +98,11 @@ class ClusterConfig:
         """Where a worker's networks run."""
         return "cuda" if self.gpu else "cpu"
 
+    @property
+    def need(self) -> Need:
+        """What all workers, and one task that decodes, reserve."""
+        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
+
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""
         torch.set_num_threads(max(1, round(self.cpus_per_worker)))
@@ -92,12 +112,15 @@ def connect_ray(config: ClusterConfig) -> None:
     """Connect to Ray once a process, and check that the cluster can hold the work.
 
     Raises:
-        UserError: fewer CPU cores or GPUs than the workers ask for: Ray would wait for ever.
+        UserError: fewer CPU cores or GPUs than the workers ask for, or none of the nodes has enough: Ray would wait for
+            ever.
     """
     if not ray.is_initialized():
         set_environment()
+        handler = signal.getsignal(signal.SIGTERM)
         address = config.address or os.environ.get("RAY_ADDRESS")
         if address:
+            replace(config, address=address)  # checks it, too
             try:
                 ray.init(address=address, logging_level=logging.WARNING)
             except ConnectionError as error:
@@ -108,19 +131,25 @@ def connect_ray(config: ClusterConfig) -> None:
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     have = ray.cluster_resources()
-    need = config.replicas * config.cpus_per_worker + DECODE_CPUS
-    if need > have.get("CPU", 0):
+    need = config.need
+    if need.cpus > have.get("CPU", 0):
         raise UserError(
             f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
-            f"need {need}, but the Ray cluster has {have.get('CPU', 0):g}: "
+            f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )
-    if config.gpu and config.replicas > have.get("GPU", 0):
+    if need.gpus > have.get("GPU", 0):
         raise UserError(
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
+    if config.address or os.environ.get("RAY_ADDRESS"):  # else there are no others
+        say_if_busy(need, ray.available_resources)
 
 
 def map_on_actors(
@@ -178,23 +207,32 @@ def finished_on_actors(
 
     Raises:
         Exception: what a call has raised, as it was raised there.
+        UserError: nodes are gone, and have not come back.
     """
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(actor_class)
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(
+        type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
+    )
 
     def start() -> Any:
-        return remote.options(max_concurrency=calls).remote(*arguments)
+        return remote.options(max_concurrency=calls).remote(actor_class, arguments)
 
     actors = [start() for _ in range(min(config.replicas, len(items)))]
     idle = [*range(len(actors))] * calls
     waiting = deque(range(len(items)))
     running: dict[Any, tuple[int, int, Any]] = {}
     deaths: Counter[int] = Counter()
+    watch = Watch(config.need, config.patience)
     try:
         while running or waiting:
             while idle and waiting:
                 slot, position = idle.pop(), waiting.popleft()
-                running[getattr(actors[slot], method).remote(items[position])] = position, slot, actors[slot]
-            [done], _ = ray.wait(list(running), num_returns=1)
+                running[actors[slot].call.remote(method, items[position])] = position, slot, actors[slot]
+            done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
+            if (over := watch.look()) is not None:
+                raise over
+            if not done:
+                continue
+            [done] = done
             position, slot, actor = running.pop(done)
             idle.append(slot)
             try:
@@ -211,8 +249,29 @@ def finished_on_actors(
             else:
                 yield position, result
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        if ray.is_initialized():  # else it would start again to kill what is dead
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _Holder:
+    """An actor around the one that does the work: what that one's constructor raises is raised by the calls, as it was.
+
+    Of an actor whose own constructor fails, Ray hands back a text with the whole traceback, and no exception.
+    """
+
+    def __init__(self, actor_class: type, arguments: tuple[Any, ...]) -> None:
+        self._failure: Exception | None = None
+        try:
+            self._held = actor_class(*arguments)
+        except Exception as error:
+            self._failure = error
+
+    def call(self, method: str, item: Any) -> Any:
+        """Call a method of the held one."""
+        if self._failure is not None:
+            raise self._failure
+        return getattr(self._held, method)(item)
 
 
 def fetch(reference: Any) -> Any:

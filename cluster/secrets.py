@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 
 from bld_core.errors import UserError
+from bld_core.storage.addresses import PASSWORD, USER, without_secrets
 
-# user:password@, where either may hold an unescaped @ or /; host:port is none, but s3:// has no ports.
-_PASSWORD = r"(?<=://)[^/\s:]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@|(?<=s3://)[^/\s:]*:\S*@"
-_USER = re.compile(rf"{_PASSWORD}|(?<=://)[^/\s]*@")
+__all__ = ["check_no_password", "has_user", "without_secrets"]
 
 
 def has_user(url: str) -> bool:
     """Whether a URL names a user, with or without a password."""
-    return _USER.search(url) is not None
+    return USER.search(url) is not None
 
 
 def check_no_password(setting: str, url: str) -> None:
@@ -26,13 +25,8 @@ def check_no_password(setting: str, url: str) -> None:
     Raises:
         UserError: it holds one.
     """
-    if re.search(_PASSWORD, url):
+    if re.search(PASSWORD, url):
         raise UserError(
             f"{setting} holds a user name and a password, which would be written into logs and runs: leave them out, "
             "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://; of a web server, give signed links"
         )
-
-
-def without_secrets(text: str) -> str:
-    """The text, its URLs without users, passwords and what follows "?name=", "&name=" or ";name=": keys, signatures."""
-    return re.sub(r"([?&;][\w-]+=)[^&\s'\"]+", r"\1***", _USER.sub("***@", text))

@@ -15,6 +15,7 @@ from filelock import Timeout, UnixFileLock
 
 from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
+from bld_core.storage.addresses import without_query
 from bld_core.storage.records import Fault, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
@@ -22,7 +23,7 @@ from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from cluster.tracking import Run
+    from cluster.tracking.runs import Run
 
 RECORD = "stage.json"
 _COPY = "stage.copy.json"  # a stage whose record is damaged would be lost otherwise, with all its checkpoints
@@ -78,7 +79,8 @@ def open_stage(
             is too small for the work. Nothing is deleted then.
     """
     # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
-    from cluster.tracking import Run, start_run
+    from cluster.tracking.runs import Ending, known_run, start_run
+    from cluster.tracking.store import open_client
 
     folder = files.join(experiment.folder, name)
     fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
@@ -110,8 +112,9 @@ def open_stage(
         wrong = look() if complete else []
         if record is not None and complete and not wrong:
             print(f"{name}: already done in {folder}", flush=True)
-            yield Stage(experiment, name, Run(experiment.tracking.resolve(experiment.root), record["run"]), done=True)
+            yield Stage(experiment, name, known_run(experiment, name, record["run"]), done=True)
             return
+        open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
         connect_ray(experiment.cluster)
         run = start_run(experiment, name, record["run"] if record else None)
         if outdated:  # only now, when nothing else can refuse the start
@@ -122,12 +125,15 @@ def open_stage(
         for url, reason in wrong:
             aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
             print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
-        succeeded = False
+        how: Ending = "KILLED"  # by Ctrl-C or a signal
         try:
             yield Stage(experiment, name, run, done=False)
-            succeeded = True
+            how = "FINISHED"
+        except Exception:
+            how = "FAILED"
+            raise
         finally:
-            run.end(succeeded)
+            run.end(how)
 
 
 def read_stage(folder: str, name: str) -> dict[str, Any] | None:
@@ -179,7 +185,11 @@ def faulty(stage: str, folder: str, faults: Sequence[Fault]) -> UserError:
 
 def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
     """A fingerprint without the signatures of links, which are new each time."""
-    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in fingerprint.items()}
+
+    def public(value: object) -> object:
+        return without_secrets(without_query(value)) if isinstance(value, str) else value
+
+    return {name: public(value) for name, value in fingerprint.items()}
 
 
 def _as_of_now(fingerprint: dict[str, object], now: Mapping[str, object]) -> dict[str, object]:

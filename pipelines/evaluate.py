@@ -11,7 +11,7 @@ from pipelines.command import command, fresh_flag, next_command
 
 def main(experiment: Experiment, flags: Namespace) -> None:
     print(report_table(evaluate(experiment, flags.fresh)))
-    print(f"report: {write_report(experiment)}, its figures beside it in report.json")
+    print(f"report: {write_report(experiment)}, its metrics beside it in report.json")
     next_command("register.py")
 
 

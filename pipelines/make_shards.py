@@ -4,16 +4,16 @@ import shlex
 from argparse import Namespace
 
 from cluster.data.shards import ShardConfig, make_shards
+from cluster.data.suggest import DEMO, first_flags
 from pipelines.command import command
 
 
 def main(config: ShardConfig, _: Namespace) -> None:
     made = make_shards(config)
     if config.source == "digits":
-        flags = ["--config", "configs/demo.yaml"]
+        flags = ["--config", DEMO, *(f"--data.{split}={pattern}" for split, pattern in sorted(made.patterns.items()))]
     else:
-        flags = ["--name", config.output.rstrip("/").rsplit("/", 1)[-1], f"--prior.classes={made.classes}"]
-    flags += [f"--data.{split}={pattern}" for split, pattern in sorted(made.patterns.items())]
+        flags = first_flags(made, config.output.rstrip("/").rsplit("/", 1)[-1])
     print(f"shards: {config.output}")
     print(f"next: {shlex.join(['python', 'pipelines/run_all.py', *flags])}")
 

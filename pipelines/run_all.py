@@ -3,8 +3,9 @@
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
+from cluster.data.check import check_data
 from cluster.data.encode import encode_latents
-from cluster.evaluation.evaluate import evaluate
+from cluster.evaluation.evaluate import check_evaluation, evaluate
 from cluster.report.page import write_report
 from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
@@ -13,6 +14,8 @@ from pipelines.command import command, next_command
 
 
 def main(experiment: Experiment, _: Namespace) -> None:
+    check_data(experiment)
+    check_evaluation(experiment)
     print(f"autoencoder: {train_autoencoder(experiment)}")
     print(f"latents: {encode_latents(experiment)}")
     print(f"prior: {train_prior(experiment)}")

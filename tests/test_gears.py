@@ -37,6 +37,9 @@ THROUGH = {
         "cluster/report/test_page.py::test_the_page_holds_figures_curves_the_papers_rows_and_where_they_come_from"
     ),
     "cluster.serving": "test_older_format.py::test_an_older_registry_hands_out_its_champion_and_knows_the_pair_again",
+    "cluster.tracking.outbox": (
+        "cluster/tracking/test_runs.py::test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it"
+    ),
     "cluster.storage": (
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),

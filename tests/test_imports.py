@@ -52,20 +52,22 @@ ARROWS = {
     "cluster": "",
     "cluster.secrets": "",
     "cluster.ray_private": "",
+    "cluster.nodes": "",
     "cluster.plots": "",
     "cluster.storage": "",
     "cluster.evaluation.config": "",
     "cluster.training.config": "",
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
-    "cluster.runtime": "console ray_private",
+    "cluster.runtime": "console nodes ray_private",
     "cluster.config": "secrets runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
-    "cluster.training": "ray_private plots storage console lineage runtime config tracking stages data",
+    "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",
-    "cluster.evaluation": "plots console lineage runtime config stages training sampling evaluation.config",
+    "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
+    "cluster.study": "plots console config runtime stages training sampling evaluation",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
@@ -189,7 +191,8 @@ BORDER = {
     "cluster.console": {"user_errors_answered", "_told"},  # the command line, parsed
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set
     "cluster.data.shards": {"_compare"},
-    "cluster.evaluation.study": {"_names", "study_table", "_plot"},  # table.json
+    "cluster.evaluation.pieces": {"_result", "_reconstructions"},  # JSON beside tensors
+    "cluster.study.study": {"_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json
     "cluster.registry.serving": {"read_row"},
     "cluster.report.page": {"_summary", "_pictures"},

@@ -29,13 +29,13 @@ from bld_core.data.pictures import read_picture
 from bld_core.latents import open_latents
 from bld_core.storage import files
 from cluster.registry.registry import fetch_model
-from cluster.tracking import open_client
+from cluster.tracking.store import open_client
 from tests.pipelines.test_commands import run
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-2026-11"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected" / "expected.json").read_text())
 LABELS, SIZE = [0, 1, 2], 16
-DEFAULTS_THEN = ("--diffusion.target", "flip")  # experiment.yaml does not name it
+DEFAULTS_THEN = ("--diffusion.target", "flip", "--prior.trunk", "[]")  # experiment.yaml does not name them
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_every_stage_of_an_older_experiment_is_done_and_its_report_can_be_writte
     }
     config = str(older / "experiment.yaml")
     assert run(monkeypatch, "stage2_prior.py", "--config", config) == 2
-    assert "  diffusion.target: 'flip' -> 'z0'\nset them back to go on" in capsys.readouterr().err
+    assert "  diffusion.target: 'flip' -> 'z0'\n  prior.trunk: [] -> ['rms_norm'" in capsys.readouterr().err
     for script, stage in stages.items():
         assert run(monkeypatch, script, "--config", config, *DEFAULTS_THEN) == 0, capsys.readouterr().err
         assert f"{stage}: already done in {folder / stage}" in capsys.readouterr().out

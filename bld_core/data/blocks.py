@@ -41,9 +41,9 @@ def read_visit(item: Columns, data: ImageConfig, seed: int) -> Iterator[pa.Table
         the visit).
     """
     url, visit, epoch, start = (item[name][0] for name in ("url", "visit", "epoch", "start"))
-    shard = read_shard(str(url), data.extensions)
+    shard = read_shard(str(url), data.extensions, labels=data.labels)
     order = permutation(seed, f"sample order {files.name(str(url))}", int(epoch), len(shard.samples)).tolist()
-    entries = [(Sample(key, "", b"", -1), REASONS.index(reason)) for reason, key in shard.left]
+    entries = [(Sample(left.name, "", b"", -1), REASONS.index(left.reason)) for left in shard.left]
     entries += [(shard.samples[i], DELIVERED) for i in order]
     for here in _cuts([len(sample.data) for sample, _ in entries], int(start), data):
         samples, reasons = zip(*entries[here], strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bld_core.data.shards import Sample, read_shard
+from bld_core.data.labels import CLASSES, Labels, class_names
+from bld_core.data.shards import Sample, Shard, read_shard
 from bld_core.data.skipped import Left, Reason, Skipped
 from bld_core.errors import UserError
 from bld_core.noise import key_of, uniform
 from bld_core.storage import files
+from bld_core.storage.addresses import without_query, without_secrets
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # by their content; what else Pillow can open has no business in a shard
@@ -41,7 +43,11 @@ class ImageConfig:
         channels: 1 (grey) or 3 (RGB).
         fit: how other sizes become that square: "crop" scales the short side and cuts out the centre, "pad" centres
             the image, unscaled, on black.
-        extensions: file extensions that are images, in lower case: of jpg, jpeg, png and webp.
+        extensions: file extensions that are images, in lower case: of jpg, jpeg, png and webp, or such as rgb.jpg,
+            where a sample has files with other words before that.
+        label_field: of a sample's JSON file, the field that holds its class; empty looks for label, cls and class.
+        class_names: a JSON list of class names by number, for classes that are stored by name; empty takes
+            classes.json beside the first training shard, where there is one.
         draft: decode a JPEG that is at least four times as large as needed at 1/2, 1/4 or 1/8 of its size, of which at
             least twice the size needed is left to scale down: 2 to 2.5 times as fast, 44 to 51 dB from the full decode.
         max_pixels: a larger image (width times height) is left out before it is decoded.
@@ -55,6 +61,8 @@ class ImageConfig:
     channels: Literal[1, 3] = 3
     fit: Literal["crop", "pad"] = "crop"
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    label_field: str = ""
+    class_names: str = ""
     draft: bool = False
     max_pixels: int = 1 << 26
     max_skipped: float = 0.01
@@ -64,14 +72,30 @@ class ImageConfig:
             raise UserError(f"`image_size` is {self.image_size}; it must be at least 1 pixel", self)
         if not self.extensions:
             raise UserError("`extensions` is empty; name at least one, for example [png]", self)
-        if unknown := sorted({*self.extensions} - {*EXTENSIONS}):
-            raise UserError(f"`extensions` names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case", self)
+        if unknown := sorted(name for name in self.extensions if name.rpartition(".")[2] not in EXTENSIONS):
+            raise UserError(
+                f"`extensions` names {unknown}; images are {', '.join(EXTENSIONS)}, in lower case, or end so: rgb.jpg",
+                self,
+            )
         if not 1 <= self.max_pixels <= _MOST_PIXELS:
             raise UserError(
                 f"`max_pixels` is {self.max_pixels}; it must be 1 to {_MOST_PIXELS}, Pillow's own limit", self
             )
         if not 0 <= self.max_skipped <= 1:
             raise UserError(f"`max_skipped` is {self.max_skipped}; it is a share and must lie in [0, 1]", self)
+
+    @property
+    def labels(self) -> Labels:
+        """Where the class of a sample stands."""
+        first = files.sources(self.train)[0].partition("{")[0]  # a folder that braces or globs vary has no one list
+        beside = without_query(first).rpartition("/")[0]
+        listed = files.join(beside, CLASSES) if beside and not set("*?[") & set(beside) else ""
+        return Labels(self.label_field, self.class_names or listed, bool(self.class_names))
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the classes by number, where there is a list of them."""
+        return class_names(self.labels.names, given=self.labels.given)
 
 
 class View(NamedTuple):
@@ -148,7 +172,6 @@ def decode(data: bytes | memoryview, config: ImageConfig, view: View | None = No
 
     Raises:
         BadImage: the bytes are not a whole image, or it is larger than the configuration allows.
-        UserError: `fit: pad`, and the image is larger than the square.
     """
     size = config.image_size
     varied = view is not None and view.resize > 1
@@ -175,8 +198,10 @@ def _open(data: bytes | memoryview, config: ImageConfig, short: int) -> Image.Im
             return _eight_bits(image).convert("L" if config.channels == 1 else "RGB")
     except Image.DecompressionBombError as error:
         raise BadImage(Reason.TOO_LARGE, error) from error
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
-        raise BadImage(Reason.UNREADABLE, error) from error  # Pillow's decoders say all of these of damaged files
+    except MemoryError:
+        raise
+    except Exception as error:  # there is nothing that some decoder of Pillow's does not raise of some file
+        raise BadImage(Reason.UNREADABLE, f"{type(error).__name__}: {error}") from error
     raise BadImage(Reason.TOO_LARGE, f"{pixels} pixels")
 
 
@@ -203,7 +228,7 @@ def _crop(image: Image.Image, size: int, short: int, view: View | None, most: in
 
 def _pad(image: Image.Image, size: int) -> Image.Image:
     if max(image.size) > size:
-        raise UserError(f"an image of {image.size} pixels does not fit `image_size` {size}; set `fit` to crop")
+        raise BadImage(Reason.NO_FIT, f"{image.size} pixels, the square has {size}")
     canvas = Image.new(image.mode, (size, size))
     canvas.paste(image, ((size - image.size[0]) // 2, (size - image.size[1]) // 2))
     return canvas
@@ -233,7 +258,7 @@ def decode_samples(
 
 def read_images(url: str, config: ImageConfig, skipped: Skipped) -> Iterator[LabelledImage]:
     """The decoded images of a shard, as they are, in the order of the tar file; everything else goes to `skipped`."""
-    name, shard = files.name(url), read_shard(url, config.extensions)
+    name, shard = files.name(url), read_shard(url, config.extensions, labels=config.labels)
     skipped.add(name, *shard.left)
     return decode_samples(name, shard.samples, config, skipped)
 
@@ -245,12 +270,41 @@ def read_batches(url: str, config: ImageConfig, size: int, skipped: Skipped) -> 
         yield batch
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What the beginning of each of the first shards of a split holds.
+
+    Attributes:
+        urls: all shards of the split.
+        whole: whether that was all samples of all of them.
+        images: samples with an image; none of them but the first of each shard was decoded.
+        labels: how many of them are of each class; -1 is none.
+        mixed: a shard whose samples have no class, and one whose have; None where all are alike.
+    """
+
+    urls: list[str]
+    whole: bool
+    images: int
+    labels: Counter[int]
+    mixed: tuple[str, str] | None = None
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that were met, in order."""
+        return sorted(label for label in self.labels if label >= 0)
+
+
 def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> list[str]:
-    """The shards of a split, after reading the first image of each (of the first 64).
+    """The shards of a split, as `survey_shards` finds them, with its errors."""
+    return survey_shards(config, split).urls
+
+
+def survey_shards(config: ImageConfig, split: Literal["train", "validation"]) -> Survey:
+    """Read the beginning of each shard of a split (of the first 64): decode its first image, and see the classes.
 
     Raises:
-        UserError: none configured, one that cannot be read, a shard without an image of the configured extensions, or
-            an image that the configuration cannot take.
+        UserError: none configured, one that cannot be read, one that is no tar file, a shard without an image of the
+            configured extensions, or an image that the configuration cannot take.
         MissingError: a shard is missing.
     """
     pattern = config.train if split == "train" else config.validation
@@ -258,31 +312,48 @@ def check_shards(config: ImageConfig, split: Literal["train", "validation"]) -> 
         raise UserError(f"`{split}` is empty; give shards, for example data/{split}-{{0000..0003}}.tar", config)
     try:
         urls = files.expand(pattern)
-        for url in urls[:_SHARDS_PROBED]:
-            _check_shard(url, config)
+        probed = [_check_shard(url, config) for url in urls[:_SHARDS_PROBED]]
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"`{split}` names what cannot be read ({error}); give tar files", config) from error
-    return urls
+    samples = [sample for shard in probed for sample in shard.samples]
+    labelled = {shard.samples[0].label >= 0: url for url, shard in zip(urls, probed, strict=False) if shard.samples}
+    whole = len(probed) == len(urls) and not any(
+        left.reason == Reason.TRUNCATED for shard in probed for left in shard.left
+    )
+    mixed = (labelled[False], labelled[True]) if len(labelled) == 2 else None
+    return Survey(urls, whole, len(samples), Counter(sample.label for sample in samples), mixed)
 
 
-def _check_shard(url: str, config: ImageConfig) -> None:
-    shard = read_shard(url, config.extensions, _PROBED_BYTES)
+def _check_shard(url: str, config: ImageConfig) -> Shard:
+    """The beginning of a shard, or all of it where there is no sample before."""
+    shown, labels = without_secrets(url), config.labels
+    shard = read_shard(url, config.extensions, _PROBED_BYTES, labels)
     if not shard.samples:
-        shard = read_shard(url, config.extensions)
+        shard = read_shard(url, config.extensions, labels=labels)
+    reasons = {left.reason for left in shard.left}
+    if Reason.NO_TAR in reasons:
+        raise UserError(f"shard {shown!r} is no tar file but {shard.left[0].key}")
     if shard.samples:
+        first = shard.samples[0]
         try:
-            decode(shard.samples[0].data, config)
+            decode(first.data, config)
         except BadImage as error:
-            _log.warning("shard %s: its first image cannot be used (%s)", url, error)
-    elif {reason for reason, _ in shard.left} == {Reason.NO_IMAGE}:
+            if error.reason == Reason.NO_FIT:
+                raise UserError(
+                    f"{first.key!r} in shard {shown!r} is an {error}: raise `image_size`, or set `fit` to crop",
+                    config,
+                ) from error
+            _log.warning("shard %s: its first image cannot be used (%s)", shown, error)
+    elif reasons == {Reason.NO_IMAGE}:
         raise UserError(
-            f"shard {url!r} holds no image: looked for {', '.join(config.extensions)}, found "
+            f"shard {shown!r} holds no image: looked for {', '.join(config.extensions)}, found "
             f"{', '.join(sorted(shard.others)) or 'nothing'}; set `extensions`"
         )
     else:
-        _log.warning("shard %s holds no image that can be used: %s, ...", url, shard.left[0].reason)
+        _log.warning("shard %s holds no image that can be used: %s, ...", shown, shard.left[0].reason)
+    return shard
 
 
 def stack(images: Sequence[LabelledImage]) -> Tensor:
@@ -291,10 +362,18 @@ def stack(images: Sequence[LabelledImage]) -> Tensor:
 
 
 def first_images(pattern: str, config: ImageConfig, limit: int) -> list[LabelledImage]:
-    """The first `limit` images of a shard pattern, for pictures and validation."""
+    """The first `limit` images of a shard pattern, for pictures and validation.
+
+    Raises:
+        UserError: none can be read.
+    """
     urls = files.expand(pattern)
-    images = itertools.chain.from_iterable(read_images(url, config, Skipped()) for url in urls)
-    return list(itertools.islice(images, limit))
+    skipped = Skipped()
+    images = itertools.chain.from_iterable(read_images(url, config, skipped) for url in urls)
+    found = list(itertools.islice(images, limit))
+    if not found:
+        raise UserError(f"none of the images of {pattern!r} can be read: {skipped}; mend them, or give other shards")
+    return found
 
 
 def to_float(images_BHWC: Tensor) -> Tensor:

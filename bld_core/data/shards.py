@@ -1,27 +1,29 @@
 """Tar shards in the WebDataset layout <-> samples: each sample of a shard is delivered, or left out with its reason.
 
-A sample is `<key>.<extension>` with, optionally, its class index: as text in `<key>.cls`, or as the field `label` or
-`cls` of `<key>.json`. Its files follow one another in the tar file.
+A sample is `<key>.<extension>` with, optionally, its class: as text in `<key>.cls`, `.index` or `.txt`, or as a field
+of `<key>.json` (see labels.py). Its files follow one another in the tar file, which may be compressed by gzip.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from bld_core.data.labels import Labels
 from bld_core.data.skipped import Left, Reason
-from bld_core.data.tar import members
+from bld_core.data.tar import members, no_tar
+from bld_core.errors import UserError
 from bld_core.storage import files
 
-_BUFFER_BYTES = 1 << 20
-_LARGEST_LABEL = 2**31 - 1
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)  # as WebDataset splits a name
-_NOTES = re.compile(r"__[^/]*__(/.*)?", re.DOTALL)  # what WebDataset keeps about a shard
+_SHOWN = 80  # characters of what was found
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset splits a name
+_NOTES = re.compile(r"__[^/]*__(/.*)?|(.*/)?__MACOSX/.*", re.DOTALL)  # what WebDataset keeps about a shard, and macOS
+_GZIP = b"\x1f\x8b"
 
 
 class Sample(NamedTuple):
@@ -47,7 +49,12 @@ class Shard(NamedTuple):
     others: set[str]
 
 
-def read_shard(url: str, extensions: Iterable[str], limit: int | None = None) -> Shard:
+def read_shard(
+    url: str,
+    extensions: Iterable[str],
+    limit: int | None = None,
+    labels: Labels = Labels(),  # noqa: B008  # frozen
+) -> Shard:
     """Read a shard: every sample of it is delivered or left out, once.
 
     A shard in which any sample has a class is one in which all need one.
@@ -56,32 +63,42 @@ def read_shard(url: str, extensions: Iterable[str], limit: int | None = None) ->
         url: of the tar file.
         extensions: which files are images; where a sample has several, the first of these is taken.
         limit: bytes to read; the rest then counts as cut off.
+        labels: where classes stand.
 
     Raises:
         OSError: the file cannot be read to its end, which says nothing about the data.
     """
     with files.open_read(url) as file:  # which reads to the end of the file, or fails
-        return parse_shard(file.read(-1 if limit is None else limit), extensions)
+        return parse_shard(file.read(-1 if limit is None else limit), extensions, labels)
 
 
-def parse_shard(data: bytes, extensions: Iterable[str]) -> Shard:
-    """The samples of a tar file in memory; they are views of `data`."""
+def parse_shard(data: bytes, extensions: Iterable[str], labels: Labels = Labels()) -> Shard:  # noqa: B008  # frozen
+    """The samples of a tar file in memory, which are views of `data` unless it is compressed."""
+    if data.startswith(_GZIP):
+        data = _unzipped(data)
+    if other := no_tar(data):
+        return Shard([], [Left(Reason.NO_TAR, other)], set())
+    if not data.strip(b"\0"):
+        return Shard([], [Left(Reason.VACANT, f"{len(data)} bytes")], set())
     wanted = list(extensions)
     left: list[Left] = []
     samples: list[Sample] = []
     others = set[str]()
-    for group in _group(memoryview(data), left):
-        outcome = _sample_or_reason(group, wanted)
+    groups = list(_group(memoryview(data), left))
+    # Where some are captions, one that is a number is one, too.
+    captions = any("txt" in group.fields and labels.is_caption(group.fields["txt"]) for group in groups)
+    for group in groups:
+        outcome = _sample_or_left(group, wanted, labels, captions)
         if isinstance(outcome, Sample):
             samples.append(outcome)
         else:
-            left.append(Left(outcome, group.key))
-            others |= group.fields.keys() if outcome == Reason.NO_IMAGE else set()
+            left.append(outcome)
+            others |= group.fields.keys() if outcome.reason == Reason.NO_IMAGE else set()
     if any(sample.label >= 0 for sample in samples):
         left += [Left(Reason.NO_LABEL, sample.key) for sample in samples if sample.label < 0]
         samples = [sample for sample in samples if sample.label >= 0]
     if not samples and not left:
-        left.append(Left(Reason.NO_IMAGE, "no sample at all"))
+        left.append(Left(Reason.VACANT, "no sample at all"))
     return Shard(samples, left, others)
 
 
@@ -126,35 +143,33 @@ def _group(tar: memoryview, left: list[Left]) -> Iterable[_Group]:
     return groups.values()
 
 
-def _sample_or_reason(group: _Group, wanted: list[str]) -> Sample | Reason:
+def _unzipped(data: bytes) -> bytes:
+    """What gzip has packed, as far as it is there and whole."""
+    unpacked: list[bytes] = []
+    while data.startswith(_GZIP):
+        stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            unpacked.append(stream.decompress(data))
+        except zlib.error:
+            break
+        data = stream.unused_data  # gzip files may follow one another
+    return b"".join(unpacked)
+
+
+def _sample_or_left(group: _Group, wanted: list[str], labels: Labels, captions: bool) -> Sample | Left:
     """The sample of a group, or why there is none."""
     if group.fault is not None:
-        return group.fault
+        return Left(group.fault, group.key)
     extension = next((e for e in wanted if e in group.fields), None)
     if extension is None:
-        return Reason.NO_IMAGE
+        return Left(Reason.NO_IMAGE, group.key)
+    texts = {name: data for name, data in group.fields.items() if not (captions and name == "txt")}
     try:
-        return Sample(group.key, extension, group.fields[extension], _label(group.fields))
-    except (ValueError, RecursionError):
-        return Reason.BAD_LABEL
-
-
-def _label(fields: Mapping[str, memoryview]) -> int:
-    """The class index, -1 for none. JSON often holds other things, so that a field which is no number is no class.
-
-    Raises:
-        ValueError: neither an index nor none.
-    """
-    label = -1
-    if "cls" in fields:
-        label = int(bytes(fields["cls"]))
-    elif "json" in fields:
-        notes = json.loads(bytes(fields["json"]))
-        named = [notes.get(name) for name in ("label", "cls")] if isinstance(notes, dict) else []
-        label = next((value for value in named if type(value) is int), -1)
-    if not -1 <= label <= _LARGEST_LABEL:
-        raise ValueError(f"class {label} is not in [0, {_LARGEST_LABEL}]")
-    return label
+        return Sample(group.key, extension, group.fields[extension], labels.read(texts))
+    except UserError:  # of the class list
+        raise
+    except (ValueError, RecursionError) as error:
+        return Left(Reason.BAD_LABEL, group.key, f"{error}"[:_SHOWN])
 
 
 def write_shard(url: str, samples: Iterable[Sample]) -> int:

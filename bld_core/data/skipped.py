@@ -28,6 +28,9 @@ class Reason(StrEnum):
     EMPTY = "empty image"
     TOO_LARGE = "image over data.max_pixels"
     UNREADABLE = "unreadable image"
+    NO_FIT = "image larger than its square, which pad does not scale"
+    NO_TAR = "file that is no tar file"
+    VACANT = "shard without samples"
 
 
 class Left(NamedTuple):
@@ -35,6 +38,12 @@ class Left(NamedTuple):
 
     reason: Reason
     key: str
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        """The key, with what was found there where that is known."""
+        return f"{self.key} ({self.detail})" if self.detail else self.key
 
 
 @dataclass
@@ -58,8 +67,9 @@ class Skipped:
 
     def add(self, shard: str, *left: Left) -> None:
         """Count what is left out of a shard."""
-        for reason, key in left:
-            self.merge(Skipped(1, Counter([str(reason)]), {str(reason): [f"{shard}/{key}"]}))
+        for each in left:
+            reason = str(each.reason)
+            self.merge(Skipped(1, Counter([reason]), {reason: [f"{shard}/{each.name}"]}))
 
     def merge(self, other: Skipped) -> None:
         """Add another part of the data set."""

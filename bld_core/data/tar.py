@@ -22,6 +22,34 @@ _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _EXTENSIONS = b"xXgLK"  # what is said of the next member, or of all
 
 
+_KINDS = {
+    b"PK\x03\x04": "a zip archive: unpack it, and pack a tar file",
+    b"PK\x05\x06": "an empty zip archive: unpack it, and pack a tar file",
+    b"\x1f\x8b": "a file that gzip has packed twice: unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it",
+    b"\xfd7zXZ\0": "an xz file: unpack it",
+    b"BZh": "a bzip2 file: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it, and pack a tar file",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself by git lfs pull",
+    b"<!doctype html": "an HTML page: what a server answers instead of the file; download it again",
+    b"<html": "an HTML page: what a server answers instead of the file; download it again",
+    b"<?xml": "an XML text: what a server answers instead of the file; download it again",
+    b"\x89PNG": "a PNG image: put images into a tar file",
+    b"\xff\xd8\xff": "a JPEG image: put images into a tar file",
+    b"PAR1": "a Parquet file: pack its images into a tar file",
+    b"\x89HDF": "an HDF5 file: pack its images into a tar file",
+}
+
+
+def no_tar(data: bytes | memoryview) -> str:
+    """What a file is by its first bytes, and what to do, where that is known not to be a tar file; else nothing."""
+    start = bytes(data[:_BLOCK])
+    if _header(start) is not None:
+        return ""
+    plain = start.lstrip()
+    return next((kind for first, kind in _KINDS.items() if plain[: len(first)].lower() == first.lower()), "")
+
+
 class Member(NamedTuple):
     """A file of a tar file.
 

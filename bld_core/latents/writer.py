@@ -85,8 +85,8 @@ def encode_images(
         seed: of the draws.
         turn: held while a batch is encoded but not while images are waited for, where several shards take turns.
 
-    Raises:
-        UserError: no images.
+    Returns:
+        The rows; without images, none, and bits of no width.
     """
     rows = LatentRows([], [], [], [], torch.empty(0))
     packed: list[Tensor] = []
@@ -98,9 +98,8 @@ def encode_images(
                 rows.label += [image.label for image in batch]
                 rows.draw += [draw] * len(batch)
                 rows.view += [view] * len(batch)
-    if not packed:
-        raise UserError("none of the shard's images could be read; look at a few of them, or leave the shard out")
-    rows.bits = torch.cat(packed)
+    if packed:
+        rows.bits = torch.cat(packed)
     return rows
 
 
@@ -241,6 +240,7 @@ class Manifest:
         preprocessing: the form of the images: image_size, channels, fit.
         latents: draws, views and batch size.
         files: one for each image shard.
+        classes: their names by number, where the images have a list of them.
     """
 
     shape: tuple[int, int, int]
@@ -249,6 +249,7 @@ class Manifest:
     preprocessing: Mapping[str, int | str] = field(default_factory=dict[str, int | str])
     latents: LatentConfig = field(default_factory=LatentConfig)
     files: Sequence[LatentFile] = ()
+    classes: Sequence[str] = ()
 
     def identity(self) -> dict[str, Any]:
         """How it was made, as JSON values: what every file says in its own metadata, too."""
@@ -262,7 +263,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json."""
-        return {"format": FORMAT_VERSION, **self.identity(), "files": [asdict(file) for file in self.files]}
+        named = {"classes": list(self.classes)} if self.classes else {}
+        return {"format": FORMAT_VERSION, **self.identity(), **named, "files": [asdict(file) for file in self.files]}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Manifest:
@@ -274,4 +276,5 @@ class Manifest:
             preprocessing=found["preprocessing"],
             latents=LatentConfig(**{part.name: found[part.name] for part in fields(LatentConfig)}),
             files=[LatentFile(**{"classes": 0} | entry) for entry in found["files"]],
+            classes=found.get("classes", []),
         )

@@ -68,7 +68,7 @@ class CodeHealth:
         return float(correlation.sum()) / (n * (n - 1))
 
     def metrics(self) -> dict[str, float]:
-        """Four figures; NaN over nothing.
+        """Four metrics; NaN over nothing.
 
         Returns:
             bit_entropy: mean of H(y), 0..1 bits: 0 where the encoder is sure of every bit.

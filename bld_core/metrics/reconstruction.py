@@ -66,7 +66,7 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 @dataclass
 class Moments:
-    """Mean and standard deviation of a figure, from sums that merge: add the parts of all workers."""
+    """Mean and standard deviation of a metric, from sums that merge: add the parts of all workers."""
 
     count: int = 0
     total: float = 0.0

@@ -1,4 +1,4 @@
-"""Feature vectors of some of many images, for figures that sums cannot give: the same ones however work is split."""
+"""Feature vectors of some of many images, for metrics that sums cannot give: the same ones however work is split."""
 
 from __future__ import annotations
 

@@ -7,16 +7,16 @@ The trunk is also that of the priors it is compared with, in `baselines/`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bld_core.diffusion.process import output_size
 from bld_core.errors import UserError
 from bld_core.noise import uniform
+from bld_core.prior.blocks import Block, TrunkPart, make_norm
 from bld_core.training.layers import Layers
 
 ModelName = Literal["binary", "autoregressive", "absorbing"]
@@ -40,6 +40,10 @@ class PriorConfig:
             "absorbing" completes images exactly without it, and "autoregressive" cannot.
         group: neighbouring bits of a token that "binary" draws jointly, 1 or 8; 1 is the paper. With 8 a token has 256
             more outputs for each 8 of its bits, and few steps cost less.
+        trunk: parts of later transformers that learn faster than the paper's plain one, which is the empty list:
+            "rms_norm" in place of LayerNorm, "qk_norm" (queries and keys of unit scale), "swiglu" (gated feed-forward
+            layers), "adaln" (time and class scale, shift and gate each block), "rotary" (positions relative to each
+            other in rows and columns).
     """
 
     model: ModelName = "binary"
@@ -50,6 +54,7 @@ class PriorConfig:
     label_dropout: float = 0.1
     known_share: float = 0.0
     group: int = 1
+    trunk: list[TrunkPart] = field(default_factory=lambda: ["rms_norm", "qk_norm", "swiglu", "adaln"])
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1:
@@ -68,6 +73,8 @@ class PriorConfig:
                 "tokens; set it to 0, or model to binary",
                 self,
             )
+        if len({*self.trunk}) < len(self.trunk):
+            raise UserError(f"`trunk` is {self.trunk}, which names a part twice: name each once", self)
         if self.group not in (1, 8):
             raise UserError(f"`group` is {self.group}; it must be 1 (each bit by itself) or 8", self)
         if self.group > 1 and self.model != "binary":
@@ -76,59 +83,6 @@ class PriorConfig:
                 "other: set group to 1, or model to binary",
                 self,
             )
-
-
-class Cache:
-    """Keys and values of the tokens that a causal block has seen, so that each is computed once."""
-
-    def __init__(self, tokens: int) -> None:
-        """Room for `tokens` of them."""
-        self.tokens = tokens
-        self.count = 0
-        self.kept: list[Tensor] = []
-
-    def extend(self, *new: Tensor) -> list[Tensor]:
-        """Keys and values of the next token, each (B, heads, 1, D / heads) -> those of all so far."""
-        if not self.kept:
-            self.kept = [x.new_empty(*x.shape[:2], self.tokens, x.shape[3]) for x in new]
-        for kept, x in zip(self.kept, new, strict=True):
-            assert x.shape[2] == 1, "tokens come one by one"
-            kept[:, :, self.count] = x[:, :, 0]
-        self.count += 1
-        return [kept[:, :, : self.count] for kept in self.kept]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention by PyTorch's fused kernel, over all tokens, or (causal) over those up to each."""
-
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
-        """With a cache, h_BND is the one token that follows those in it."""
-        B, N, D = h_BND.shape
-        q, k, v = self.qkv(h_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
-        return self.out(seen.transpose(1, 2).reshape(B, N, D))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads, causal)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
-        h_BND = h_BND + self.attention(self.norm_1(h_BND), cache)
-        return h_BND + self.mlp(self.norm_2(h_BND))
 
 
 def time_features(time: Tensor, width: int) -> Tensor:
@@ -152,17 +106,15 @@ class Trunk(nn.Module):
         if timed:
             self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = Layers(*(Block(width, config.heads, causal) for _ in range(config.layers)))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = Layers(*(Block(width, config.heads, tokens, config.trunk, causal) for _ in range(config.layers)))
+        self.norm = make_norm(width, config.trunk)
 
     def initialise(self) -> None:
         """Draw the weights of all layers, those of a subclass, too: each calls it when it has made its own."""
         self.apply(_initialise)
-        for block in self.blocks:  # each block adds to the stream; together they keep its scale
+        for block in self.blocks:
             assert isinstance(block, Block)
-            for linear in (block.attention.out, block.mlp[2]):
-                assert isinstance(linear, nn.Linear), "what a block adds comes out of its last linear maps"
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+            block.initialise(len(self.blocks))
         if self.label is not None:  # ten times the scale: a class matters beside the tokens from the first step on
             nn.init.normal_(self.label.weight, std=0.2)
 
@@ -173,6 +125,10 @@ class Trunk(nn.Module):
         if labels is None:
             labels = torch.full((count,), -1, device=self.position.device)
         return self.label(torch.where(labels < 0, self.classes, labels))
+
+    def features(self, h_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        """Tokens, each with what it is told, and what all of them are told -> their features, (B, N, D)."""
+        return self.norm(self.blocks(h_BND + condition_BD[:, None], condition_BD))
 
 
 class Prior(Trunk):
@@ -210,8 +166,7 @@ class Prior(Trunk):
             h_BND = h_BND + known[..., None] * self.known
         condition = self.time(time_features(time, h_BND.shape[-1]).to(h_BND.dtype))
         condition = condition + self.of_class(labels, len(z_BNC))
-        h_BND = h_BND + condition[:, None, :]
-        return self.head(self.norm(self.blocks(h_BND)))
+        return self.head(self.features(h_BND, condition))
 
 
 def _initialise(module: nn.Module) -> None:

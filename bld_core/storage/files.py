@@ -8,11 +8,13 @@ there for a passing reason is tried again, for BLD_STORAGE_SECONDS at the most.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Generator
@@ -26,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from bld_core.errors import MissingError, UserError
+from bld_core.storage.addresses import without_query
 from bld_core.storage.patience import StorageError, persist, time_limit
 
 _BLOCK_BYTES = 8 << 20
@@ -34,12 +37,51 @@ _CONNECT_S = 5.0
 _SILENCE_S = 20.0
 _CONNECTIONS = 32
 _SLOWEST_UPLOAD = 1e6  # bytes a second
+_WITHIN_FILES = ("zip", "tar", "libarchive")  # protocols of fsspec whose file lies behind the next ::
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class FullError(UserError, OSError):
+    """No space for a file, by the disk, a quota, or a limit on the size of files."""
+
+
+def full(error: BaseException, path: str = "", wanted: int = 0) -> FullError | None:
+    """What to tell the user of an error that says that there is no space; None of any other.
+
+    Args:
+        error: what the operating system has said.
+        path: of the file, where the error does not name it.
+        wanted: its size, as far as it is known.
+    """
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    path = path or str(error.filename or "a file")
+    folder = next((folder for folder in Path(path).absolute().parents if folder.exists()), Path("/"))
+    size = f" of {wanted:,} bytes" if wanted else ""
+    free = shutil.disk_usage(folder).free
+    return FullError(
+        f"no space for {path!r}{size} ({error.strerror}; {free:,} bytes are free there): free some, or choose another "
+        "folder, then run the same command again, which goes on where it stopped"
+    )
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind a path or URL, and the path within it; one client, with its connections, a process."""
+    """The file system behind a path or URL, and the path within it; one client, with its connections, a process.
+
+    Raises:
+        UserError: a protocol that is not known, or whose package is not installed.
+    """
     remote = get_protocol(url) in ("s3", "s3a")
-    fs, path = fsspec.core.url_to_fs(url, **(_s3_settings() if remote else {}))
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **(_s3_settings() if remote else {}))
+    except ImportError as error:
+        raise UserError(
+            f"{url!r} needs a package that is not installed ({error}): install it, here and on every node"
+        ) from error
+    except ValueError as error:  # fsspec's word for a protocol that it does not know
+        raise UserError(
+            f"{url!r} is no address that can be read ({error}): give a path, or s3:// or https://"
+        ) from error
     if remote:
         fs.retries = 1
     return fs, str(path)
@@ -75,8 +117,8 @@ def _s3_settings() -> dict[str, Any]:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute (~ is the home folder), any other URL as it is."""
-    return filesystem(url)[1] if is_local(url) else url
+    """A local path made absolute (~ is the home folder), any other URL as it is; so each source that `::` joins."""
+    return "::".join(filesystem(source)[1] if is_local(source) else source for source in sources(url))
 
 
 def is_local(url: str) -> bool:
@@ -90,8 +132,8 @@ def join(url: str, *parts: str) -> str:
 
 
 def name(url: str) -> str:
-    """The last part of a path or URL."""
-    return url.rstrip("/").rsplit("/", 1)[-1]
+    """The last part of the path; nothing of a link's query, where signatures are."""
+    return without_query(url).rstrip("/").rsplit("/", 1)[-1]
 
 
 def exists(url: str) -> bool:
@@ -112,32 +154,90 @@ def listing(url: str) -> list[str]:
     return sorted(name(str(entry)) for entry in persist(f"list {url!r}", fs.ls, path, detail=False))
 
 
-def expand(pattern: str) -> list[str]:
-    """The files of a pattern: braces {0000..0003}, then globs, in the order written; a glob's files are sorted.
+def sources(pattern: str) -> list[str]:
+    """The sources that `::` joins, as webdataset writes it.
 
-    Local paths come back absolute, so that they mean the same to workers with another working directory.
+    Raises:
+        UserError: nothing stands between two of them.
+    """
+    joined: list[str] = []
+    before = ""
+    for part in pattern.split("::"):
+        # Elsewhere `::` chains file systems, as in simplecache::s3://bucket/a.tar: such a chain is one source.
+        if part in fsspec.available_protocols() or get_protocol(part) in _WITHIN_FILES:
+            before += f"{part}::"
+            continue
+        joined.append(before + part)
+        before = ""
+    if before or (len(joined) > 1 and "" in joined):
+        raise UserError(f"{pattern!r} has nothing before or behind a `::`, which joins two sources: complete it")
+    return joined
+
+
+def expand(pattern: str) -> list[str]:
+    """The files of a pattern: sources joined by ::, braces {0000..0003}, then globs, as written; a glob's are sorted.
+
+    Local paths come back absolute, so that they mean the same to workers with another working directory. A folder or
+    file that is there under its very name is no glob, whatever brackets it has.
 
     Raises:
         MissingError: a named file, or every file of a glob, is missing.
+        UserError: an unbalanced brace, or a folder.
     """
     found: list[str] = []
-    for url in braceexpand.braceexpand(pattern):
+    for url in _braces(pattern):
         fs, path = filesystem(url)
         matches = [path]
-        if any(c in path for c in "*?["):
+        if any(c in path for c in ("*[" if get_protocol(url) in ("http", "https") else "*?[")):
             fs.invalidate_cache()
-            matches = sorted(str(match) for match in persist(f"list {url!r}", fs.glob, path))
+            wanted = _escaped(url, path)
+            matches = [path] if wanted is None else sorted(map(str, persist(f"list {url!r}", fs.glob, wanted)))
         if not matches:
             raise MissingError(f"no file at {url!r} (from the pattern {pattern!r}); check the path and its braces")
         found += matches if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(match) for match in matches]
     try:
-        _sizes(found)
+        sizes = _sizes(found)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = next((url for url in found if not exists(url)), found[0])
         raise MissingError(
             f"no file at {missing!r} (from the pattern {pattern!r}); check the path and its braces"
         ) from error
+    for url, size in zip(found, sizes, strict=True):
+        if (is_local(url) or size == 0) and _is_folder(url):
+            raise UserError(
+                f"{url!r} is a folder (from the pattern {pattern!r}); name the tar files in it, for example "
+                f"{join(url, '*.tar')!r}; images that are in no tar file yet must be put into some"
+            )
     return found
+
+
+def _braces(pattern: str) -> list[str]:
+    joined = sources(pattern)
+    try:
+        return [url for source in joined for url in braceexpand.braceexpand(source)]
+    except ValueError as error:  # its only one
+        raise UserError(
+            f"the pattern {pattern!r} has a brace without its other half; write {{0000..0003}} for four numbers"
+        ) from error
+
+
+def _escaped(url: str, path: str) -> str | None:
+    """A glob in which folders whose names have brackets stand for themselves; None where all of it is a name."""
+    if "[" not in path:
+        return path
+    root = url[: len(url) - len(path)] if url.endswith(path) else ""
+    parts = path.split("/")
+    for known in range(len(parts), 0, -1):
+        here = "/".join(parts[:known])
+        if "[" in here and exists(root + here):
+            rest = parts[known:]
+            return "/".join([here.replace("[", "[[]"), *rest]) if rest else None
+    return path
+
+
+def _is_folder(url: str) -> bool:
+    fs, path = filesystem(url)
+    return persist(f"look for {url!r}", fs.isdir, path)
 
 
 def _sizes(urls: list[str]) -> list[int]:
@@ -216,8 +316,16 @@ def open_read(url: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def commit(url: str) -> Generator[IO[bytes]]:
-    """Open for writing in binary; the file takes its name only if the block ends without an error."""
+def commit(url: str, size: int = 0) -> Generator[IO[bytes]]:
+    """Open for writing in binary; the file takes its name only if the block ends without an error.
+
+    Args:
+        url: the file.
+        size: that it is going to have, where that is known.
+
+    Raises:
+        FullError: no space for it.
+    """
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -228,12 +336,23 @@ def commit(url: str) -> Generator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            size = size or (os.path.getsize(temporary) if os.path.exists(temporary) else 0)
+            Path(temporary).unlink(missing_ok=True)
+            if (problem := full(error, path, size)) is not None:
+                raise problem from error
+            raise
         finally:
             Path(temporary).unlink(missing_ok=True)
     else:
         with tempfile.NamedTemporaryFile() as file:
-            yield file
-            file.flush()
+            try:
+                yield file
+                file.flush()
+            except OSError as error:
+                if (problem := full(error, file.name, size)) is not None:
+                    raise problem from error
+                raise
             seconds = _silence() + file.tell() / _SLOWEST_UPLOAD
             # One upload, which an object store shows only when it is complete.
             persist(f"write {url!r}", fs.put_file, file.name, path, **_within(fs, seconds))
@@ -247,7 +366,7 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file, committed."""
-    with commit(url) as file:
+    with commit(url, len(data)) as file:
         file.write(data)
 
 

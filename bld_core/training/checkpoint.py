@@ -51,9 +51,10 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
         parts[f"{_CRITIC}/{META}"] = part_of(files.read_bytes(files.join(folder, _CRITIC, META)))
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
-    for parameter, values in state.optimizer.state.items():
-        for kind, value in values.items():
-            moments[f"{names[parameter]}|{kind}"] = value
+    for optimizer in state.optimizers:
+        for parameter, values in optimizer.state.items():
+            for kind, value in values.items():
+                moments[f"{names[parameter]}|{kind}"] = value
     tables = {"model": state.module.state_dict(), "optimizer": moments}
     tables |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
     for name, tensors in tables.items():
@@ -92,13 +93,15 @@ class SavedState:
             for name, weight in average.weights.items():
                 weight.copy_(saved[name])
         by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
-        state.optimizer.state.clear()
+        owner = {p: each for each in state.optimizers for group in each.param_groups for p in group["params"]}
+        for optimizer in state.optimizers:
+            optimizer.state.clear()
         for name, value in self.tensors["optimizer"].items():
             parameter_name, kind = name.split("|")
             parameter = by_name[parameter_name]
             # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
             like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-            state.optimizer.state[parameter][kind] = like.copy_(value)
+            owner[parameter].state[parameter][kind] = like.copy_(value)
         state.step, state.skipped = self.meta["step"], self.meta["skipped"]
         if state.critic is not None:
             assert self.critic is not None, "`read_state` was asked for it"

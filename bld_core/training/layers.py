@@ -11,11 +11,12 @@ class Layers(nn.Sequential):
 
     checkpointing: bool = False
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # named as its parent's
+    def forward(self, input: Tensor, *others: Tensor) -> Tensor:  # noqa: A002  # named as its parent's
+        """The layers of `input`; each gets `others`, too."""
         x = input
         for layer in self:
             if self.checkpointing and x.requires_grad:
-                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # no layer draws
+                x = checkpoint(layer, x, *others, use_reentrant=False, preserve_rng_state=False)  # no layer draws
             else:
-                x = layer(x)
+                x = layer(x, *others)
         return x

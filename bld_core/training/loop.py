@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from bld_core.training.replicas import gradients_laid_out_as_weights, sum_over_r
 
 Precision = Literal["float32", "bfloat16"]
 
+_TRAPEZOID_END = 0.2  # of the steps after the warm-up
+_WIDTH = 128  # where a rate of Muon means what it means for AdamW
+_MUON_RATE = 0.2 * math.sqrt(_WIDTH)  # makes steps about as long as AdamW's there (Liu et al. 2025)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -29,9 +34,13 @@ class TrainingConfig:
         steps: optimizer steps in all.
         batch_size: samples a step, over all workers together.
         accumulate: passes that a worker's share of the batch is split into, one after the other, to save memory.
-        learning_rate: step size of AdamW, reached after the warm-up.
+        optimizer: "adamw", or "muon": orthogonalised momentum (Jordan et al. 2024) for the matrices of a transformer's
+            blocks, and AdamW for all other weights. With it one rate serves networks of any width: a step changes what
+            each matrix gives by as much (Yang et al. 2022), and at width 128 it is about as long as AdamW's.
+        learning_rate: step size, reached after the warm-up.
         warmup: steps of linear warm-up.
-        decay: "constant" after the warm-up, or "cosine" to 0 at the last step.
+        decay: "constant" after the warm-up, "linear" or "cosine" to 0 at the last step, or "trapezoid": constant, and
+            linear to 0 in the last fifth, so that a run can be continued from before it.
         betas: decay of AdamW's two moments, two values in [0, 1).
         weight_decay: decoupled weight decay of AdamW; 0 makes it Adam.
         clip_norm: largest gradient norm; a larger one is scaled down to it.
@@ -51,9 +60,10 @@ class TrainingConfig:
     steps: int = 100_000
     batch_size: int = 256
     accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-4
     warmup: int = 1000
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "trapezoid"] = "constant"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -121,9 +131,8 @@ class TrainState:
     Attributes:
         module: the network.
         replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
-        optimizer: over the network's parameters.
+        optimizers: each over some of the network's parameters, all of them together.
         averages: averaged weights, one for each decay.
-        learning_rate: of its optimizer at full height; a critic's follows the warm-up and the decay of the stage.
         step: optimizer steps taken.
         skipped: steps left out because the loss or a gradient was not finite.
         precision: of the forward pass; weights and losses are float32.
@@ -132,9 +141,8 @@ class TrainState:
 
     module: nn.Module
     replica: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     averages: list[Ema]
-    learning_rate: float
     step: int = 0
     skipped: int = 0
     precision: Precision = "float32"
@@ -191,25 +199,50 @@ def make_state(
     compiled = torch.compile(module) if config.compile else module
     assert isinstance(compiled, nn.Module), "a compiled network is one, too"
     replica = wrap(compiled)
-    first, second = config.betas
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=config.learning_rate,
-        betas=(first, second),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
     averages = [Ema(module, decay) for decay in config.ema_decays]
-    return TrainState(module, replica, optimizer, averages, config.learning_rate, precision=config.precision)
+    optimizers = _optimizers(module, config)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return TrainState(module, replica, optimizers, averages, precision=config.precision)
+
+
+def _optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    rate, decay, (first, second) = config.learning_rate, config.weight_decay, config.betas
+    adamw = partial(torch.optim.AdamW, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
+    if config.optimizer == "adamw":
+        return [adamw(module.parameters())]
+    blocks = [part for part in module.modules() if isinstance(part, Layers)]
+    matrices = [weight for part in blocks for weight in part.parameters() if weight.ndim == 2]
+    if not matrices:
+        raise UserError(
+            "`optimizer` is muon, which is for the matrices of a transformer's blocks, and this network has none: "
+            "set it to adamw",
+            config,
+        )
+    muon = torch.optim.Muon(matrices, lr=_MUON_RATE * rate, weight_decay=decay / _MUON_RATE, adjust_lr_fn="original")
+    chosen = {*matrices}
+    inputs = {part.weight: part.in_features for part in module.modules() if isinstance(part, nn.Linear)}
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for weight in module.parameters():
+        if weight not in chosen:  # what sums over more features than _WIDTH moves the less
+            by_rate.setdefault(rate * min(1.0, _WIDTH / inputs.get(weight, 1)), []).append(weight)
+    return [muon, adamw([{"params": weights, "lr": lr} for lr, weights in by_rate.items()])]
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate of the step after `step` steps: linear warm-up, then constant or half a cosine down to 0."""
+    """The rate of the step after `step` steps: linear warm-up, then as `config.decay` says."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
-    if config.decay == "constant":
-        return config.learning_rate * warm
     progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    match config.decay:
+        case "constant":
+            height = 1.0
+        case "linear":
+            height = 1 - progress
+        case "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * progress))
+        case "trapezoid":
+            height = min(1.0, (1 - progress) / _TRAPEZOID_END)
+    return config.learning_rate * warm * height
 
 
 def train(
@@ -231,14 +264,15 @@ def train(
         batch = next(batches)
         rate = learning_rate(config, state.step)
         for each in state.states():
-            for group in each.optimizer.param_groups:
-                group["lr"] = each.learning_rate * (rate / config.learning_rate)
+            for group in (group for optimizer in each.optimizers for group in optimizer.param_groups):
+                # A critic's rate follows the warm-up and the decay of the stage.
+                group["lr"] = group["initial_lr"] * (rate / config.learning_rate)
         terms = _gradients(state, batch, objective, config.accumulate)
         moved = [each for each in state.states() if any(p.grad is not None for p in each.module.parameters())]
         norms = [nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm) for each in moved]
         if _finite_everywhere([*norms, terms["loss"]]):
-            for each in moved:
-                each.optimizer.step()
+            for optimizer in (optimizer for each in moved for optimizer in each.optimizers):
+                optimizer.step()
         elif config.non_finite == "stop":
             raise NonFiniteError(_blame(state, batch, objective, terms), config)
         else:
@@ -253,7 +287,7 @@ def train(
 def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
     """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
     for each in state.states():
-        each.optimizer.zero_grad(set_to_none=True)
+        each.module.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(batch.parts(parts), 1):
         with contextlib.ExitStack() as alone:
@@ -286,8 +320,9 @@ def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[st
     state.module.train()
     who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (
-        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): the last checkpoint is good; go "
-        'on with `non_finite` "skip", or train anew without these samples, or with a lower `learning_rate`'
+        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): what was saved before, if "
+        'anything, is good; go on with `non_finite` "skip", or train anew without these samples, or with a lower '
+        "`learning_rate`"
     )
 
 

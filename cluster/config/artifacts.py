@@ -90,7 +90,8 @@ def open_encoded(experiment: Experiment, folder: str = "") -> Artifacts:
 
     Raises:
         MissingError: no autoencoder or no latents yet.
-        UserError: as `open_autoencoder`; or the latents are another autoencoder's, or hold too few held-out codes.
+        UserError: as `open_autoencoder`; or the latents are another autoencoder's, hold too few held-out codes, or
+            other classes than the prior is to have.
     """
     folder = folder or experiment.folder
     autoencoder = open_autoencoder(experiment, folder).autoencoder
@@ -108,7 +109,23 @@ def open_encoded(experiment: Experiment, folder: str = "") -> Artifacts:
             f"{autoencoder.hash[:12]}: encode the data set again",
             stages=("latents",),
         )
+    _check_classes(experiment, codes)
     return Artifacts(autoencoder, codes=codes)
+
+
+def _check_classes(experiment: Experiment, codes: Codes) -> None:
+    """Compare the classes of codes with those of the prior, before one is trained that never sees its classes."""
+    classes = experiment.prior.classes
+    most = max(codes.train.classes, codes.held_out.classes)
+    if most > classes > 0:
+        raise UserError(f"the latents hold class {most - 1}; prior.classes is {classes}: raise it")
+    # Manifests of early versions do not say which classes there are: the codes do.
+    if classes and not codes.train.classes and not (codes.train.read([0]).labels >= 0).any():
+        raise UserError(
+            f"prior.classes is {classes}, but the latents hold no class: set it to 0, or give the images classes and "
+            "encode again",
+            stages=("latents",),
+        )
 
 
 def open_trained(experiment: Experiment) -> Artifacts:

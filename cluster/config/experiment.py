@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,9 +30,17 @@ _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
+_JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
+_LATER = ("data.label_field", "data.class_names")  # settings that came later, and change nothing where they are empty
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
-BEFORE = {"prior.group": 1, "diffusion.calibration": "bayes"}
+BEFORE = {
+    "prior.group": 1,
+    "prior.trunk": [],
+    "diffusion.calibration": "bayes",
+    "prior_training.optimizer": "adamw",
+    "autoencoder_training.optimizer": "adamw",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +99,13 @@ class Experiment:
             "root": self.root,
             "data.train": self.data.train,
             "data.validation": self.data.validation,
+            "data.class_names": self.data.class_names,
         }.items():
             check_no_password(setting, url)
+        _check_places(self.root, self.data)
         # Workers have other working directories: paths are made absolute once, here.
-        shards = {split: files.absolute(url) for split in ("train", "validation") if (url := getattr(self.data, split))}
+        places = ("train", "validation", "class_names")
+        shards = {name: files.absolute(url) for name in places if (url := getattr(self.data, name))}
         object.__setattr__(self, "root", files.absolute(self.root))
         object.__setattr__(self, "data", replace(self.data, **shards))
         h, w, c = self.code_shape
@@ -164,7 +176,22 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
+        later = [name for name in _LATER if chosen.get(name) == ""]  # so that older records agree
+        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE and name not in later}
+
+
+def _check_places(root: str, data: ImageConfig) -> None:
+    """Refuse what is relative to the copy of the code in which Ray runs a job."""
+    if _JOBS_COPY not in os.getcwd().split(os.sep):
+        return
+    given = {"root": root, "data.train": data.train, "data.validation": data.validation}
+    for setting, url in given.items():
+        for source in files.sources(url) if url else []:
+            if "://" not in source and not source.startswith(("/", "~")):
+                raise UserError(
+                    f"{setting} is {source!r}, relative to the copy of the code that Ray has made for this job, of "
+                    "which other nodes and later jobs know nothing: give an absolute path or a URL that all nodes reach"
+                )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

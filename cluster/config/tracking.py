@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -28,17 +29,24 @@ class TrackingConfig:
     Args:
         uri: tracking server, for example http://mlflow:5000; empty keeps a SQLite file, mlflow.db, in `root`, which is
             enough for one machine. Credentials belong in the MLFLOW_TRACKING_* variables, never here.
+        patience: seconds that a command waits for an MLflow that was there and is away, at the start and the end of a
+            stage. A server or database that has never answered is not waited for.
+        when_away: what a stage does when MLflow is away, or its database full, in the middle. `keep`: goes on; what is
+            to be logged waits in files of the stage's folder, and is logged later, also by the next start of the same
+            command. `stop`: waits for `patience` seconds, then stops.
         experiment: MLflow experiment that holds the runs; empty takes the name of this experiment.
         model: name in the model registry; empty takes the name of this experiment.
         alias: registry alias that `register.py` moves to the version that it makes; not `champion`, which moves by the
             rule of the next three.
-        champion_figure: figure of evaluation/report.json by which a version becomes `champion`. The bound compares
-            priors on the same latents; across autoencoders or latents take a figure of images.
-        champion_lower: the lower figure is the better one.
+        champion_figure: metric of evaluation/report.json by which a version becomes `champion`. The bound compares
+            priors on the same latents; across autoencoders or latents take a metric of images.
+        champion_lower: the lower metric is the better one.
         champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
     """
 
     uri: str = ""
+    patience: float = 480.0
+    when_away: Literal["keep", "stop"] = "keep"
     experiment: str = ""
     model: str = ""
     alias: str = "latest-trained"
@@ -70,6 +78,8 @@ class TrackingConfig:
                 f"tracking.alias is {self.alias!r}; MLflow wants letters, digits, _ and -, and keeps latest and "
                 "v<number> for itself: choose another name, for example latest-trained"
             )
+        if not self.patience >= 0:
+            raise UserError(f"tracking.patience is {self.patience}; it must be 0 seconds or more")
         if not self.champion_margin >= 0:
             raise UserError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
 
@@ -85,4 +95,19 @@ class TrackingConfig:
             raise UserError(
                 f"root {root!r} is not a local folder, and SQLite needs one: set tracking.uri to an MLflow server"
             )
-        return f"sqlite:///{files.absolute(root)}/mlflow.db"
+        return _sqlite(f"{files.absolute(root)}/mlflow.db")
+
+
+def _sqlite(path: str) -> str:
+    """The URI of a database file: the path as it is, or with what means something else in a URI (%, ?, #) escaped."""
+    if not any(sign in path for sign in "%?#"):
+        return f"sqlite:///{path}"
+    from sqlalchemy.engine import URL, make_url
+
+    uri = URL.create("sqlite", database=path).render_as_string()
+    if make_url(uri).database != path:  # before SQLAlchemy 2.1
+        raise UserError(
+            f"root {path.rpartition('/')[0]!r} holds %, ? or #, which the installed SQLAlchemy cannot have in the name "
+            "of a database: choose another root, set tracking.uri, or install SQLAlchemy 2.1"
+        )
+    return uri

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
+import torch
 
 from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
 from bld_core.data.skipped import Skipped
@@ -32,6 +34,7 @@ from bld_core.trained import load_autoencoder
 from cluster.config.artifacts import LATENTS, open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
+from cluster.data.check import check_data, shard_names, stem
 from cluster.lineage import lineage
 from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
@@ -48,12 +51,14 @@ class Job(NamedTuple):
         source: the image shard.
         split: which part of the data set.
         file: what it becomes, relative to the latents folder.
+        name: of the shard.
         listed: what an earlier manifest says of it.
     """
 
     source: str
     split: Split
     file: str
+    name: str
     listed: LatentFile | None = None
 
 
@@ -92,12 +97,16 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
         MissingError: no autoencoder yet.
         UserError: bad input, each with its remedy, before anything is started.
     """
-    autoencoder, jobs = open_autoencoder(experiment).autoencoder, _jobs(experiment)
+    autoencoder = open_autoencoder(experiment).autoencoder
+    check_data(experiment)
+    jobs = _jobs(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "latents"),
         "shards": files.fingerprint([job.source for job in jobs]),
         "autoencoder_hash": autoencoder.hash,
     }
+    if experiment.data.names:
+        fingerprint["class_names"] = list(experiment.data.names)
     folder = files.join(experiment.folder, LATENTS)
     with open_stage(
         experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=lambda: _faults(experiment, jobs, deep=mend)
@@ -152,15 +161,11 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
 
 def _jobs(experiment: Experiment) -> list[Job]:
     splits: tuple[Split, ...] = ("train", "validation")
-    jobs = [
-        Job(url, split, f"{split}/{files.name(url).removesuffix('.tar')}.parquet")
-        for split in splits
-        for url in check_shards(experiment.data, split)
-    ]
-    taken = Counter(job.file for job in jobs)
-    twice = [job.source for job in jobs if taken[job.file] > 1]
-    if twice:
-        raise UserError(f"two shards of one split have the same file name: {', '.join(twice)}; rename one of them")
+    jobs: list[Job] = []
+    for split in splits:
+        urls = check_shards(experiment.data, split)
+        named = zip(urls, shard_names(urls), strict=True)
+        jobs += [Job(url, split, f"{split}/{stem(name)}.parquet", name) for url, name in named]
     return jobs
 
 
@@ -173,6 +178,7 @@ def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
         seed=experiment.seed,
         preprocessing={"image_size": data.image_size, "channels": data.channels, "fit": data.fit},
         latents=experiment.latents,
+        classes=list(data.names),
     )
 
 
@@ -222,8 +228,10 @@ class Encoder:
         latents = self.experiment.latents
         images = self._decoded(job.source, skipped)
         rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
+        if not rows.key:
+            rows.bits = torch.empty(0, math.prod(self.experiment.code_shape) // 8, dtype=torch.uint8)
         facts: dict[str, Any] = {
-            "source": files.name(job.source),
+            "source": job.name,
             "rows": len(rows.key),
             "seen": skipped.seen,
             "skipped": dict(skipped.counts),
@@ -246,7 +254,7 @@ class Encoder:
             metadata = whole_shard_metadata(data)
         if metadata is None:
             return "is not what was written: it is damaged, or of an early version that could not tell"
-        wanted = {**self.identity, "source": files.name(job.source)}
+        wanted = {**self.identity, "source": job.name}
         if not metadata.items() >= wanted.items():
             return "was made from another shard, or in another way"
         skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])

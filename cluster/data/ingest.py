@@ -10,7 +10,7 @@ with the very next image, and nothing can be lost without notice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ def check_feed(urls: list[str], workers: int) -> None:
 
 def image_batches(
     experiment: Experiment, start_step: int, start: Position, rank: int, world: int, skipped: Skipped
-) -> Iterator[tuple[Batch, Position]]:
+) -> Generator[tuple[Batch, Position]]:
     """One worker's batches from `start` on, without end, each with the position behind it.
 
     Args:
@@ -210,8 +210,8 @@ class Ledger:
         if (visit, offset) != (self.position.visit, self.position.offset) or self.totals.get(url, total) != total:
             due = f"row {self.position.offset} of {self.totals.get(url, total)} in visit {self.position.visit}"
             raise RuntimeError(
-                f"shard {url!r}: row {offset} of {total} in visit {visit} came where {due} should: the shard was "
-                "changed, or a read dropped samples; run the command again"
+                f"shard {files.name(url)!r}: row {offset} of {total} in visit {visit} came where {due} should: the "
+                "shard was changed, or a read dropped samples; run the command again"
             )
         left = block["reason"] != DELIVERED
         passed = self.position.skipped + np.cumsum(left)
@@ -229,7 +229,7 @@ class Ledger:
     def _close(self, url: str, total: int) -> None:
         """The end of a visit."""
         if self.here.total and url not in self.totals:
-            _log.warning("shard %s: %s", url, self.here)
+            _log.warning("shard %s: %s", files.name(url), self.here)
         self.totals[url] = total
         self.barren = self.barren + 1 if self.here.total == self.here.seen else 0
         self.here = Skipped()

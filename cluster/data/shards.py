@@ -1,34 +1,28 @@
-"""WebDataset shards from a folder of images, or from the digits that ship inside scikit-learn.
+"""WebDataset shards from the images of a folder, or from the demo digits.
 
 What each shard holds is planned before the first is written: the bytes depend neither on the number of threads nor on
-interruptions, and a finished shard is known by its size.
+interruptions, and a finished shard is known by its size. The names of the classes lie beside them, in classes.json.
 """
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from bld_core.data.images import EXTENSIONS
-from bld_core.data.pictures import png
+from bld_core.data.labels import CLASSES
 from bld_core.data.shards import Sample, shard_size, write_shard
 from bld_core.errors import UserError
 from bld_core.noise import permutation
 from bld_core.storage import files
 from cluster.console import Progress
+from cluster.data.folder import SourceImage, read_digits, read_folder, read_image, stored_as
 from cluster.secrets import check_no_password
 
 _RECORD = "shards.json"
 _PLAN = "shards-unfinished.json"
-_DIGITS_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +30,9 @@ class ShardConfig:
     """Shards to make.
 
     Args:
-        source: a folder of images; its sub-folders, if any, are the classes, numbered in the order of their names.
+        source: a folder of images; its sub-folders, if any, are the classes, numbered in the order of their names, or
+            of their numbers where all are numbers. Links are followed; what begins with a dot is passed over, and
+            what systems put beside images, such as __MACOSX.
             "digits" is the demo set: 1,797 scanned handwritten digits, enlarged to 32 x 32.
         output: folder for the shards, a path or a URL such as s3://bucket/folder.
         images_per_shard: images in one tar file, at the most.
@@ -70,22 +66,6 @@ class ShardConfig:
         return {name: value for name, value in asdict(self).items() if name != "threads"}
 
 
-class SourceImage(NamedTuple):
-    """An image yet to be stored.
-
-    Attributes:
-        name: of its file, within the source folder.
-        size: of its file, in bytes.
-        label: its class, -1 for none.
-        content: the file itself, in the demo set.
-    """
-
-    name: str
-    size: int
-    label: int
-    content: bytes | None = None
-
-
 class ShardSet(NamedTuple):
     """Finished shards.
 
@@ -112,9 +92,9 @@ def make_shards(config: ShardConfig) -> ShardSet:
         _compare(config, record["config"])
         print(f"shards: already done in {config.output}")
         return ShardSet(record["patterns"], record["classes"])
-    images = _digits() if config.source == "digits" else _folder(config.source)
+    images, classes = read_digits() if config.source == "digits" else read_folder(config.source)
     plan = {split: _cut(numbers, images, config) for split, numbers in _split(images, config).items()}
-    _claim(config, images)
+    _claim(config, images, classes)
     patterns: dict[str, str] = {}
     shards: dict[str, list[int]] = {}
     for split, contents in plan.items():
@@ -122,7 +102,9 @@ def make_shards(config: ShardConfig) -> ShardSet:
         shards |= {f"{split}-{i:0{width}d}.tar": numbers for i, numbers in enumerate(contents)}
         patterns[split] = files.join(config.output, f"{split}-{{{0:0{width}d}..{len(contents) - 1:0{width}d}}}.tar")
     _write(shards, images, config)
-    made = ShardSet(patterns, 1 + max(image.label for image in images))
+    made = ShardSet(patterns, len(classes))
+    if classes:
+        files.write_bytes(files.join(config.output, CLASSES), f"{json.dumps(classes, ensure_ascii=False)}\n".encode())
     files.write_json(record_url, {"config": config.settings(), **made._asdict()})
     files.remove(files.join(config.output, _PLAN))
     return made
@@ -160,14 +142,14 @@ def _compare(config: ShardConfig, made_with: dict[str, Any]) -> None:
         )
 
 
-def _claim(config: ShardConfig, images: list[SourceImage]) -> None:
+def _claim(config: ShardConfig, images: list[SourceImage], classes: list[str]) -> None:
     """Begin an empty output, or go on with one that was begun with the same settings and the same images."""
     plan_url = files.join(config.output, _PLAN)
     digest = files.sha256("\n".join(f"{image.name} {image.size}" for image in images).encode())
     if files.exists(plan_url):
         begun = files.read_json(plan_url)
         _compare(config, begun["config"])
-        if begun["source"] != digest:
+        if begun["source"] != digest or begun.get("classes", sorted(classes)) != classes:
             raise UserError(
                 f"{config.output!r} holds unfinished shards of other images: files in {config.source!r} were added, "
                 "removed or changed; choose another --output, or delete that folder"
@@ -182,7 +164,7 @@ def _claim(config: ShardConfig, images: list[SourceImage]) -> None:
             "choose another --output, or delete that folder"
         )
     files.check_writable(config.output)
-    files.write_json(plan_url, {"config": config.settings(), "source": digest})
+    files.write_json(plan_url, {"config": config.settings(), "source": digest, "classes": classes})
 
 
 def _write(shards: dict[str, list[int]], images: list[SourceImage], config: ShardConfig) -> None:
@@ -216,62 +198,7 @@ def _write(shards: dict[str, list[int]], images: list[SourceImage], config: Shar
 def _samples(numbers: list[int], images: list[SourceImage], source: str) -> Iterator[Sample]:
     for number in numbers:
         image = images[number]
-        data = _read(source, image.name) if image.content is None else image.content
+        data = read_image(source, image.name) if image.content is None else image.content
         if len(data) != image.size:
             raise UserError(f"{image.name!r} in {source!r} was changed while shards were made: run the command again")
-        yield Sample(f"{number:08d}", _extension(image.name), data, image.label)
-
-
-def _read(source: str, name: str) -> bytes:
-    try:
-        return Path(source, name).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name!r} in {source!r} cannot be read ({error}): mend it, or move it away") from error
-
-
-def _folder(source: str) -> list[SourceImage]:
-    paths = [
-        os.path.relpath(os.path.join(folder, name), source)
-        for folder, _, names in os.walk(source)
-        for name in names
-        if _extension(name) in EXTENSIONS
-    ]
-    if not paths:
-        raise UserError(f"{source!r} holds no images: looked for {', '.join(EXTENSIONS)} there and below")
-    paths.sort(key=lambda path: path.split(os.sep))
-    classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    number = {name: i for i, name in enumerate(classes)}
-    images = [
-        SourceImage(path, os.path.getsize(os.path.join(source, path)), number.get(path.split(os.sep)[0], -1))
-        for path in paths
-    ]
-    loose = [image.name for image in images if image.label < 0]
-    if classes and loose:
-        raise UserError(
-            f"{len(loose)} images such as {loose[0]!r} lie in {source!r} beside the folders of {len(classes)} classes "
-            "and have no class: move them into one of those, or elsewhere"
-        )
-    return images
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
-
-
-def _digits() -> list[SourceImage]:
-    from sklearn.datasets import load_digits
-    from sklearn.utils import Bunch
-
-    digits = load_digits()
-    assert isinstance(digits, Bunch), "a tuple comes only with return_X_y"
-    scans = [_digit_png(pixels) for pixels in digits.images]
-    return [
-        SourceImage(f"{i}.png", len(scan), int(label), scan)
-        for i, (scan, label) in enumerate(zip(scans, digits.target, strict=True))
-    ]
-
-
-def _digit_png(digit: NDArray[np.float64]) -> bytes:
-    """An 8 x 8 scan with values 0..16, enlarged, as a PNG file."""
-    scan = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
-    return png(scan.resize((_DIGITS_SIZE, _DIGITS_SIZE), Image.Resampling.BICUBIC))
+        yield Sample(f"{number:08d}", stored_as(image.name), data, image.label)

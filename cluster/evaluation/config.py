@@ -129,6 +129,18 @@ class EvaluationConfig:
             raise UserError(f"evaluation.neighbours is {self.neighbours}; it must be 0 (no picture) or more")
 
     @property
+    def images_needed(self) -> dict[str, int]:
+        """How many training images each figure that is asked for needs, at least."""
+        least = {"frechet": 2, "dinov2_sha256": 2, "classifier": 2}  # for a covariance
+        least |= {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
+        return {name: count for name, count in least.items() if getattr(self, name)}
+
+    def class_figures(self, classes: int) -> list[str]:
+        """What is asked for that needs real images with classes, where the prior has so many."""
+        figures = {"classifier": True, "class_accuracy": classes > 0, "cas_steps": True}
+        return [name for name, measured in figures.items() if measured and getattr(self, name)]
+
+    @property
     def features_kept(self) -> int:
         """How many training images are kept as features, for figures that cannot be had from sums."""
         return self.samples if self.kid or self.precision_recall else 0
@@ -148,6 +160,7 @@ class StudyConfig:
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
         steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
         temperatures: values of sampling.temperature of the study temperature.
+        learning_rates: values of prior_training.learning_rate of the study optimizer.
     """
 
     training_steps: int = 0
@@ -157,6 +170,7 @@ class StudyConfig:
     vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.1, 1.0])
     steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])
 
     def __post_init__(self) -> None:
         if self.training_steps < 0:
@@ -166,7 +180,7 @@ class StudyConfig:
         for name in ("samples", "codes"):
             if getattr(self, name) < 2:
                 raise UserError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")
-        for name in ("vlb_weights", "steps", "temperatures"):
+        for name in ("vlb_weights", "steps", "temperatures", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"study.{name} is {values}; it must name at least one value, and none twice")

@@ -21,9 +21,11 @@ from bld_core.storage.records import read_record
 from bld_core.storage.weights import VGG16
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
-from cluster.evaluation.actors import CALLS, Evaluator, Reconstruct, Reconstructions, SampleFeatures
+from cluster.data.check import Shards, check_data
+from cluster.evaluation.actors import CALLS, Drawn, Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
+from cluster.evaluation.pieces import KeptPieces, Piece, Result
 from cluster.evaluation.references import Reference, Space, check_space, make_reference, spaces_of
 from cluster.evaluation.sample_metrics import SHOWN, Samples, check_references, over_seeds
 from cluster.lineage import lineage
@@ -32,9 +34,9 @@ from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, bound_pieces, draw_pieces, drawn_labels
 from cluster.stages import Stage, open_stage
 
-_REPORT, _MEASURED = "report.json", "measured.json"
+_REPORT, _MEASURED, _PIECES = "report.json", "measured.json", "pieces"
 _PICTURE_IMAGES = 32
-# Of the work, not of what is measured: figures are the same whatever these are.
+# Of the work, not of what is measured: metrics are the same whatever these are.
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
 
 
@@ -111,6 +113,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
                 files.write_bytes(files.join(stage.folder, name), png(picture))
             about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **artifacts.identity}
             files.write_json(measured_url, report | about)
+        files.remove(files.join(stage.folder, _PIECES))
         report = files.read_json(measured_url)
         if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), inputs.shards, fingerprint)
@@ -122,33 +125,43 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         return report
 
 
+def check_evaluation(experiment: Experiment) -> None:
+    """Find what an evaluation needs beside models and data, which a command that trains before it does first.
+
+    Raises:
+        MissingError: weights of an extractor are missing.
+        UserError: others than their sha256 says, images without classes to train a classifier on, or too few samples.
+    """
+    config, loss = experiment.evaluation, experiment.loss
+    if config.lpips:
+        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
+    for space in spaces_of(experiment):
+        check_space(experiment, space)
+    if config.cas_steps:
+        cas_experiment(experiment)
+
+
 def _open(experiment: Experiment) -> Inputs:
     """Find models, images, latents, and weights of extractors that are asked for, before anything is started."""
-    config, loss, data = experiment.evaluation, experiment.loss, experiment.data
+    config, loss = experiment.evaluation, experiment.loss
     artifacts, spaces = open_finished(experiment), spaces_of(experiment)
     has_prior = artifacts.prior is not None
     if has_prior:
         artifacts.model.steps(experiment.sampling)
-    shards = check_shards(data, "validation")
-    if config.lpips:
-        VGG16.find(loss.vgg_weights, loss.vgg_sha256)
-    for space in spaces:
-        check_space(experiment, space)
-    if config.cas_steps:
-        cas_experiment(experiment)
+    compared = bool(spaces) or (has_prior and bool(config.neighbours or config.class_accuracy))
+    shards = check_data(experiment) if compared else Shards([], check_shards(experiment.data, "validation"))
+    check_evaluation(experiment)
     identity = {
         **artifacts.identity,
         **experiment.fingerprint("data", "sampling", "evaluation"),
         "vgg_sha256": loss.vgg_sha256,
-        "shards": files.fingerprint(shards),
+        "shards": files.fingerprint(shards.validation),
     }
-    train_shards: list[str] = []
-    if spaces or (has_prior and (config.neighbours or config.class_accuracy)):
-        train_shards = check_shards(data, "train")
-        identity["train_shards"] = files.fingerprint(train_shards)
+    if compared:
+        identity["train_shards"] = files.fingerprint(shards.train)
     if config.classifier:
         identity["classifier_steps"] = experiment.study.classifier_steps
-    return Inputs(experiment, artifacts, shards, train_shards, spaces, identity)
+    return Inputs(experiment, artifacts, shards.validation, shards.train, spaces, identity)
 
 
 def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, Image.Image]]:
@@ -161,8 +174,8 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     check_references(config, references)
     found = _measure(inputs, references, stage)
     reconstructions = found.reconstructions
-    figures = reconstructions.metrics(experiment.loss.vgg_sha256)
-    report: dict[str, Any] = {"figures": figures}
+    metrics = reconstructions.metrics(experiment.loss.vgg_sha256)
+    report: dict[str, Any] = {"figures": metrics}
     pictures = {
         "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
     }
@@ -174,9 +187,9 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
         return report, pictures
     shown = found.samples[0].shown
     bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
-    figures |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
-    figures |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
-    figures |= over_seeds([samples.metrics() for samples in found.samples])
+    metrics |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+    metrics |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
+    metrics |= over_seeds([samples.metrics() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)
     pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], inputs.artifacts.classes or 10)
     report |= {"bound_profile": bound.profile, "samples": config.samples}
@@ -185,7 +198,7 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     report["references"] = {made.space.name: made.hash for made in references}
     if config.neighbours:
         near = find_neighbours(experiment, inputs.train_shards, shown, inputs.spaces)
-        figures |= near.figures
+        metrics |= near.metrics
         pictures["neighbours.png"], report["neighbours_by"] = near.picture, near.space
     return report, pictures
 
@@ -219,7 +232,7 @@ def read_report(folder: str, trained: Artifacts) -> dict[str, Any]:
 
 
 def _protocol(fingerprint: Mapping[str, object]) -> str:
-    """A hash of what is measured, how and on which images: figures of one protocol may be compared."""
+    """A hash of what is measured, how and on which images: metrics of one protocol may be compared."""
     images = {
         "shards",
         "train_shards",
@@ -265,11 +278,14 @@ def _sample_pieces(experiment: Experiment, labels: list[int] | None, folder: str
 
 
 def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> Measured:
-    """All pieces of work; each result is added to what it belongs to, in their order, and then dropped."""
+    """All pieces of work; each result is kept, added to what it belongs to, in their order, and then dropped.
+
+    What an evaluation that was interrupted has kept is added as if it had been measured now.
+    """
     experiment, codes = inputs.experiment, inputs.artifacts.codes
     config, seed = experiment.evaluation, experiment.seed
     shown = fitting(experiment.data.image_size, _PICTURE_IMAGES, 3)
-    pieces: list[SampleFeatures | MeasureBound | Reconstruct] = [Reconstruct(url, shown) for url in inputs.shards]
+    pieces: list[Piece] = [Reconstruct(url, shown) for url in inputs.shards]
     # Of stage 1 alone only published networks see reconstructions: no classifier is trained for them.
     spaces = [space for space in inputs.spaces if inputs.has_prior or space.name != "classifier"]
     found, npz, held_out = Measured(), contextlib.nullcontext(), None
@@ -282,16 +298,23 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
             found.samples.append(Samples(plain if number else config, experiment, references, labels))
         if config.export == "npz":
             npz = found.samples[0].exported(stage.folder)
+    kept = KeptPieces(files.join(stage.folder, _PIECES), experiment)
+    missing = [piece for piece in pieces if piece not in kept]
+    if len(missing) < len(pieces):
+        print(f"evaluation: {len(pieces) - len(missing)} of {len(pieces)} pieces are there from an earlier start")
     arguments = (experiment, spaces, held_out)
-    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "evaluate", CALLS)
+    work = map_on_actors(Evaluator, arguments, "work", missing, experiment.cluster, "evaluate", CALLS)
     with contextlib.closing(work), npz:
-        for piece, result in zip(pieces, work, strict=True):
-            match piece:
-                case SampleFeatures():
-                    found.samples[result.seed - seed].add(result)
-                case Reconstruct():
-                    found.reconstructions.merge(result)
-                case MeasureBound():
-                    (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
+        for piece in pieces:
+            result: Result = kept.load(piece) if piece in kept else next(work)
+            if piece not in kept:
+                kept.keep(piece, result)
+            if isinstance(result, Drawn):
+                found.samples[result.seed - seed].add(result)
+            elif isinstance(result, Reconstructions):
+                found.reconstructions.merge(result)
+            else:
+                assert isinstance(piece, MeasureBound), "it was asked for a bound"
+                (found.bounds if piece.sampling is None else found.bounds_sampling).append(result)
     found.reconstructions.skipped.check(experiment.data.max_skipped)
     return found

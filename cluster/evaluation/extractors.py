@@ -1,4 +1,4 @@
-"""The extractors in whose features images are compared, and what a figure in the features of each may be called."""
+"""The extractors in whose features images are compared, and what a metric in the features of each may be called."""
 
 from __future__ import annotations
 
@@ -121,11 +121,11 @@ def _planes(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
 
-def metric_name(figure: str, space: SpaceName, sha256: str = "") -> str:
-    """What a figure in the features of an extractor may be called; the field's own names need the true weights.
+def metric_name(metric: str, space: SpaceName, sha256: str = "") -> str:
+    """What a metric in the features of an extractor may be called; the field's own names need the true weights.
 
     Args:
-        figure: fd (Frechet distance), rfd (that of reconstructions), kd (kernel distance), is (Inception score),
+        metric: fd (Frechet distance), rfd (that of reconstructions), kd (kernel distance), is (Inception score),
             precision or recall.
         space: the extractor.
         sha256: of its weights, where they are published ones.
@@ -135,6 +135,6 @@ def metric_name(figure: str, space: SpaceName, sha256: str = "") -> str:
         space, and weights other than the published ones by their hash: fd_inception_0123abcd, recall_vgg16.
     """
     if space == "inception" and sha256.startswith(INCEPTION.sha256):
-        return _IN_THE_FIELD.get(figure, figure)
+        return _IN_THE_FIELD.get(metric, metric)
     known = space == "classifier" or (space == "vgg16" and sha256.startswith(VGG16.sha256))
-    return f"{figure}_{space}" if known else f"{figure}_{space}_{sha256[:8]}"
+    return f"{metric}_{space}" if known else f"{metric}_{space}_{sha256[:8]}"

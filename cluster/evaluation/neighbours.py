@@ -77,13 +77,13 @@ class Neighbours:
 
     Attributes:
         space: by what they are near: "pixels", or "features of ..." an extractor.
-        figures: the mean distance of samples to their nearest training image by that of held-out images: about 1 for a
+        metrics: the mean distance of samples to their nearest training image by that of held-out images: about 1 for a
             model that has learnt no image by heart, near 0 for one that has.
         picture: a sample in each row, and its nearest training images, nearest first.
     """
 
     space: str
-    figures: dict[str, float]
+    metrics: dict[str, float]
     picture: Image
 
 
@@ -113,6 +113,6 @@ def find_neighbours(
     name = space.metric_name("neighbour_ratio") if space is not None else "neighbour_ratio_pixels"
     shown = fitting(data.image_size, _SHOWN, 1 + found.images.shape[1])
     rows = torch.cat([samples[:, None], found.images[: len(samples)]], 1)[:shown]
-    figures = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing
+    metrics = {name: drawn / real} if real > 0 else {}  # held-out images that are all trained on say nothing
     by = f"features of {space.name}" if space is not None else "pixels"
-    return Neighbours(by, figures, grid(rows.flatten(0, 1), rows.shape[1]))
+    return Neighbours(by, metrics, grid(rows.flatten(0, 1), rows.shape[1]))

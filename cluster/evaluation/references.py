@@ -53,9 +53,9 @@ class Space:
         """Whether Frechet distances are taken here; VGG16 is for precision and recall alone."""
         return self.name != "vgg16"
 
-    def metric_name(self, figure: str) -> str:
-        """What a figure is called here; see `metric_name`."""
-        return metric_name(figure, self.name, self.sha256)
+    def metric_name(self, metric: str) -> str:
+        """What a metric is called here; see `metric_name`."""
+        return metric_name(metric, self.name, self.sha256)
 
 
 def spaces_of(experiment: Experiment) -> list[Space]:
@@ -188,7 +188,7 @@ class Reference:
         moments: of all training images, where the space has them.
         features: float32 (n, F), of as many training images as there will be samples, or of all, evenly chosen; (0,)
             where nothing that is asked for needs them.
-        figures: the Frechet distance of held-out images, which no sample is expected to beat; and the accuracy of the
+        metrics: the Frechet distance of held-out images, which no sample is expected to beat; and the accuracy of the
             classifier on held-out images, where there is one.
     """
 
@@ -197,7 +197,7 @@ class Reference:
     hash: str
     moments: FeatureMoments
     features: Tensor
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def make_reference(experiment: Experiment, space: Space, train: list[str], held_out: list[str]) -> Reference:
@@ -245,11 +245,11 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
 
 def _make(experiment: Experiment, space: Space, train: list[str], held_out: list[str], stage: Stage) -> None:
     """Train the classifier where it is the extractor, take the features of all images, and write their moments."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if space.name == "classifier":
         folder = files.join(stage.folder, "classifier")
         work = map_on_actors(ClassifierTrainer, (experiment,), "train", [folder], experiment.cluster, "classifier")
-        [figures["classifier_accuracy"]] = work
+        [metrics["classifier_accuracy"]] = work
     kept = experiment.evaluation.features_kept
     pieces = [TakeFeatures(url, kept) for url in train]
     if space.has_moments:
@@ -265,17 +265,17 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
     skipped.check(experiment.data.max_skipped)
     digests: list[str] = []
     if space.has_moments:
-        figures[f"{space.metric_name('fd')}_held_out"] = frechet_distance(of_train, of_held_out)
+        metrics[f"{space.metric_name('fd')}_held_out"] = frechet_distance(of_train, of_held_out)
         digests.append(_save(stage, _MOMENTS, {"mean": of_train.mean, "scatter": of_train.scatter}))
         statistics = io.BytesIO()
         np.savez(statistics, mu=of_train.mean.numpy(), sigma=of_train.covariance.numpy())
         files.write_bytes(files.join(stage.folder, _STATISTICS), statistics.getvalue())
     if kept:
         digests.append(_save(stage, _FEATURES, {"features": chosen.features}))
-    stage.run.metrics(figures, 0)
+    stage.run.metrics(metrics, 0)
     made = {"space": space.name, "sha256": space.sha256, "hash": files.sha256("".join(digests).encode())}
     images = of_train.count if space.has_moments else len(chosen.features)
-    files.write_json(files.join(stage.folder, _RESULT), made | {"images": images, "figures": figures})
+    files.write_json(files.join(stage.folder, _RESULT), made | {"images": images, "figures": metrics})
 
 
 def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:

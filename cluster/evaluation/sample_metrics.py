@@ -1,4 +1,4 @@
-"""Figures of samples: from sums where that is possible, from kept features by torch-fidelity where it is not."""
+"""Metrics of samples: from sums where that is possible, from kept features by torch-fidelity where it is not."""
 
 from __future__ import annotations
 
@@ -79,28 +79,28 @@ class Samples:
             self._write(drawn.images)
 
     def metrics(self) -> dict[str, float]:
-        """The figures by name; the distances of held-out images stand beside those of samples."""
+        """The metrics by name; the distances of held-out images stand beside those of samples."""
         found: dict[str, float] = {}
-        for metrics in self._by_space:
-            found |= metrics.metrics()
-            real = metrics.reference.figures
+        for each in self._by_space:
+            found |= each.metrics()
+            real = each.reference.metrics
             found |= {name: value for name, value in real.items() if name.endswith("_held_out")}
         return found | (self._accuracy.metrics() if self._accuracy is not None else {})
 
 
 def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The figures of several sets of samples: the means, with the deviation (n - 1) of each as `_sd`.
+    """The metrics of several sets of samples: the means, with the deviation (n - 1) of each as `_sd`.
 
     Args:
-        found: the figures of each set; the first may have some that the others lack, which stay as they are.
+        found: the metrics of each set; the first may have some that the others lack, which stay as they are.
     """
-    figures = dict(found[0])
+    metrics = dict(found[0])
     for name in found[-1] if len(found) > 1 else ():
         values = [one[name] for one in found]
-        figures[name] = statistics.fmean(values)
+        metrics[name] = statistics.fmean(values)
         if not name.endswith(("_std", "_se", "_held_out")):
-            figures[f"{name}_sd"] = statistics.stdev(values)
-    return figures
+            metrics[f"{name}_sd"] = statistics.stdev(values)
+    return metrics
 
 
 class ClassAccuracy:
@@ -137,7 +137,7 @@ def _pixels(images: Tensor) -> Any:
 
 
 class SampleMetrics:
-    """The figures of one set of samples against the training images.
+    """The metrics of one set of samples against the training images.
 
     Frechet distance, its error and the Inception score come from sums in float64: memory does not grow with the number
     of samples. Kernel distance, precision and recall keep the features, 4 F bytes a sample (8 KiB in Inception's space,
@@ -172,7 +172,7 @@ class SampleMetrics:
             self._kept.append(features)
 
     def metrics(self) -> dict[str, float]:
-        """The figures by name."""
+        """The metrics by name."""
         space, reference, found = self.reference.space, self.reference, dict[str, float]()
         if space.has_moments:
             found[space.metric_name("fd")] = frechet_distance(reference.moments, self._moments)
@@ -193,7 +193,7 @@ class SampleMetrics:
 
 
 def check_references(config: EvaluationConfig, references: Sequence[Reference]) -> None:
-    """Count the training images that figures are taken of, before a sample is drawn.
+    """Count the training images that metrics are taken of, before a sample is drawn.
 
     Raises:
         UserError: fewer than 1,000 for a kernel distance, or than 4 for precision and recall.

@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import COMMIT, git_commit, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking import open_client, plain_errors, quoted, start_run
+from cluster.tracking.runs import Ending, quoted, start_run
+from cluster.tracking.store import open_client, plain_errors
 
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
 _PROTOCOL, _FIGURE = "bld.protocol", "figure."
@@ -55,7 +56,7 @@ def register(experiment: Experiment) -> Registered:
     """Register autoencoder and prior as one version of a model, under an alias; it may become the champion.
 
     The version's files are a folder that `bld_core.load` opens and `mlflow models serve` serves; its tags are hashes
-    and the figures of its evaluation. Running it again for the same pair adds nothing but newer figures.
+    and the metrics of its evaluation. Running it again for the same pair adds nothing but newer metrics.
 
     Args:
         experiment: finished, evaluation included.
@@ -65,7 +66,7 @@ def register(experiment: Experiment) -> Registered:
 
     Raises:
         MissingError: a stage is not finished.
-        UserError: prior, autoencoder and evaluation do not belong together, the champion's figure is not there, or
+        UserError: prior, autoencoder and evaluation do not belong together, the champion's metric is not there, or
             MLflow refuses the name or is away.
     """
     pair = open_pair(experiment)
@@ -85,7 +86,7 @@ def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = {**made_from, COMMIT: git_commit(), _PROTOCOL: report["protocol"]}
-    tags |= {f"{_FIGURE}{figure}": repr(value) for figure, value in report["figures"].items()}
+    tags |= {f"{_FIGURE}{metric}": repr(value) for metric, value in report["figures"].items()}
     version = _version_of(client, name, made_from)
     if version is None:
         version = _make_version(client, name, experiment, report, tags)
@@ -100,16 +101,16 @@ def _register(experiment: Experiment, report: dict[str, Any], made_from: Mapping
     return Registered(name, str(version.version), rule)
 
 
-def _check(report: Mapping[str, Any], figure: str) -> None:
+def _check(report: Mapping[str, Any], metric: str) -> None:
     """Whether a report says what the champion is chosen by."""
     if "protocol" not in report:
         raise UserError(
             "the evaluation does not say how it was measured, as early versions did: evaluate again",
             stages=("evaluation",),
         )
-    if not math.isfinite(report["figures"].get(figure, math.nan)):
+    if not math.isfinite(report["figures"].get(metric, math.nan)):
         raise UserError(
-            f"tracking.champion_figure is {figure!r}, which the evaluation does not have as a finite number; it has "
+            f"tracking.champion_figure is {metric!r}, which the evaluation does not have as a finite number; it has "
             f"{', '.join(report['figures'])}: choose one of them, or evaluate with that figure"
         )
 
@@ -128,8 +129,8 @@ def _make_version(
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
     for part in (AUTOENCODER, PRIOR):
         check_model(files.join(experiment.folder, part))
-    run = start_run(experiment, "registered", None)
-    succeeded = False
+    run = replace(start_run(experiment, "registered", None), waiting="")  # nobody would come back to it
+    how: Ending = "FAILED"
     try:
         run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})
         run.metrics(report["figures"], 0)
@@ -146,9 +147,9 @@ def _make_version(
             run.artifacts(folder, "model")
         source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
         version = client.create_model_version(name, source, run.run_id, tags=tags)
-        succeeded = True
+        how = "FINISHED"
     finally:
-        run.end(succeeded)
+        run.end(how)
     return version
 
 
@@ -160,10 +161,10 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
 def compare_with_champion(
     tracking: TrackingConfig, version: str, tags: Mapping[str, str], champion: ModelVersion | None
 ) -> tuple[bool, str]:
-    """Whether a version follows the champion: its figure must be better by the margin, measured in the same way.
+    """Whether a version follows the champion: its metric must be better by the margin, measured in the same way.
 
     Args:
-        tracking: the figure, its direction and the margin.
+        tracking: the metric, its direction and the margin.
         version: the number of the version.
         tags: of the version.
         champion: the current one.
@@ -171,25 +172,25 @@ def compare_with_champion(
     Returns:
         Whether the alias moves; and the rule and its outcome in words.
     """
-    figure, margin = tracking.champion_figure, tracking.champion_margin
-    of_codes = figure in _OF_CODES
+    metric, margin = tracking.champion_figure, tracking.champion_margin
+    of_codes = metric in _OF_CODES
     rule = (
-        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {figure}"
+        f"{CHAMPION} is who has the {'lower' if tracking.champion_lower else 'higher'} {metric}"
         f"{' on the same latents' if of_codes else ''}, by {margin:g} or more"
     )
     if champion is None:
-        return True, f"{rule}: there was none, so version {version} is, with {float(tags[_FIGURE + figure]):.6g}"
+        return True, f"{rule}: there was none, so version {version} is, with {float(tags[_FIGURE + metric]):.6g}"
     holder = f"version {champion.version}"
     if str(champion.version) == version:
         return False, f"{rule}: version {version} is already"
     alike = [_PROTOCOL, *(_LATENTS if of_codes else ())]
     differ = [tag.removeprefix("bld.") for tag in alike if champion.tags.get(tag) != tags[tag]]
-    if differ or _FIGURE + figure not in champion.tags:
+    if differ or _FIGURE + metric not in champion.tags:
         return False, (
-            f"{rule}: {holder} stays, for it has another {' and '.join(differ) or figure}, so the two cannot be "
+            f"{rule}: {holder} stays, for it has another {' and '.join(differ) or metric}, so the two cannot be "
             "compared; evaluate and register that pair in the same way, or move the alias yourself"
         )
-    ours, theirs = float(tags[_FIGURE + figure]), float(champion.tags[_FIGURE + figure])
+    ours, theirs = float(tags[_FIGURE + metric]), float(champion.tags[_FIGURE + metric])
     better = theirs - ours if tracking.champion_lower else ours - theirs
     moves = better > 0 and better >= margin
     outcome = f"version {version} follows {holder}" if moves else f"{holder} stays"

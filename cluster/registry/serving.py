@@ -39,7 +39,7 @@ class Wanted(BaseModel):
     """One row of a request. A field that is left out, or null, has its default; descriptions end "it must be".
 
     Args:
-        label: class of the images; -1 asks for none.
+        label: class of the images, by number or name; -1 asks for none.
         seed: of the noise; the images are a function of the row alone.
         count: how many images.
         steps: number of reverse steps; this and the next two are by default those stored with the prior.
@@ -52,7 +52,7 @@ class Wanted(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    label: _Whole = Field(-1, description="a whole number")
+    label: _Whole | str = Field(-1, description="a whole number or a name")
     seed: _Whole = Field(0, description="a whole number")
     count: _Whole = Field(1, ge=1, description="a whole number of at least 1")
     steps: _Whole | None = Field(None, description="a whole number")
@@ -129,7 +129,11 @@ class Served:
         return answers
 
     def _draw(self, row: Wanted) -> torch.Tensor:
-        return self.pair.sample(labels=[row.label] * row.count, seed=row.seed, **row.sampling)
+        return self.pair.sample(labels=[self._label(row)] * row.count, seed=row.seed, **row.sampling)
+
+    def _label(self, row: Wanted) -> int:
+        prior = self.pair.prior
+        return -1 if prior is None else prior.record.label(row.label)  # without one, nothing is drawn
 
     def _complete(self, row: Wanted) -> torch.Tensor:
         record = self.pair.autoencoder.record
@@ -138,7 +142,7 @@ class Served:
         mask = (
             mask_of_picture(_decode(row.mask, "mask"), size, "mask") if row.mask else mask_of_box(row.box, size, "box")
         )
-        labels = None if row.label == -1 else [row.label]
+        labels = None if row.label == -1 else [self._label(row)]
         made = self.pair.inpaint(image[None], mask[None], count=row.count, labels=labels, seed=row.seed, **row.sampling)
         return made[0]
 

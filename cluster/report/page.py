@@ -28,7 +28,8 @@ from cluster.report.paper import PaperTable, tables_for
 from cluster.report.tables import GROUPS, about, rank, shown_metrics
 from cluster.secrets import without_secrets
 from cluster.stages import RECORD
-from cluster.tracking import STARTS, find_run, open_client
+from cluster.tracking.runs import STARTS, find_run
+from cluster.tracking.store import open_client, patiently
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _STAGES = ("autoencoder", "latents", "prior", "evaluation")
@@ -52,7 +53,7 @@ _DRAWN = "bit-usage.png"  # the page draws it again, in its own colours
 
 
 def write_report(experiment: Experiment) -> str:
-    """Evaluated experiment -> <folder>/evaluation/report.html: pictures, curves, figures, and where they come from.
+    """Evaluated experiment -> <folder>/evaluation/report.html: pictures, curves, metrics, and where they come from.
 
     Curves and command lines are those that MLflow holds; where it has lost a run, the page goes without.
 
@@ -68,8 +69,8 @@ def write_report(experiment: Experiment) -> str:
     """
     trained, folder = open_trained(experiment), files.join(experiment.folder, "evaluation")
     report = read_report(experiment.folder, trained)
-    figures, runs = report["figures"], _runs(experiment)
-    shown = shown_metrics(figures)
+    metrics, runs = report["figures"], _runs(experiment)
+    shown = shown_metrics(metrics)
     made_from = lineage(trained.autoencoder, trained.prior).items()
     tables = tables_for(experiment.data.image_size, experiment.prior.classes)
     page = {
@@ -80,8 +81,8 @@ def write_report(experiment: Experiment) -> str:
         "pictures": _pictures(folder, report),
         "usage": svg(bit_usage_figure(torch.tensor(usage), _HALF)) if (usage := report.get("bit_usage")) else "",
         "curves": {run.info.run_name: _curves(experiment, run) for run in runs if run.info.run_name in _TRAINED},
-        "tables": [_beside(table, experiment, figures) for table in tables if figures.keys() & table.columns.values()],
-        "left_out": [table.title for table in tables if not figures.keys() & table.columns.values()],
+        "tables": [_beside(table, experiment, metrics) for table in tables if metrics.keys() & table.columns.values()],
+        "left_out": [table.title for table in tables if not metrics.keys() & table.columns.values()],
         "lineage": {tag.removeprefix("bld.").removesuffix("_hash"): value for tag, value in made_from},
         "runs": [_provenance(run) for run in runs],
         "parameters": {name: without_secrets(value) for name, value in experiment.parameters().items()},
@@ -96,9 +97,9 @@ def write_report(experiment: Experiment) -> str:
 
 def _runs(experiment: Experiment) -> list[RecordedRun]:
     """The MLflow runs that made the experiment, as far as they are there."""
-    uri = experiment.tracking.resolve(experiment.root)
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
     records = [files.join(experiment.folder, stage, RECORD) for stage in _STAGES]
-    found = [find_run(uri, read_record(record)["run"]) for record in records if files.exists(record)]
+    found = [find_run(uri, read_record(record)["run"], patience) for record in records if files.exists(record)]
     return [run for run in found if run is not None]
 
 
@@ -133,11 +134,13 @@ def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _curves(experiment: Experiment, run: RecordedRun) -> list[str]:
-    """Diagrams of a training run: the loss and its terms, the held-out figures, how the steps went."""
-    client, known = open_client(experiment.tracking.resolve(experiment.root)), run.data.metrics
+    """Diagrams of a training run: the loss and its terms, the held-out metrics, how the steps went."""
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
+    client, known = open_client(uri, patience), run.data.metrics
 
     def history(key: str) -> dict[int, float]:
-        return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+        points = patiently(uri, patience, lambda: client.get_metric_history(run.info.run_id, key))
+        return {point.step: point.value for point in points}
 
     def line(key: str) -> Line:
         values = dict(sorted(history(key).items()))
@@ -163,9 +166,9 @@ def thinned(values: Sequence[float], most: int = 400) -> list[float]:
     return [fmean(values[i : i + share]) for i in range(0, len(values), share)]
 
 
-def _beside(table: PaperTable, experiment: Experiment, figures: Mapping[str, float]) -> dict[str, Any]:
+def _beside(table: PaperTable, experiment: Experiment, metrics: Mapping[str, float]) -> dict[str, Any]:
     """Our row above the paper's, of which those of the same images are marked."""
-    ours = [f"{figures[figure]:.2f}" if figure in figures else "-" for figure in table.columns.values()]
+    ours = [f"{metrics[metric]:.2f}" if metric in metrics else "-" for metric in table.columns.values()]
     rows = [("ours", f"this experiment, {experiment.name}", ours)]
     for row in table.rows:
         kind = "same" if experiment.name in row.experiments else ""

@@ -1,4 +1,4 @@
-"""What the paper reports, to stand beside our own figures (Wang et al., CVPR 2023, Tables 1 to 5)."""
+"""What the paper reports, to stand beside our own metrics (Wang et al., CVPR 2023, Tables 1 to 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PaperTable:
 
     Attributes:
         title: what it shows.
-        columns: heading of each column -> the figure of evaluation/report.json that it is.
+        columns: heading of each column -> the metric of evaluation/report.json that it is.
         rows: the paper's.
     """
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: how each is called and shown, and what it says."""
+"""The metrics of an evaluation: how each is called and shown, and what it says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _IMAGES, _CODES, _SAMPLES = GROUPS = ("Reconstruction", "Health of the code", "P
 
 
 class MetricInfo(NamedTuple):
-    """How a figure is shown: where, its name, its digits and unit, and what it says."""
+    """How a metric is shown: where, its name, its digits and unit, and what it says."""
 
     group: str
     title: str
@@ -21,7 +21,7 @@ class MetricInfo(NamedTuple):
 
 
 class ShownMetric(NamedTuple):
-    """A figure as it is shown."""
+    """A metric as it is shown."""
 
     group: str
     title: str
@@ -58,7 +58,7 @@ _FIGURES = {
     "class_accuracy": MetricInfo(_SAMPLES, "Samples of their class", "{:.1%}", "by logistic regression on pixels"),
     "class_accuracy_real": MetricInfo(_SAMPLES, "... real images", "{:.1%}", "the same classifier on held-out images"),
 }
-# The same in other features, whose name stands behind that of the figure.
+# The same in other features, whose name stands behind that of the metric.
 _KINDS = {
     "rfd": MetricInfo(_IMAGES, "Frechet distance", "{:.4g}", _FIGURES["rfid"].says),
     "fd": MetricInfo(_SAMPLES, "Frechet distance", "{:.4g}", _FIGURES["fid"].says),
@@ -79,17 +79,17 @@ _HELD_OUT = "_held_out"
 
 
 def about(name: str) -> MetricInfo:
-    """How a figure is shown; one that nobody knows, by its name alone."""
+    """How a metric is shown; one that nobody knows, by its name alone."""
     if name.endswith(_HELD_OUT):
         same = about(name.removesuffix(_HELD_OUT))
         return same._replace(title="... held-out images", says="as far as real images are from one another")
     if name in _FIGURES:
         return _FIGURES[name]
-    for kind, figure in _KINDS.items():
+    for kind, metric in _KINDS.items():
         if name == kind or name.startswith(f"{kind}_"):
             space = name[len(kind) + 1 :].replace("_", " ") or "inception"
             own = _OWN if space == "classifier" and kind in ("fd", "rfd") else ""
-            return figure._replace(title=f"{figure.title}, {space}", says=figure.says + own)
+            return metric._replace(title=f"{metric.title}, {space}", says=metric.says + own)
     return MetricInfo(_SAMPLES, name.replace("_", " "), "{:.4g}", "")
 
 
@@ -98,20 +98,20 @@ def rank(name: str) -> int:
     return list(_FIGURES).index(name) if name in _FIGURES else len(_FIGURES)
 
 
-def shown_metrics(figures: Mapping[str, float]) -> dict[str, ShownMetric]:
-    """The figures as they are shown; a deviation or an error stands behind the figure that it belongs to."""
+def shown_metrics(metrics: Mapping[str, float]) -> dict[str, ShownMetric]:
+    """The metrics as they are shown; a deviation or an error stands behind the metric that it belongs to."""
     found: dict[str, ShownMetric] = {}
-    for name, value in figures.items():
-        if any(name.endswith(end) and name.removesuffix(end) in figures for end in SPREADS):
+    for name, value in metrics.items():
+        if any(name.endswith(end) and name.removesuffix(end) in metrics for end in SPREADS):
             continue
         shown = about(name)
-        spreads = [f"{short} {figures[name + end]:.2g}" for end, short in SPREADS.items() if name + end in figures]
+        spreads = [f"{short} {metrics[name + end]:.2g}" for end, short in SPREADS.items() if name + end in metrics]
         found[name] = ShownMetric(shown.group, shown.title, shown.form.format(value), ", ".join(spreads), shown.says)
     return found
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The figures of a report as lines of text, by the names that they have in report.json and MLflow."""
+    """The metrics of a report as lines of text, by the names that they have in report.json and MLflow."""
     shown = shown_metrics(report["figures"])
     text = aligned([(name, row.value, row.spread, row.says) for name, row in shown.items()])
     line_of = dict(zip(shown, text, strict=True))

@@ -28,14 +28,15 @@ class GridConfig:
     """One grid of samples.
 
     Args:
-        classes: class of each column, -1 for none; empty takes every class, or ten columns where there are none.
+        classes: class of each column, by number or name, -1 for none; empty takes every class, or ten columns where
+            there are none.
         rows: rows of the grid.
         seed: of the noise; another seed gives other images.
         process: also make process.png (Fig. 3): a row for each sample of the first row, that many states of its way
             from noise to image; 0 makes none.
     """
 
-    classes: list[int] = field(default_factory=list)
+    classes: list[int | str] = field(default_factory=list)
     rows: int = 8
     seed: int = 0
     process: int = 0
@@ -65,11 +66,11 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
         UserError: an unknown class, or the process of a prior that is no binary diffusion.
     """
     found = open_pair(experiment)
-    columns = settings.classes or list(range(found.classes)) or [-1] * 10
+    assert found.prior is not None, "`open_pair` opens both"
+    columns = [*map(found.prior.label, settings.classes)] or list(range(found.classes)) or [-1] * 10
     sampling = experiment.sampling
     shown = files.sha256(repr((columns, settings.rows, sampling)).encode())[:6]  # grids never replace one another
     model = found.model
-    assert found.prior is not None, "`open_pair` opens both"
     if settings.process and not isinstance(model, BinaryModel):
         raise UserError(
             f"grid.process is {settings.process}, but prior.model is {found.prior.prior.model}: only binary diffusion "

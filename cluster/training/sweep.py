@@ -17,8 +17,10 @@ from bld_core.trained import read_prior
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
+from cluster.nodes import nodes_watched
 from cluster.runtime import connect_ray
 from cluster.storage import run_storage
+from cluster.tracking.store import known_to_be_there, open_client
 from cluster.training.train import train_prior
 
 
@@ -63,9 +65,12 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
         )
     open_encoded(experiment)
     trials = {trial.name: trial for trial in _trials(experiment)}
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
+    open_client(uri, patience)  # asked, and a database made, before any trial
     connect_ray(experiment.cluster)
 
     def run_trial(config: dict[str, Any]) -> None:
+        known_to_be_there(uri)
         trial = trials[config["trial"]]
         train_prior(trial, source=experiment.folder)
         metrics = read_prior(trial.folder).metrics
@@ -80,7 +85,8 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
         tune_config=TuneConfig(metric="bound", mode="min", max_concurrent_trials=experiment.sweep.concurrent),
         run_config=RunConfig(name="tune", **run_storage(folder), verbose=0),
     )
-    results = tuner.fit()
+    with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
+        results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} of {len(trials)} trials failed; the first: {results.errors[0]}")
     rows = [

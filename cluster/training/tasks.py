@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import astuple, replace
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ class Task(ABC):
         """What is minimised."""
 
     @abstractmethod
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
-        """Batches from `step` on; `positions` are those of the checkpoint, one a worker."""
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
+        """Batches from `step` on, to be closed; `positions` are those of the checkpoint, one a worker."""
 
     def position(self) -> list[int]:
         """Where this worker's data stands, for the checkpoint; nothing where the step says it all."""
@@ -125,12 +126,13 @@ class ImageTask(Task):
         self.skipped = Skipped()
         self._position = Position()
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         shards = len(files.expand(self.experiment.data.train))
         start = resume_position(positions, worker.rank, worker.world, shards)
         stream = image_batches(self.experiment, step, start, worker.rank, worker.world, self.skipped)
-        for batch, self._position in stream:
-            yield batch.to(worker.device)
+        with contextlib.closing(stream):
+            for batch, self._position in stream:
+                yield batch.to(worker.device)
 
     def position(self) -> list[int]:
         return [*astuple(self._position)]
@@ -203,10 +205,10 @@ class PriorTask(Task):
     def objective(self, worker: Worker) -> Objective:
         return self.model.objective(self.experiment.seed)
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         experiment, latents = self.experiment, self.codes.train
         latents_gb, device = experiment.cluster.latents_gb, worker.device
-        return latent_batches(
+        yield from latent_batches(
             latents, self.training, experiment.seed, step, worker.rank, worker.world, latents_gb, device
         )
 

@@ -21,12 +21,10 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.perceptual import load_perceptual
-from bld_core.data.images import check_shards
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
@@ -36,13 +34,16 @@ from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import Progress, on_terminal
+from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.ray_private import bar, quiet_training_worker
+from cluster.nodes import nodes_watched
+from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
 from cluster.runtime import unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
-from cluster.tracking import Run, SystemLoad
+from cluster.tracking.load import SystemLoad
+from cluster.tracking.runs import Run
 from cluster.training.checkpoints import FINAL, checkpoint_name, checkpoints, resume, training_faults
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
@@ -65,9 +66,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
     Raises:
         UserError: bad input, each with its remedy, before anything is started.
     """
-    shards = check_shards(experiment.data, "train")
+    shards = check_data(experiment).train
     check_feed(shards, experiment.cluster.replicas)
-    check_shards(experiment.data, "validation")
     _check_losses(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
@@ -120,9 +120,6 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
     found = open_encoded(experiment, source)
     assert found.codes is not None, "`open_encoded` opens them"
     autoencoder, latents = found.autoencoder, found.codes.train
-    classes = experiment.prior.classes
-    if latents.classes > classes > 0:
-        raise UserError(f"the latents hold class {latents.classes - 1}; prior.classes is {classes}: raise it")
     fingerprint = experiment.fingerprint("prior", "diffusion", "prior_training") | {"latents_hash": latents.hash}
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
@@ -130,12 +127,14 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
     faults = partial(training_faults, files.join(experiment.folder, "prior"), mend)
     with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
         if not stage.done:
+            names = list(latents.manifest.classes)[: experiment.prior.classes]
             config = {
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
                 "autoencoder_hash": autoencoder.hash,
                 "latents_hash": latents.hash,
+                **({"class_names": names} if names else {}),
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
             fit(stage, PriorTask(experiment, source, found.codes), config)
@@ -153,7 +152,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
     cluster = stage.experiment.cluster
     # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
     files.remove(files.join(stage.folder, _RAYS_LIST))
-    trainer = TorchTrainer(
+    trainer = PlainTrainer(
         _work,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
         scaling_config=ScalingConfig(
@@ -167,7 +166,8 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         ),
     )
     try:
-        result = trainer.fit()
+        with nodes_watched(cluster.need, cluster.patience):
+            result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error)) is not None:
             raise failure from error
@@ -187,7 +187,8 @@ def _user_error(error: TrainingFailedError) -> UserError | None:
     """What a training says that failed by a user's mistake, or as storage was away: the same as any other stage."""
     failures = [*error.worker_failures.values()] if isinstance(error, WorkerGroupError) else []
     failures += [error.controller_failure] if isinstance(error, ControllerError) else []
-    return next((failure for failure in map(unwrap, failures) if isinstance(failure, UserError)), None)
+    found = [files.full(failure) or failure for failure in map(unwrap, failures)]
+    return next((failure for failure in found if isinstance(failure, UserError)), None)
 
 
 @dataclass(frozen=True)
@@ -234,15 +235,14 @@ def _work(settings: dict[str, Job]) -> Exception | None:
         for report in train(state, batches, task.objective(worker), training):
             last = report.step == training.steps
             if last or report.step % training.log_every == 0:
-                figures = _figures(report, state, task, worker)
+                terms = _logged(report, state, task, worker)
                 if run is not None and load is not None and progress is not None:
-                    named = {f"train_{name}": value for name, value in figures.items()}
+                    named = {f"train_{name}": value for name, value in terms.items()}
                     run.metrics(named | load.metrics(), report.step)
-                    progress.update(report.step, figures)
-                if _too_many(task, report.step, figures):
-                    return UserError(
-                        f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
-                    )
+                    progress.update(report.step, terms)
+                if _too_many(task, report.step, terms):
+                    said = worker.said_by_all(str(task.skipped))
+                    return UserError(f"{said}; {above(task.experiment.data.max_skipped)}")
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
             if due:
@@ -251,30 +251,32 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
+    finally:
+        batches.close()  # a stream of Ray Data that is open when Ray ends starts it again, and the process never ends
     if progress is not None:
         progress.close()
     return None
 
 
-def _figures(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
+def _logged(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
     """The step's losses, the mean over all workers; how the step went; and what all of them have left out."""
     terms = torch.stack([*report.terms.values()]).double()
     values = torch.cat([terms, terms.new_tensor([task.left_out() * worker.world])])
     if worker.world > 1:
         torch.distributed.all_reduce(values)
     *means, left_out = (values / worker.world).tolist()
-    figures = dict(zip(report.terms, means, strict=True))
-    figures |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
+    logged = dict(zip(report.terms, means, strict=True))
+    logged |= {"gradient_norm": float(report.gradient_norm), "learning_rate": report.learning_rate}
     if state.skipped:
-        figures["skipped"] = state.skipped
+        logged["skipped"] = state.skipped
     if left_out:
-        figures["skipped_images"] = left_out
-    return figures
+        logged["skipped_images"] = left_out
+    return logged
 
 
-def _too_many(task: Task, step: int, figures: dict[str, float]) -> bool:
+def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     """Whether all workers together have left out too many images; each of them gets the same answer."""
-    left_out = round(figures.get("skipped_images", 0))
+    left_out = round(logged.get("skipped_images", 0))
     account = Skipped(step * task.training.batch_size + left_out, Counter(images=left_out))
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 

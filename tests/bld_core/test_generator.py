@@ -14,6 +14,7 @@ import bld_core
 from bld_core.data.images import stack, to_float, to_uint8
 from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.errors import UserError
 from bld_core.generator import Generator, known_tokens
 from bld_core.noise import uniform
 from bld_core.prior.model import make_model
@@ -82,6 +83,14 @@ def test_images_become_bits_and_bits_images(generator: Generator) -> None:
     with torch.no_grad():  # the same as the network's own way through the mode
         assert torch.equal(decoded, to_uint8(tiny_autoencoder()(to_float(images))[0]))
     assert torch.equal(generator.reconstruct(images), decoded)
+
+
+def test_classes_are_known_by_their_names_where_they_have_some(generator: Generator) -> None:
+    assert generator.prior is not None
+    record = generator.prior.record
+    assert [record.label(2), replace(record, class_names=["cat", "dog", "owl"]).label("dog")] == [2, 1]
+    with pytest.raises(UserError, match="class 'dog' asked for, of which the prior knows nothing: its classes are num"):
+        record.label("dog")
 
 
 def test_samples_are_a_function_of_seed_and_index(generator: Generator) -> None:

@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -344,21 +345,27 @@ def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
     return make_autoencoder(TINY_AUTOENCODER, channels).eval()
 
 
-def write_latents(folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,)) -> None:
+def write_latents(
+    folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,), labelled: bool = True, **identity: Any
+) -> None:
     """An encoded data set of random 2 x 2 x 8 bits: shards of so many rows. Row i has key i and class i modulo 3."""
     entries = list[LatentFile]()
     start = 0
     for shard, rows in enumerate((*train, *validation)):
         index = torch.arange(start, start + rows)
         bits = pack_bits((uniform(5, "toy bits", index, 32) < 0.3).to(torch.uint8))
-        keys, labels, zeros = [f"{i:04d}" for i in index], (index % 3).tolist(), [0] * rows
+        keys, labels, zeros = (
+            [f"{i:04d}" for i in index],
+            (index % 3 if labelled else -1 + 0 * index).tolist(),
+            [0] * rows,
+        )
         data = latent_shard_bytes(LatentRows(keys, labels, zeros, zeros, bits), {"shape": [2, 2, 8]})
         split: Split = "train" if shard < len(train) else "validation"
         name = f"{split}/{shard}.parquet"
         files.write_bytes(files.join(folder, name), data)
         entries.append(describe_file(name, data, rows, f"{shard}.tar", split, {}))
         start += rows
-    files.write_json(files.join(folder, MANIFEST), Manifest(shape=(2, 2, 8), files=entries).to_json())
+    files.write_json(files.join(folder, MANIFEST), Manifest(shape=(2, 2, 8), files=entries, **identity).to_json())
 
 
 @functools.cache

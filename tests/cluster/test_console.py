@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,9 +10,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ray.train import TrainingFailedError
 from bld_core.training.loop import Batch
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
+from cluster.console import user_errors_answered
 from cluster.runtime import map_on_actors
 from cluster.stages import open_stage
 from cluster.training.tasks import PriorTask, Worker
@@ -31,10 +34,48 @@ from tests.console import unknown
 REPOSITORY = Path(__file__).parents[2]
 
 
+def test_no_space_is_one_message_whoever_meets_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "gone/away/file")
+    with pytest.raises(SystemExit) as ended, user_errors_answered({}):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+    assert ended.value.code == 2
+    message = (
+        rf"error: no space for '{file}' \(No space left on device; [\d,]+ bytes are free there\): free some, or .*\n"
+    )
+    assert re.fullmatch(message, capsys.readouterr().err)
+    with pytest.raises(OSError, match="Input/output error"), user_errors_answered({}):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_as_its_errors_do(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), list[BaseException]()
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except BaseException as error:
+            seen.append(error)
+            os.kill(os.getpid(), signal.SIGTERM) if number == signal.SIGTERM else None  # who is stopped, is stopped
+            raise
+
+    try:
+        with pytest.raises(SystemExit) as ended, user_errors_answered({}):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == code
+    assert [type(error) for error in seen] == [KeyboardInterrupt]
+    assert capsys.readouterr().err == (
+        f"stopped by {signal.Signals(number).name}; run the same command again, which goes on where it was\n"
+    )
+
+
 class Failing(PriorTask):
     """Stage 2 that warns and fails on its worker."""
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         warnings.warn("ours, by Python", stacklevel=1)
         logging.getLogger("cluster.ours").warning("ours, by a logger")
         sys.stderr.write("ours, by a library\n")

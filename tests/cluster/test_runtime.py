@@ -1,14 +1,22 @@
-"""Work on actors: what has died is begun again, as often as it may."""
+"""Work on actors: what has died is begun again, as often as it may; what is gone is waited for, but not for ever."""
 
 from __future__ import annotations
 
+import _thread
 import os
+import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
+import cluster.nodes
+from bld_core.errors import UserError
+from cluster.nodes import Need, Watch, nodes_watched
 from cluster.runtime import ClusterConfig, connect_ray, finished_on_actors
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -39,3 +47,56 @@ def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> No
     assert list(once) == [(0, 9)]
     with pytest.raises(RayActorError):
         list(twice)
+
+
+class Damaged:
+    """An actor that finds at its start that a file is damaged."""
+
+    def __init__(self, file: str) -> None:
+        raise UserError(f"{file} has sha256 0123, config.json says 4567", stages=("prior",))
+
+    def square(self, number: int) -> int:
+        return number**2
+
+
+def test_what_an_actor_finds_at_its_start_is_raised_as_it_was() -> None:
+    config = ClusterConfig(cpus_per_worker=0.25, max_failures=1)
+    connect_ray(config)
+    with pytest.raises(UserError) as raised:
+        list(finished_on_actors(Damaged, ("model.safetensors",), "square", [3, 4], config))
+    assert str(raised.value) == "model.safetensors has sha256 0123, config.json says 4567"
+    assert raised.value.stages == ("prior",)
+
+
+def test_nodes_that_are_gone_are_named_and_not_waited_for_without_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.nodes, "LOOK_S", 0.0)
+    connect_ray(ClusterConfig(cpus_per_worker=0.25))
+    cpus = ray.cluster_resources()["CPU"]
+    assert Watch(Need(cpus, 0), 0).look() is None, "all is there"
+    watch = Watch(Need(cpus + 1.5, 1), 0.2)
+    assert watch.look() is None
+    assert watch.look() is None
+    line = (
+        rf"waiting: the Ray cluster has {cpus:g} of {cpus + 1.5:g} CPU cores and 0 of 1 GPUs .*, since \d\d:\d\d:\d\d"
+    )
+    assert re.fullmatch(rf"{line}; for 0 s more\n", capsys.readouterr().err), "once in 30 seconds"
+    time.sleep(0.2)
+    assert re.search(r"cluster.patience is 0.2 s: .* run the same command again", str(watch.look()))
+
+
+def test_waiting_for_ray_ends_with_the_nodes_and_by_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.nodes, "LOOK_S", 0.1)
+    connect_ray(ClusterConfig(cpus_per_worker=0.25))
+    with pytest.raises(UserError, match="of 1000 CPU cores"), nodes_watched(Need(1000, 0), 0.2):
+        ray.get(sleep.remote(60))
+    interrupt = threading.Timer(0.5, _thread.interrupt_main)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt), nodes_watched(Need(0, 0), 0):
+        ray.get(sleep.remote(60))
+
+
+@ray.remote(num_cpus=0)
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)

@@ -151,7 +151,9 @@ class Real(NamedTuple):
 
 TRAINED = ["autoencoder", "latents", "prior"]
 REAL = {
-    "make_shards.py": Real([], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json"]),
+    "make_shards.py": Real(
+        [], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json", "classes.json"]
+    ),
     "stage1_ae.py": Real([], [], r"^autoencoder: .*/small/autoencoder/final$", ["autoencoder/final/model.safetensors"]),
     "encode_latents.py": Real(
         ["autoencoder"],
@@ -302,3 +304,14 @@ def test_the_whole_order_of_work_on_fashion_images(
     assert unknown(done.stderr) == []
     assert re.search(r"^autoencoder  4/4  .* loss ", done.stderr, re.M)
     check_the_whole_order(done.stdout, flags, tmp_path / "fashion", monkeypatch, capsys)
+
+
+def test_run_all_refuses_first_what_its_evaluation_would_refuse_last(
+    digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = ["--config", str(PIPELINES.parent / "configs/demo.yaml"), "--root", str(tmp_path)]
+    data = [f"--data.{split}={pattern}" for split, pattern in digits.items()]
+    asked = ["--evaluation.lpips=true", f"--loss.vgg_weights={tmp_path}/vgg.pth"]
+    assert run(monkeypatch, "run_all.py", *demo, *data, *asked) == 2
+    assert re.search(r"error: .*vgg\.pth", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [], "something was begun"

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.data.images import ImageConfig
+from bld_core.diffusion.process import output_size
 from bld_core.prior.transformer import Prior, PriorConfig
 from cluster.config.experiment import Experiment
 from pipelines.command import command
@@ -134,7 +135,7 @@ def test_networks_take_the_images_and_codes_of_their_configuration(name: str, mo
         "encoder": (1, c, h, w),
         "decoder": (1, experiment.data.channels, size, size),
         "critic": (1, 1, patches, patches),
-        "prior": (1, h * w, c),
+        "prior": (1, h * w, output_size(c, experiment.prior.group)),
     }
 
 

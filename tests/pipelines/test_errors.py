@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
@@ -117,7 +117,11 @@ def test_a_setting_out_of_bounds_is_named_with_its_section(
         ("stage1_ae.py", ["--config", "missing.yaml"], r"File does not exist: .*missing\.yaml"),
         ("stage1_ae.py", ["--config", "{tmp}/no.yaml"], r"no.yaml is not YAML"),
         ("stage1_ae.py", ["--data.train", "${{oc.env:BLD_NO_SUCH_VARIABLE}}"], r"BLD_NO_SUCH_VARIABLE.*data\.train"),
-        ("stage1_ae.py", ["--data.train", "{tmp}"], r"data\.train names what cannot be read .*Is a directory"),
+        (
+            "stage1_ae.py",
+            ["--data.train", "{tmp}"],
+            r"{tmp}' is a folder .*name the tar files in it, for example '{tmp}/\*\.tar'",
+        ),
         ("stage1_ae.py", ["--root", "{tmp}/no.yaml"], r"root is '{tmp}/no\.yaml': cannot write to .*another folder"),
         (
             "stage1_ae.py",
@@ -181,7 +185,7 @@ def key(*_: object) -> object:
 def test_a_fault_deep_in_our_code_keeps_its_traceback(
     fault: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.training.train, "check_shards", fault)
+    monkeypatch.setattr(cluster.training.train, "check_data", fault)
     with pytest.raises((ValueError, KeyError)) as raised:
         run(monkeypatch, "stage1_ae.py", *DEMO, "--root", str(tmp_path))
     assert not isinstance(raised.value, UserError)
@@ -193,7 +197,7 @@ def test_a_fault_ends_the_command_with_its_traceback_and_exit_code_1(tmp_path: P
 import runpy, sys
 import cluster.training.train
 from tests.pipelines.test_errors import pair
-cluster.training.train.check_shards = pair
+cluster.training.train.check_data = pair
 sys.argv = ["stage1_ae.py", *{[*DEMO, "--root", str(tmp_path)]}]
 runpy.run_path("pipelines/stage1_ae.py", run_name="__main__")
 """
@@ -214,10 +218,10 @@ def test_it_does_not_matter_where_a_library_lies(inside: bool, monkeypatch: pyte
         assert spec.loader is not None
         library = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(library)
-        monkeypatch.setattr(cluster.training.train, "check_shards", library.fault)
+        monkeypatch.setattr(cluster.training.train, "check_data", library.fault)
         with pytest.raises(ValueError, match="invalid literal"):
             run(monkeypatch, "stage1_ae.py", *DEMO)
-        monkeypatch.setattr(cluster.training.train, "check_shards", lambda *_: library.refuse(UserError("no")))  # pyright: ignore[reportUnknownLambdaType]
+        monkeypatch.setattr(cluster.training.train, "check_data", lambda *_: library.refuse(UserError("no")))  # pyright: ignore[reportUnknownLambdaType]
         assert run(monkeypatch, "stage1_ae.py", *DEMO) == 2
 
 
@@ -250,12 +254,12 @@ def test_an_actor_tells_whose_mistake_it_is(
 
 
 class FaultyTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         raise AssertionError(number())
 
 
 class RefusingTask(PriorTask):
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         raise UserError(f"`batch_size` is {self.training.batch_size}; it must not be", self.training)
 
 

@@ -16,6 +16,10 @@ from PIL import Image
 from bld_core.data.images import ImageConfig, first_images
 from bld_core.storage.files import expand
 from cluster.config.experiment import Experiment
+from cluster.data.check import check_data
+from cluster.data.shards import ShardConfig, make_shards
+from cluster.data.suggest import first_flags
+from pipelines.command import command
 from tests.conftest import copy_of
 from tests.pipelines.test_commands import run
 
@@ -80,6 +84,41 @@ def test_a_folder_of_images_becomes_shards(
     assert "already done" in capsys.readouterr().out
     assert run(monkeypatch, "make_shards.py", *words[2:], "--images_per_shard", "7") == 2
     assert "choose another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "side", "count", "size"), [(2, 8, 10, 32), (0, 90, 20, 64)], ids=["classes, small", "none, large"]
+)
+def test_the_next_command_that_is_printed_is_whole(
+    classes: int, side: int, count: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(2 * count):
+        name = tmp_path / "images" / (str(i % classes) if classes else "") / f"{i}.webp"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side + 2, 3), i, np.uint8)).save(name)
+    made = make_shards(ShardConfig(source="images", output="data/mine", images_per_shard=9))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *first_flags(made, "mine")])
+    read: list[Experiment] = []
+    command(None, lambda experiment, _: read.append(experiment))
+    (experiment,) = read
+    assert (experiment.name, experiment.data.image_size, experiment.data.channels) == ("mine", size, 3)
+    assert experiment.prior.classes == classes
+    shards = check_data(experiment)
+    assert len(shards.train) == len(list((tmp_path / "data/mine").glob("train-*")))
+
+
+def test_where_a_split_or_a_second_shard_is_missing_the_next_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "images", 4)
+    made = make_shards(ShardConfig(source="images", output="out", validation_share=0))
+    flags = first_flags(made, "mine")
+    assert "--data.validation=NAME_YOUR_SHARDS" in flags, "the demo's own would be taken"
+    assert "--cluster.workers=1" in flags
+    assert "--data.channels=3" in flags
 
 
 @pytest.mark.long

@@ -37,7 +37,7 @@ class AbsorbingPrior(TokenPrior):
     def __init__(self, config: PriorConfig, tokens: int, bits: int) -> None:
         super().__init__(config, tokens, bits, causal=False)
 
-    def features(self, z_BNC: Tensor, masked_BN: Tensor, labels: Tensor | None = None) -> Tensor:
+    def token_features(self, z_BNC: Tensor, masked_BN: Tensor, labels: Tensor | None = None) -> Tensor:
         """Features (B, N, D).
 
         Args:
@@ -46,15 +46,14 @@ class AbsorbingPrior(TokenPrior):
             labels: int64 (B,), 0..classes - 1, or -1 for the learned null class; None means -1 for all.
         """
         h_BND = torch.where(masked_BN[..., None], self.blank, self.embed(2 * z_BNC - 1))
-        h_BND = h_BND + self.position + self.of_class(labels, len(z_BNC))[:, None]
-        return self.norm(self.blocks(h_BND))
+        return self.features(h_BND + self.position, self.of_class(labels, len(z_BNC)))
 
     def forward(self, z_BNC: Tensor, masked_BN: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, N, C) that each bit is 1, given the visible tokens and the bits before it in its own token.
 
         They mean something for masked tokens alone.
         """
-        return self.head(self.features(z_BNC, masked_BN, labels), z_BNC)
+        return self.head(self.token_features(z_BNC, masked_BN, labels), z_BNC)
 
 
 def random_order(seed: int, purpose: str, index: Tensor, tokens: int) -> Tensor:
@@ -142,7 +141,7 @@ def sample_unmasking(
         z, masked = torch.where(known.mask[..., None], known.z, z), ~known.mask
         order = order.gather(1, masked.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
     for t, s in itertools.pairwise(grid):
-        h_MND = network.features(z.repeat(copies, 1, 1), masked.repeat(copies, 1), labels)
+        h_MND = network.token_features(z.repeat(copies, 1, 1), masked.repeat(copies, 1), labels)
         # The tokens that this step unmasks, (B, t - s), and their bits.
         chosen = order[:, tokens - t : tokens - s]
         of_chosen = chosen.repeat(copies, 1)[..., None].expand(-1, -1, h_MND.shape[-1])

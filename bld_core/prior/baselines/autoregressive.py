@@ -18,7 +18,8 @@ from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import UserError
 from bld_core.prior.baselines.chained import TokenPrior, token_nll, token_objective, with_null_class
-from bld_core.prior.transformer import Cache, PriorConfig
+from bld_core.prior.blocks import Cache
+from bld_core.prior.transformer import PriorConfig
 from bld_core.training.loop import Objective
 
 
@@ -37,8 +38,7 @@ class AutoregressivePrior(TokenPrior):
         """
         start = self.blank.expand(len(z_BNC), 1, -1)
         h_BND = torch.cat([start, self.embed(2 * z_BNC[:, :-1] - 1)], dim=1)
-        h_BND = h_BND + self.position + self.of_class(labels, len(z_BNC))[:, None]
-        return self.head(self.norm(self.blocks(h_BND)), z_BNC)
+        return self.head(self.features(h_BND + self.position, self.of_class(labels, len(z_BNC))), z_BNC)
 
     def next_features(self, previous_BC: Tensor, labels: Tensor | None, caches: list[Cache]) -> Tensor:
         """Features (B, D) of the next token, from the one before it and the caches, one a block, of those before.
@@ -47,9 +47,10 @@ class AutoregressivePrior(TokenPrior):
         """
         n = caches[0].count
         h_BD = self.embed(2 * previous_BC - 1) if n else self.blank.expand(len(previous_BC), -1)
-        h_BND = (h_BD + self.position[n] + self.of_class(labels, len(previous_BC)))[:, None]
+        condition = self.of_class(labels, len(previous_BC))
+        h_BND = (h_BD + self.position[n] + condition)[:, None]
         for block, cache in zip(self.blocks, caches, strict=True):
-            h_BND = block(h_BND, cache)
+            h_BND = block(h_BND, condition, cache)
         return self.norm(h_BND)[:, 0]
 
 

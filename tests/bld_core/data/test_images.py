@@ -67,7 +67,7 @@ def test_pad_centres_the_image_on_black() -> None:
 
 
 def test_pad_refuses_a_larger_image_with_both_sizes() -> None:
-    with pytest.raises(ValueError, match=r"\(9, 4\) pixels does not fit `image_size` 8; set `fit` to crop"):
+    with pytest.raises(BadImage, match=r"image larger than its square.*: \(9, 4\) pixels, the square has 8"):
         decode(png_of(gradient(9, 4)), ImageConfig(image_size=8, fit="pad"))
 
 

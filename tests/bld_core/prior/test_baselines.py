@@ -19,8 +19,9 @@ from bld_core.noise import uniform
 from bld_core.prior.baselines.absorbing import AbsorbingPrior, absorbing_bound, random_order, sample_unmasking
 from bld_core.prior.baselines.autoregressive import AutoregressivePrior
 from bld_core.prior.baselines.chained import ChainedHead, token_nll
+from bld_core.prior.blocks import Cache
 from bld_core.prior.model import PriorModel, make_model
-from bld_core.prior.transformer import Cache, ModelName, PriorConfig, drop_labels
+from bld_core.prior.transformer import ModelName, PriorConfig, drop_labels
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import STATES, perturb, state_number, total_variation, toy_codes, toy_distribution
 
@@ -187,7 +188,7 @@ class Oracle(AbsorbingPrior):
         self.p = p
         self.head.direct.weight.data[0, 0] = 1.0
 
-    def features(self, z_BNC: Tensor, masked_BN: Tensor, labels: Tensor | None = None) -> Tensor:
+    def token_features(self, z_BNC: Tensor, masked_BN: Tensor, labels: Tensor | None = None) -> Tensor:
         agrees = (z_BNC.view(-1, 1, 3) == STATES) | masked_BN[:, None]  # (B, state, token)
         p = self.p * agrees.all(-1)
         one = p @ STATES

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import os
+import resource
 import socket
 import threading
 import time
@@ -269,3 +271,26 @@ def test_what_does_not_pass_is_raised_at_once(s3: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("BLD_STORAGE_SECONDS", "soon")
     with pytest.raises(ValueError, match="BLD_STORAGE_SECONDS is 'soon'"):
         persist("anything", int)
+
+
+def test_no_space_names_the_file_its_size_and_the_remedy_and_leaves_nothing(tmp_path: Path) -> None:
+    url, before = str(tmp_path / "folder/file"), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_on() -> None:
+        with files.commit(url) as file:
+            for _ in range(10):
+                file.write(bytes(50_000))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            files.FullError, match=rf"no space for '{url}' of 123,456 bytes \(File too .*: free some, or"
+        ):
+            files.write_bytes(url, bytes(123_456))
+        with pytest.raises(files.FullError, match=r"of 100,000 bytes"):  # what was written is known
+            write_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "folder").iterdir()) == []
+    error = copy.copy(files.FullError("no space"))  # as it comes from another process
+    assert (type(error), str(error)) == (files.FullError, "no space")

@@ -107,7 +107,8 @@ def with_critic() -> TrainState:
     state.critic = make_state(tiny_prior(seed=1), CONFIG)
     for each in state.states():
         sum(parameter.sum() for parameter in each.module.parameters()).backward()
-        each.optimizer.step()
+        for optimizer in each.optimizers:
+            optimizer.step()
     return state
 
 
@@ -125,7 +126,7 @@ def test_whatever_is_wrong_with_a_checkpoint_is_found_and_the_state_stays_as_it_
         each.step = 7
         perturb(each.module)
         each.averages[0].update(each.module, each.step)
-        for values in each.optimizer.state.values():
+        for values in (v for optimizer in each.optimizers for v in optimizer.state.values()):
             values["exp_avg"].add_(1.0)
     save_state(str(tmp_path / "newer"), state, {})
     spoiled = tmp_path / "newer" / file

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from bld_core.prior.binary import PriorObjective
 from bld_core.prior.transformer import PriorConfig
 from bld_core.training.averages import Ema
 from bld_core.training.checkpoint import load_state, save_state
+from bld_core.training.layers import Layers
 from bld_core.training.loop import TrainingConfig, TrainState, learning_rate, make_state, train, worker_share
-from tests.bld_core.toys import tiny_prior, toy_batches
+from tests.bld_core.toys import perturb, tiny_prior, toy_batches
 
 ROWS = 22
 
@@ -33,12 +35,16 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
     for average in state.averages:
         tensors |= {f"ema {average.decay} {name}": tensor for name, tensor in average.weights.items()}
     for i, parameter in enumerate(state.module.parameters()):
-        tensors |= {f"moment {i} {kind}": value for kind, value in state.optimizer.state[parameter].items()}
+        for optimizer in state.optimizers:
+            kept = optimizer.state.get(parameter, {})
+            tensors |= {f"moment {i} {kind}": value for kind, value in kept.items()}
     return tensors
 
 
-def test_interrupted_is_uninterrupted_bitwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_is_uninterrupted_bitwise(tmp_path: Path, optimizer: Literal["adamw", "muon"]) -> None:
     config = TrainingConfig(
+        optimizer=optimizer,
         steps=10,
         batch_size=8,
         warmup=3,
@@ -89,6 +95,51 @@ def test_every_report_has_the_step_the_rate_and_the_terms() -> None:
         assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    config = TrainingConfig(steps=1, batch_size=8, warmup=0, optimizer="muon", learning_rate=1e-2)
+    network, name = tiny_prior(seed=0), "blocks.0.attention.out.weight"
+    perturb(network)  # a fresh one has no gradient but that of its head
+    before = network.get_parameter(name).detach().double()
+    state = make_state(network, config)
+    muon, adamw = ({id(p) for group in each.param_groups for p in group["params"]} for each in state.optimizers)
+    for each, weight in network.named_parameters():
+        assert (id(weight) in muon) == (each.startswith("blocks.") and weight.ndim == 2), each
+        assert (id(weight) in adamw) != (id(weight) in muon), each
+    run(state, config, 1)
+    moved = network.get_parameter(name).detach().double() - before
+    values = torch.linalg.svdvals(moved) / (0.2 * math.sqrt(128) * 1e-2)  # most of what is added is nearly orthogonal
+    assert float(values.median()) > 0.6
+    assert float(values.max()) < 1.3
+
+
+@torch.no_grad()
+def test_a_step_of_muon_changes_what_a_matrix_gives_by_as_much_at_any_width() -> None:
+    config = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+    changes: list[float] = []
+    for width in (32, 512):
+        matrix = torch.nn.Linear(width, 3 * width, bias=False)
+        muon, _ = make_state(torch.nn.Sequential(Layers(matrix), torch.nn.LayerNorm(width)), config).optimizers
+        x, y = (torch.randn(1, size, generator=torch.Generator().manual_seed(0)) for size in (width, 3 * width))
+        before, matrix.weight.grad = matrix.weight.clone(), y.T @ x
+        muon.step()
+        changes.append(float(((matrix.weight - before * (1 - 1e-2 * 0.1)) @ x[0]).square().mean().sqrt()))
+    assert changes[0] == pytest.approx(changes[1], rel=0.2)
+
+
+def test_beside_muon_matrices_that_read_many_features_have_a_lower_rate() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(32, 512), Layers(torch.nn.Linear(512, 512)), torch.nn.Linear(512, 8))
+    _, adamw = make_state(network, TrainingConfig(optimizer="muon", learning_rate=0.1)).optimizers
+    rates = {weight: group["initial_lr"] for group in adamw.param_groups for weight in group["params"]}
+    expected = {"0.weight": 0.1, "0.bias": 0.1, "1.0.bias": 0.1, "2.weight": 0.1 * 128 / 512, "2.bias": 0.1}
+    assert {name: rates[network.get_parameter(name)] for name in expected} == expected
+    assert len(rates) == len(expected)
+
+
+def test_muon_is_refused_where_there_are_no_blocks() -> None:
+    with pytest.raises(ValueError, match=r"`optimizer` is muon, .* this network has none: set it to adamw"):
+        make_state(torch.nn.Linear(2, 2), TrainingConfig(optimizer="muon"))
+
+
 def test_the_rate_warms_up_linearly_then_stays_or_falls_as_half_a_cosine() -> None:
     constant = TrainingConfig(steps=100, warmup=10, learning_rate=0.5)
     assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.05, 0.25, 0.5, 0.5, 0.5])
@@ -97,6 +148,10 @@ def test_the_rate_warms_up_linearly_then_stays_or_falls_as_half_a_cosine() -> No
     half = math.sqrt(0.5) / 2
     assert rates == pytest.approx([0.05, 0.5, 0.5, 0.25 + half / 2, 0.25, 0.25 - half / 2, 0], abs=1e-12)
     assert learning_rate(TrainingConfig(warmup=0, learning_rate=0.5), 0) == 0.5
+    rates = [learning_rate(replace(cosine, decay="linear"), step) for step in (9, 10, 35, 60, 110)]
+    assert rates == pytest.approx([0.5, 0.5, 0.375, 0.25, 0], abs=1e-12)
+    rates = [learning_rate(replace(cosine, decay="trapezoid"), step) for step in (4, 10, 89, 90, 100, 110)]
+    assert rates == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.25, 0], abs=1e-12)
 
 
 def test_ema_is_the_recursive_average_with_a_warming_decay() -> None:

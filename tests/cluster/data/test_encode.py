@@ -26,7 +26,7 @@ from bld_core.storage.files import read_json
 from bld_core.trained import load_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents, verify_latents
-from cluster.tracking import Run
+from cluster.tracking.runs import Run
 from tests.conftest import copy_of, small_experiment
 
 

@@ -72,6 +72,10 @@ def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Exper
 
 def test_a_grid_is_a_picture_and_an_npz_of_the_same_images(finished: Experiment) -> None:
     grid = Path(draw_grid(finished, GridConfig(classes=[3, 7, -1], rows=2, seed=5, process=4)))
+    named = GridConfig(classes=["3", 7, -1], rows=2, seed=5, process=4)  # digits are classes that have names
+    assert draw_grid(finished, named) == str(grid)
+    with pytest.raises(ValueError, match=r"class 'three' asked for, .*: its classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9$"):
+        draw_grid(finished, GridConfig(classes=["three"]))
     assert Image.open(grid).size == (3 * 66 + 2, 2 * 66 + 2)
     process = np.asarray(Image.open(grid.with_name("process.png")))
     assert process.shape == (3 * 66 + 2, 4 * 66 + 2)
@@ -304,7 +308,7 @@ def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
     [again] = make_references(replace(experiment, name="another", seed=1), [space])
     assert "already done" in capsys.readouterr().out
     assert Path(again.folder).parent == tmp_path / "references"
-    assert again.figures == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
+    assert again.metrics == {f"{fd}_held_out": figures[f"{fd}_held_out"]}
     with np.load(f"{again.folder}/statistics.npz") as arrays:
         np.testing.assert_array_equal(arrays["mu"], again.moments.mean.numpy())
         assert arrays["sigma"].shape == (2048, 2048)

@@ -27,7 +27,7 @@ import bld_core
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.registry.registry import compare_with_champion, fetch_model, register
-from cluster.tracking import open_client
+from cluster.tracking.store import open_client
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
 
@@ -276,8 +276,8 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
     bad: list[tuple[Any, str]] = [
         (rows({"label": 0}, {"label": 10}), "row 1: class 10 asked for; the classes of this prior: 0..9"),
         (rows({"lable": 3}), "row 0: unknown field lable; a row may have label, seed"),
-        (rows({"label": "three"}), "label is 'three'; it must be a whole number"),
-        (rows({"label": 1.5}), "label is 1.5; it must be a whole number"),
+        (rows({"label": "three"}), "row 0: class 'three' asked for, of which the prior knows nothing: its classes are"),
+        (rows({"label": 1.5}), "label is 1.5; it must be a whole number or a name"),
         (rows({"count": 0}), "count is 0; it must be a whole number of at least 1"),
         (rows({"count": 200}, {"count": 200}), "row 1: 400 images asked for; one request gives at most 256"),
         (rows({"steps": 1000}), "steps"),

@@ -15,7 +15,7 @@ from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.report.page import thinned, write_report
-from cluster.tracking import start_run
+from cluster.tracking.runs import start_run
 from tests.browser import chromium, problems
 from tests.conftest import random_pair, report_of
 from tests.servers import MlflowServer
@@ -47,7 +47,7 @@ def evaluated(
         for step in range(1, 31):
             run.metrics({"train_loss": 1 / step, "train_l1": 0.5 / step, "train_gradient_norm": 1.0}, step)
         run.metrics({"val_bound": 0.5, "val_bound_se": 0.01, "val_psnr": 20.0}, 30)
-        run.end(succeeded=True)
+        run.end("FINISHED")
         files.write_json(f"{experiment.folder}/{stage}/stage.json", {"run": run.run_id, "fingerprint": {}})
     report: dict[str, object] = {"figures": FIGURES, "bit_usage": [0.5, 0.001, *[0.4] * 6], "samples": 40}
     sampling = {"steps": 4, "grid": [], "temperature": 0.9, "guidance": 1.0}

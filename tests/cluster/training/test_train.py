@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from bld_core.training.loop import Batch
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
-from cluster.tracking import Run
+from cluster.tracking.runs import Run
 from cluster.training import train as cluster_train
 from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior
@@ -111,7 +111,7 @@ class DyingTask(AutoencoderTask):
         super().__init__(experiment)
         self.flag = flag
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         for batch in super().batches(step, positions, worker):
             if int(batch.sample_index[0]) // self.training.batch_size == 4 and not self.flag.exists():
                 self.flag.touch()
@@ -147,7 +147,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_weights(
 class SpoiledTask(AutoencoderTask):
     """Stage 1, one image of step 4 with a NaN in it."""
 
-    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Iterator[Batch]:
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         for batch in super().batches(step, positions, worker):
             data = batch.data.float()
             if worker.rank == 1 and int(batch.sample_index[0]) // self.training.batch_size == 3:

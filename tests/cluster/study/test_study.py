@@ -24,9 +24,10 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
 from bld_core.training.checkpoint import load_weights, read_model_config
 from cluster.config.experiment import Experiment
-from cluster.evaluation import study
 from cluster.evaluation.config import StudyConfig
-from cluster.evaluation.study import StudyName, run_study, study_table
+from cluster.study import study
+from cluster.study.rows import PAPER, STUDIES, StudyName
+from cluster.study.study import run_study, study_table
 
 SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
 
@@ -116,15 +117,25 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
 
 def test_what_each_study_compares() -> None:
     experiment = Experiment(
-        diffusion=DiffusionConfig(steps=32), study=StudyConfig(training_steps=7, temperatures=[0.5, 1.2])
+        diffusion=DiffusionConfig(steps=32),
+        study=StudyConfig(training_steps=7, temperatures=[0.5, 1.2], learning_rates=[1e-3, 4e-3]),
     )
-    rows = {name: make_rows(experiment) for name, (_, make_rows) in study._STUDIES.items()}
+    rows = {name: make_rows(experiment) for name, (_, make_rows) in STUDIES.items()}
     names: dict[StudyName, list[str]] = {
         "lambda": ["lambda0", "lambda0.01", "own", "lambda1"],
         "targets": ["flip", "own", "z_prev", "flip-uncalibrated", "z0-uncalibrated", "z_prev-uncalibrated"],
         "groups": ["own"] * 4 + ["group8"] * 4,
         "schedule": ["own", "own", "cosine", "cosine", "sigmoid", "sigmoid"],
         "samplers": ["own", "autoregressive", "absorbing"],
+        "trunk": [
+            "trunk-",
+            "own",
+            "trunk-qk_norm-swiglu-adaln",
+            "trunk-rms_norm-swiglu-adaln",
+            "trunk-rms_norm-qk_norm-adaln",
+            "trunk-rms_norm-qk_norm-swiglu",
+        ],
+        "optimizer": ["adamw-0.001", "adamw-0.004", "muon-0.001", "muon-0.004"],
     }
     for name, expected in names.items():
         assert [row.experiment.name for row in rows[name]] == expected
@@ -132,11 +143,16 @@ def test_what_each_study_compares() -> None:
         assert {row.experiment.prior_training.steps for row in rows[name]} == {7}
     asked = [(row.experiment.diffusion.calibration, row.experiment.diffusion.target) for row in rows["targets"]]
     assert asked == list(itertools.product(get_args(Calibration), get_args(Target)))
-    assert set(study._PAPER["targets"][1]) == {row.label for row in rows["targets"]}
+    assert set(PAPER["targets"][1]) == {row.label for row in rows["targets"]}
     assert [(row.experiment.prior.group, row.sampling.steps) for row in rows["groups"]] == [
         (group, steps) for group in (1, 8) for steps in (4, 8, 16, 32)
     ]
     assert all(row.bounds["bound"].sampling == row.sampling for row in rows["groups"])
+    asked = [row.experiment.prior_training for row in rows["optimizer"]]
+    assert [(each.optimizer, each.learning_rate) for each in asked] == [
+        (name, rate) for name in ("adamw", "muon") for rate in (1e-3, 4e-3)
+    ]
+    assert [row.line for row in rows["optimizer"]] == ["adamw", "adamw", "muon", "muon"]
     assert list(rows["schedule"][3].bounds) == ["bound", "bound_4", "bound_8", "bound_16", "bound_32"]
     assert rows["schedule"][3].sampling.spacing == "t"
     assert [(row.sampling.steps, row.sampling.temperature) for row in rows["steps"]] == [
@@ -146,8 +162,8 @@ def test_what_each_study_compares() -> None:
     for name in ("steps", "temperature"):
         assert all(row.experiment == experiment for row in rows[name])
     joint = replace(experiment, prior=replace(experiment.prior, group=8))  # of binary diffusion alone
-    assert [row.experiment.prior.group for row in study._STUDIES["samplers"][1](joint)] == [8, 1, 1]
-    assert {row.experiment.prior.group for row in study._STUDIES["targets"][1](joint)} == {1}
+    assert [row.experiment.prior.group for row in STUDIES["samplers"][1](joint)] == [8, 1, 1]
+    assert {row.experiment.prior.group for row in STUDIES["targets"][1](joint)} == {1}
 
 
 def test_a_study_of_groups_draws_a_line_for_each() -> None:

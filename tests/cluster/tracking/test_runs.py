@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.data.images import ImageConfig
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.errors import UserError
 from bld_core.prior.transformer import PriorConfig
 from bld_core.trained import AutoencoderRecord, PriorRecord
 from cluster.config.experiment import Experiment
@@ -27,11 +30,11 @@ from cluster.config.tracking import TrackingConfig
 from cluster.data.shards import ShardConfig
 from cluster.lineage import COMMIT, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking import STARTS, Run, SystemLoad, open_client, start_run
+from cluster.tracking.load import SystemLoad
+from cluster.tracking.runs import STARTS, Run, start_run
+from cluster.tracking.store import open_client
 from tests.conftest import small_experiment
-from tests.servers import MlflowServer, free_port
-
-AWAY_S = 30
+from tests.servers import MlflowServer
 
 
 def curve(run: Run, name: str) -> list[tuple[int, float]]:
@@ -44,34 +47,92 @@ def experiment(tmp_path: Path, mlflow_server: MlflowServer) -> Experiment:
     return replace(small_experiment(tmp_path, {"train": "t", "validation": "v"}), tracking=tracking)
 
 
+def training(run: Run, steps: range, picture: int = 0) -> None:
+    for step in steps:
+        run.metrics({"loss": 1 / step, "bound": 2 / step}, step)
+        if step == picture:
+            run.picture(Image.new("L", (4, 4), 7), f"samples/step-{step:07d}.png")
+
+
+def check_whole(run: Run, steps: int, picture: int) -> None:
+    for name, top in {"loss": 1, "bound": 2}.items():
+        assert curve(run, name) == [(step, top / step) for step in range(1, steps + 1)]
+    assert [file.path for file in run.client.list_artifacts(run.run_id, "samples")] == [
+        f"samples/step-{picture:07d}.png"
+    ]
+    assert not list(Path(run.waiting).glob("*"))
+
+
 @pytest.mark.long
-def test_a_server_that_is_away_for_a_while_loses_nothing(experiment: Experiment, mlflow_server: MlflowServer) -> None:
+def test_a_server_that_is_away_stops_no_training_and_misses_nothing(
+    experiment: Experiment, mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture
+) -> None:
     run = start_run(experiment, "prior", None)
-    reached, away = [0], threading.Event()
-
-    def training() -> None:
-        for step in range(1, 31):
-            run.metrics({"loss": 1 / step, "bound": 2 / step}, step)
-            reached[0] = step
-            if step == 10:
-                away.wait()
-                run.picture(Image.new("L", (4, 4)), "samples/step-0000010.png")
-        run.end(succeeded=True)
-
-    thread = threading.Thread(target=training)
-    thread.start()
-    while reached[0] < 10:
-        time.sleep(0.01)
+    training(run, range(1, 11))
     mlflow_server.kill()
-    away.set()
-    time.sleep(AWAY_S)
-    assert reached[0] == 10, "the server was not away"
-    mlflow_server.start()
-    thread.join(120)  # the client waits twice as long each time before it asks again
-    assert curve(run, "loss") == [(step, 1 / step) for step in range(1, 31)]
-    assert curve(run, "bound") == [(step, 2 / step) for step in range(1, 31)]
-    assert [file.path for file in run.client.list_artifacts(run.run_id, "samples")] == ["samples/step-0000010.png"]
+    try:
+        training(run, range(11, 21), picture=12)
+    finally:
+        mlflow_server.start()
+    assert caplog.text.count("is away since") == 1
+    assert len(list(Path(run.waiting).iterdir())) == 11
+    training(run, range(21, 31))
+    run.end("FINISHED")
+    check_whole(run, 30, 12)
     assert run.client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it(
+    beside: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = replace(beside, tracking=TrackingConfig(patience=0.1))
+    run = start_run(experiment, "prior", None)
+    database, away = tmp_path / "mlflow.db", tmp_path / "away.db"
+    training(run, range(1, 4))
+    database.rename(away)
+    training(run, range(4, 7), picture=5)
+    run.end("FINISHED")
+    assert f"waits in {run.waiting}; run the command again" in capsys.readouterr().out
+    assert not database.exists()
+    away.rename(database)
+    assert run.client.get_run(run.run_id).info.status == "RUNNING"
+    again = start_run(experiment, "prior", run.run_id)  # the steps behind the last checkpoint are taken once more
+    training(again, range(5, 9))
+    again.end("KILLED")
+    check_whole(again, 8, 5)
+    assert again.client.get_run(run.run_id).info.status == "KILLED"
+
+
+@pytest.mark.long
+def test_a_locked_database_stops_no_training(beside: Experiment, tmp_path: Path) -> None:
+    run = start_run(beside, "prior", None)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        training(run, range(1, 31), picture=3)
+        other.execute("ROLLBACK")
+    run.end("FINISHED")
+    check_whole(run, 30, 3)
+
+
+def test_a_full_database_stops_no_training(beside: Experiment, tmp_path: Path) -> None:
+    """By the limit on a file's size: SQLite says "database or disk is full", or that it cannot write."""
+    run = start_run(beside, "prior", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "mlflow.db").stat().st_size, before[1]))
+    try:
+        training(run, range(1, 100), picture=3)  # more than the pages that it has hold
+        assert list(Path(run.waiting).iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run.end("FINISHED")
+    check_whole(run, 99, 3)
+
+
+def test_by_configuration_a_training_stops_with_one_message(beside: Experiment, tmp_path: Path) -> None:
+    run = start_run(replace(beside, tracking=TrackingConfig(patience=0.1, when_away="stop")), "prior", None)
+    (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
+    with pytest.raises(UserError, match=r"mlflow.db was there, and is gone: put it back"):
+        run.metrics({"loss": 1.0}, 1)
 
 
 def test_steps_that_are_taken_twice_are_logged_once(experiment: Experiment) -> None:
@@ -144,6 +205,8 @@ def test_a_password_in_the_address_is_refused_without_showing_it() -> None:
     assert "hunter2" not in str(refused.value)
     with pytest.raises(ValueError, match=r"champion_margin is -1"):
         TrackingConfig(champion_margin=-1)
+    with pytest.raises(ValueError, match=r"tracking.patience is -1"):
+        TrackingConfig(patience=-1)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +235,6 @@ def test_what_mlflow_would_not_take_is_refused_before_anything_starts(settings: 
 )
 def test_where_mlflow_can_keep_runs_is_accepted(uri: str) -> None:
     assert TrackingConfig(uri=uri).uri == uri
-
-
-def test_what_mlflow_cannot_do_is_one_clear_message(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # `connect` leaves what is set as it is
-    (tmp_path / "no.db").write_text("no database" * 100)
-    for uri in (f"http://127.0.0.1:{free_port()}", f"sqlite:///{tmp_path}/no.db", "sqlite+none:////no.db"):
-        with pytest.raises(ValueError, match=re.escape(f"MLflow at {uri} refused or was away: ")):
-            start_run(replace(experiment, tracking=TrackingConfig(uri=uri)), "prior", None)
 
 
 def test_a_deleted_mlflow_experiment_is_named_with_its_cure(experiment: Experiment) -> None:

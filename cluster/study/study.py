@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from PIL.Image import Image
 
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
-from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.diffusion.schedule import ScheduleName
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
@@ -26,168 +24,10 @@ from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
 from cluster.stages import open_stage
+from cluster.study.rows import PAPER, STUDIES, StudyName, StudyRow
 from cluster.training.train import train_prior
 
-StudyName = Literal["lambda", "targets", "groups", "schedule", "steps", "temperature", "samplers"]
-_STRIDES = (4, 8, 16, 32, 64)
 _RECONSTRUCTIONS = "rows/reconstructions.json"
-_SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
-
-# The paper's figures, by study and row: 256 x 256, 50,000 samples.
-_PAPER: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
-    "lambda": (
-        "FID, recall; Table 7, LSUN Churches",
-        {"0": (5.07, 0.42), "0.01": (4.68, 0.46), "0.1": (4.36, 0.50), "1": (5.12, 0.48)},
-    ),
-    "targets": (
-        "FID, recall; Table 7, LSUN Churches",
-        {
-            f"{target}{reading}": figures
-            for reading in ("", ", uncalibrated")
-            for target, figures in {"flip": (4.36, 0.50), "z0": (4.72, 0.50), "z_prev": (5.09, 0.48)}.items()
-        },
-    ),
-    "samplers": (
-        "FID of LSUN Churches, of FFHQ; Table 5",
-        {"binary": (4.36, 5.85), "autoregressive": (7.25, 8.23), "absorbing": (5.44, 7.64)},
-    ),
-    "steps": (
-        "FID of LSUN Churches, tau 0.9, Table 1; seconds a sample at batch 1, Table 6",
-        {"16": (4.96, 0.20), "64": (4.36, 0.82)},
-    ),
-}
-
-
-@dataclass(frozen=True)
-class StudyRow:
-    """One row of a study: a prior, and how it is sampled.
-
-    Attributes:
-        label: names the row.
-        experiment: the prior lies in its folder.
-        sampling: how its samples are drawn.
-        bounds: which likelihood bounds are measured, by the name of the figure.
-        x: its position in the plot; None takes the label.
-        line: names the line of the plot that it lies on; empty is the only one.
-    """
-
-    label: str
-    experiment: Experiment
-    sampling: SamplingConfig
-    bounds: dict[str, MeasureBound] = field(default_factory=dict)
-    x: float | None = None
-    line: str = ""
-
-
-def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
-    """The experiment whose prior differs in some sections of the configuration.
-
-    It lies in <folder>/study/variants/<name>, for all studies, or is "own" where nothing differs; trained for as many
-    steps as the experiment, that one is the experiment itself.
-    """
-    steps = experiment.study.training_steps or experiment.prior_training.steps
-    if all(getattr(experiment, section) == value for section, value in changes.items() if section != "sampling"):
-        if steps == experiment.prior_training.steps:
-            return experiment
-        name = "own"
-    changes["prior_training"] = replace(experiment.prior_training, steps=steps)
-    return experiment.variant("study/variants", name, **changes)
-
-
-def _lambda(experiment: Experiment) -> list[StudyRow]:
-    rows: list[StudyRow] = []
-    for weight in experiment.study.vlb_weights:
-        diffusion = replace(experiment.diffusion, vlb_weight=weight)
-        variant = _variant(experiment, f"lambda{weight:g}", diffusion=diffusion)
-        rows.append(StudyRow(f"{weight:g}", variant, experiment.sampling, _whole_bound(experiment)))
-    return rows
-
-
-def _targets(experiment: Experiment) -> list[StudyRow]:
-    """With calibration, and in the paper's own reading; single bits, as in the paper."""
-    prior = replace(experiment.prior, group=1)
-    rows: list[StudyRow] = []
-    for calibration, reading in (("bayes", ""), ("none", ", uncalibrated")):
-        for target in ("flip", "z0", "z_prev"):
-            diffusion = replace(experiment.diffusion, target=target, calibration=calibration, balance="none")
-            label = f"{target}{reading}"
-            variant = _variant(experiment, label.replace(", ", "-"), prior=prior, diffusion=diffusion)
-            rows.append(StudyRow(label, variant, experiment.sampling, _whole_bound(experiment)))
-    return rows
-
-
-def _groups(experiment: Experiment) -> list[StudyRow]:
-    """A row for each group and number of steps, few of them first, where groups matter most."""
-    rows: list[StudyRow] = []
-    for group in (1, 8):
-        prior, diffusion = replace(experiment.prior, group=group), replace(experiment.diffusion, balance="none")
-        variant = _variant(experiment, f"group{group}", prior=prior, diffusion=diffusion)
-        for steps in experiment.study.steps:
-            if steps <= diffusion.steps:
-                sampling = replace(experiment.sampling, steps=steps, grid=[])
-                bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
-                rows.append(StudyRow(f"{group}, {steps}", variant, sampling, bounds, steps, f"group of {group}"))
-    return rows
-
-
-def _samplers(experiment: Experiment) -> list[StudyRow]:
-    rows: list[StudyRow] = []
-    for model in ("binary", "autoregressive", "absorbing"):
-        plain = {} if model == "binary" else {"known_share": 0.0, "group": 1}
-        prior = replace(experiment.prior, model=model, **plain)
-        variant = _variant(experiment, model, prior=prior)
-        rows.append(StudyRow(model, variant, experiment.sampling, _whole_bound(experiment)))
-    return rows
-
-
-def _schedule(experiment: Experiment) -> list[StudyRow]:
-    """A row for each schedule and spacing, with the bounds of grids of some steps."""
-    rows: list[StudyRow] = []
-    for schedule in _SCHEDULES:
-        diffusion = replace(experiment.diffusion, schedule=schedule, betas=[])
-        variant = _variant(experiment, schedule, diffusion=diffusion)
-        for spacing in ("k", "t"):
-            sampling = replace(experiment.sampling, spacing=spacing, grid=[])
-            bounds = _whole_bound(experiment)
-            for steps in _STRIDES:
-                if steps <= diffusion.steps:
-                    bounds[f"bound_{steps}"] = MeasureBound(replace(sampling, steps=steps), 0, experiment.study.codes)
-            rows.append(StudyRow(f"{schedule}, equal {spacing}", variant, sampling, bounds))
-    return rows
-
-
-def _steps(experiment: Experiment) -> list[StudyRow]:
-    """The experiment's own prior; at temperature 1, as in the paper."""
-    rows: list[StudyRow] = []
-    for steps in experiment.study.steps:
-        if steps <= experiment.diffusion.steps:
-            sampling = replace(experiment.sampling, steps=steps, grid=[], temperature=1.0)
-            bounds = {"bound": MeasureBound(sampling, 0, experiment.study.codes)}
-            rows.append(StudyRow(str(steps), experiment, sampling, bounds, steps))
-    return rows
-
-
-def _temperature(experiment: Experiment) -> list[StudyRow]:
-    """The experiment's own prior; bounds do not depend on the temperature."""
-    return [
-        StudyRow(f"{tau:g}", experiment, replace(experiment.sampling, temperature=tau), x=tau)
-        for tau in experiment.study.temperatures
-    ]
-
-
-def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
-    return {"bound": MeasureBound(None, 0, experiment.study.codes)}
-
-
-_STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
-    "lambda": ("diffusion.vlb_weight", _lambda),
-    "targets": ("diffusion.target", _targets),
-    "groups": ("prior.group, sampling.steps", _groups),
-    "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
-    "steps": ("sampling.steps", _steps),
-    "temperature": ("sampling.temperature", _temperature),
-    "samplers": ("prior.model", _samplers),
-}
 
 
 def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> dict[str, Any]:
@@ -202,7 +42,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         fresh: train the variants again, though never the experiment's own prior, and measure again.
 
     Returns:
-        The table: "rows", each with its figures by name, and what they were measured with.
+        The table: "rows", each with its metrics by name, and what they were measured with.
 
     Raises:
         MissingError: no autoencoder or no latents yet.
@@ -211,7 +51,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
     study, config = experiment.study, experiment.prior
     if config.model != "binary":
         raise UserError(f"prior.model is {config.model}; studies start from binary diffusion: set it to binary")
-    column, make_rows = _STUDIES[name]
+    column, make_rows = STUDIES[name]
     rows = make_rows(experiment)
     if not rows:
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
@@ -233,20 +73,20 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
     with open_stage(experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
         table_url = files.join(stage.folder, "table.json")
         if not stage.done:
-            source, paper = _PAPER.get(name, ("", {}))
+            source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
-            for row, figures in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
-                stage.run.metrics(figures, len(found))
+            for row, metrics in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
+                stage.run.metrics(metrics, len(found))
                 x = row.label if row.x is None else row.x
                 about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}
-                found.append(about | figures)
+                found.append(about | metrics)
             made = {
                 "study": name,
                 "column": column,
                 "rows": found,
                 "paper": source,
                 "distance": reference.space.metric_name("fd"),
-                "reference": reference.figures | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
+                "reference": reference.metrics | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
@@ -274,7 +114,7 @@ def _space(experiment: Experiment) -> Space:
 def _measure(
     experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes
 ) -> Iterator[dict[str, float]]:
-    """The figures of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
+    """The metrics of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
     reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
     urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
     held_out = [] if files.exists(reconstructions_url) else check_shards(experiment.data, "validation")
@@ -293,7 +133,7 @@ def _measure(
             files.write_json(reconstructions_url, {f"{reference.space.metric_name('fd')}_reconstructed": distance})
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
-                files.write_json(url, _figures(row, work, experiment.study.samples, reference))
+                files.write_json(url, _metrics(row, work, experiment.study.samples, reference))
             yield files.read_json(url)
 
 
@@ -308,31 +148,31 @@ def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | Sample
     ]
 
 
-def _figures(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
+def _metrics(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
     """Take from the stream of results those of one row."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in row.bounds:
         bound = next(work)
-        figures |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
+        metrics |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
     moments, seconds = FeatureMoments(), 0.0
     while moments.count < samples:
         drawn = next(work)
         moments.update(drawn.features[reference.space.name])
         seconds += drawn.seconds
-    figures[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
-    figures["seconds"] = seconds / samples
-    return figures
+    metrics[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
+    metrics["seconds"] = seconds / samples
+    return metrics
 
 
 def _names(made: dict[str, Any]) -> list[str]:
-    """The figures of a table's rows, without their errors."""
+    """The metrics of a table's rows, without their errors."""
     return [
         name for name in made["rows"][0] if f"{name}_se" in made["rows"][0] or name in (made["distance"], "seconds")
     ]
 
 
 def study_table(made: dict[str, Any]) -> str:
-    """A study as lines of text, the paper's figures beside ours."""
+    """A study as lines of text, the paper's metrics beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
     for row in made["rows"]:

@@ -1,0 +1,58 @@
+"""The flags by which a first experiment reads a set of shards, from what the images in it are like."""
+
+from __future__ import annotations
+
+import io
+import statistics
+
+from PIL import Image
+
+from bld_core.data.images import EXTENSIONS
+from bld_core.data.shards import Shard, read_shard
+from bld_core.storage import files
+from cluster.data.shards import ShardSet
+
+DEMO = "configs/demo.yaml"
+"""The experiment whose networks are small enough for any machine: what a first one starts from."""
+
+_SIZES = (32, 64)  # pixels, that these networks take in minutes
+_PROBED_BYTES = 16 << 20
+_PROBED = 64
+_MISSING = "NAME_YOUR_SHARDS"
+_OF_CLASSES = ("classifier", "class_accuracy", "precision_recall")  # what the demo measures by a classifier's features
+
+
+def first_flags(made: ShardSet, name: str) -> list[str]:
+    """The flags of run_all.py: the demo's networks on these shards.
+
+    Args:
+        made: the shards.
+        name: of the experiment.
+    """
+    given = {split: made.patterns.get(split, _MISSING) for split in ("train", "validation")}
+    shards = files.expand(next(iter(made.patterns.values())))
+    size, channels = _form(read_shard(shards[0], EXTENSIONS, _PROBED_BYTES))
+    classes = made.classes if made.classes > 1 else 0
+    flags = ["--config", DEMO, "--name", name, *(f"--data.{split}={pattern}" for split, pattern in given.items())]
+    flags += [f"--data.image_size={size}", f"--data.channels={channels}", f"--data.extensions=[{','.join(EXTENSIONS)}]"]
+    flags += [f"--prior.classes={classes}"]
+    if not classes:
+        flags += [f"--evaluation.{figure}=false" for figure in _OF_CLASSES]
+    if len(shards) < 2:
+        flags += ["--cluster.workers=1"]  # each streams shards of its own
+    return flags
+
+
+def _form(shard: Shard) -> tuple[int, int]:
+    """An image size and the channels for images such as the first of a shard; what is no image has no say."""
+    sides: list[int] = []
+    grey = True
+    for sample in shard.samples[:_PROBED]:
+        try:
+            image = Image.open(io.BytesIO(sample.data))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+        sides.append(min(image.size))
+        grey = grey and image.mode.partition(";")[0] in ("1", "L", "LA", "I")
+    side = statistics.median_low(sides) if sides else max(_SIZES)
+    return max((size for size in _SIZES if size <= side), default=min(_SIZES)), 1 if grey and sides else 3

@@ -1,0 +1,167 @@
+"""Whether the nodes hold the work: refused where they never will, said and waited for where they do not now."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import ray
+
+from bld_core.errors import UserError
+
+LOOK_S = 5.0
+"""Seconds between two looks."""
+_SAY_S = 30.0
+_SETTLES_S = 3.0  # within which Ray counts as free what has just ended
+_TURN_S = 0.2
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the work needs of the cluster at the same time."""
+
+    cpus: float
+    gpus: int
+
+    def missing(self, have: Resources) -> str:
+        """What there is too little of, in words; "" where all is there."""
+        kinds = [("CPU cores", self.cpus, have.get("CPU", 0.0)), ("GPUs", self.gpus, have.get("GPU", 0.0))]
+        return " and ".join(f"{there:g} of {need:g} {kind}" for kind, need, there in kinds if there < need - 1e-6)
+
+
+def check_nodes(workers: int, cpus: float, gpu: bool, nodes: Sequence[Resources]) -> None:
+    """Refuse workers that the nodes never hold, though there may be enough of all of them together.
+
+    Args:
+        workers: that run at the same time, each on one node.
+        cpus: cores of each.
+        gpu: whether each has a GPU.
+        nodes: what each node has.
+
+    Raises:
+        UserError: Ray would wait for ever.
+    """
+    rooms = [int(node.get("CPU", 0) / cpus + 1e-6) for node in nodes]
+    if gpu:
+        rooms = [min(room, int(node.get("GPU", 0))) for room, node in zip(rooms, nodes, strict=True)]
+    if sum(rooms) >= workers:
+        return
+    one = f"{cpus:g} CPU cores and a GPU" if gpu else f"{cpus:g} CPU cores"
+    if not any(rooms):
+        able = [node.get("CPU", 0) for node in nodes if not gpu or node.get("GPU", 0) >= 1]
+        most = f"the largest{' with a GPU' if gpu else ''} has {max(able, default=0):g} CPU cores"
+        raise UserError(
+            f"a worker of {one} fits on no single node of the Ray cluster, {most}: lower cluster.cpus_per_worker"
+        )
+    raise UserError(
+        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(rooms)}, as no "
+        "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
+    )
+
+
+def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
+    """Say what the work waits for, where others hold it now.
+
+    Args:
+        need: of the work.
+        free: asks the cluster what nobody holds.
+    """
+    deadline = time.monotonic() + _SETTLES_S
+    while busy := need.missing(free()):
+        if time.monotonic() >= deadline:
+            _say(f"waiting: of what the work needs {busy} are free; others hold the rest until they end")
+            return
+        time.sleep(_TURN_S)
+
+
+class Watch:
+    """Looks now and then whether the cluster still holds the work.
+
+    Args:
+        need: of the work; the cluster held it when the watch began.
+        patience: seconds to wait for what is gone.
+    """
+
+    def __init__(self, need: Need, patience: float) -> None:
+        self._need, self._patience = need, patience
+        self._nodes = _nodes()
+        self._looked, self._gone, self._said = time.monotonic(), 0.0, 0.0
+        self._since = ""
+
+    def look(self) -> UserError | None:
+        """Say what is missing; returns the end of all waiting, when it has come. Quick, and may be called often."""
+        now = time.monotonic()
+        if now < self._looked + LOOK_S:
+            return None
+        self._looked = now
+        missing = self._need.missing(ray.cluster_resources())
+        if not missing:
+            self._nodes |= _nodes()
+            if self._since:
+                _say(f"the nodes are back after {now - self._gone:.0f} s; the work goes on")
+                self._since = ""
+            return None
+        if not self._since:
+            self._gone, self._said, self._since = now, now - _SAY_S, f"{datetime.now():%H:%M:%S}"
+        here = _nodes()
+        lost = [address for node, address in self._nodes.items() if node not in here]
+        state = f"the Ray cluster has {missing} that the work needs, since {self._since}"
+        state += f": no more of {', '.join(lost)}" if lost else ""
+        if now - self._gone >= self._patience:
+            return UserError(
+                f"{state}; cluster.patience is {self._patience:g} s: bring the nodes back, or lower cluster.workers, "
+                "and run the same command again, which goes on where it stopped"
+            )
+        if now - self._said >= _SAY_S:
+            self._said = now
+            _say(f"waiting: {state}; for {self._patience - (now - self._gone):.0f} s more")
+        return None
+
+
+@contextlib.contextmanager
+def nodes_watched(need: Need, patience: float) -> Generator[None]:
+    """Watch the cluster while the main thread waits for Ray; elsewhere, nobody watches.
+
+    Raises:
+        UserError: what is gone has not come back in time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watch, over, ended = Watch(need, patience), threading.Event(), list[UserError]()
+
+    def work() -> None:
+        while not over.wait(LOOK_S):
+            if (failure := watch.look()) is not None:
+                ended.append(failure)
+                _thread.interrupt_main()
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if ended:
+            raise ended[0] from None
+        raise
+    finally:
+        over.set()
+
+
+def _nodes() -> dict[str, str]:
+    """The nodes that are alive: where each is, by its id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")  # not print, which Ray Train would repeat in its own log
+    sys.stderr.flush()

@@ -1,0 +1,224 @@
+"""Commands that are stopped, that fail, or whose nodes are gone: each ends soon, with its exit code, its run closed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cluster.training.train as cluster_train
+from bld_core.training.loop import Batch
+from cluster.console import user_errors_answered
+from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
+from cluster.training.train import train_autoencoder
+from tests.conftest import small_experiment, small_training
+from tests.servers import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+SOON_S = 30
+
+
+def work(root: str, digits: dict[str, str], machines: dict[str, object]) -> None:
+    """A command of stage 1."""
+    small = small_experiment(Path(root), digits)
+    training = small_training(10_000, checkpoint_every=3)
+    cluster = replace(small.cluster, **machines)  # pyright: ignore[reportArgumentType]
+    with user_errors_answered({"cluster": vars(cluster)}):
+        train_autoencoder(replace(small, autoencoder_training=training, cluster=cluster))
+
+
+class Command:
+    """`work` in a process of its own; what it says goes to a file."""
+
+    def __init__(self, root: Path, digits: dict[str, str], **machines: object) -> None:
+        self.root, self.log = root, root.with_name(f"{root.name}.log")
+        call = "import json, sys; from tests.cluster.test_outages import work; work(*json.loads(sys.argv[1]))"
+        arguments = json.dumps([str(root), digits, machines])
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", call, arguments], cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.said():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+
+    def ends(self, signal_number: int = 0) -> int:
+        if signal_number:
+            self.process.send_signal(signal_number)
+        try:
+            return self.process.wait(SOON_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def run_status(self) -> str:
+        with contextlib.closing(sqlite3.connect(self.root / "mlflow.db")) as database:
+            [[status]] = database.execute("SELECT status FROM runs WHERE name = 'autoencoder'").fetchall()
+        return status
+
+
+class FailingTask(AutoencoderTask):
+    """Stage 1 whose evaluation fails in the middle of its data."""
+
+    closed = False
+
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
+        try:
+            yield from super().batches(step, positions, worker)
+        finally:
+            FailingTask.closed = True
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        raise RuntimeError("as it fails")
+
+
+def test_a_training_that_fails_closes_its_data(
+    ray_session: None, digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream of Ray Data that is open at a process's end starts another Ray, and the process never ends."""
+    small = small_experiment(tmp_path, digits)
+    monkeypatch.setattr(cluster_train, "AutoencoderTask", FailingTask)
+    with pytest.raises(RuntimeError, match="as it fails") as raised:
+        train_autoencoder(replace(small, autoencoder_training=small_training(2)))
+    assert FailingTask.closed
+    assert raised.tb is not None, "which holds all that its frames hold"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.long
+def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: dict[str, str], disk: Path) -> None:
+    command = Command(disk, digits)
+    command.wait_for(" left  loss")
+    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 16)))
+    assert command.ends() == 2, command.said()
+    *_, last = command.said().splitlines()
+    assert re.fullmatch(
+        rf"error: no space for '{disk}/small/autoencoder/checkpoint-\d+/\w+.safetensors' of [\d,]+ bytes "
+        r"\(No space left on device; [\d,]+ bytes are free there\): free some, or choose another folder, then run the "
+        "same command again, which goes on where it stopped",
+        last,
+    ), command.said()
+    assert "Traceback" not in command.said()
+    assert command.run_status() == "FAILED"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: dict[str, str], tmp_path: Path) -> None:
+    command = Command(tmp_path, digits, workers=workers)
+    command.wait_for(" left  loss")
+    assert command.ends(stop) == code, command.said()
+    *_, last = command.said().splitlines()
+    assert last == f"stopped by {stop.name}; run the same command again, which goes on where it was"
+    assert "Traceback" not in command.said()
+    assert command.run_status() == "KILLED"
+
+
+class Nodes:
+    """A Ray cluster of nodes of one core that are processes of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start(
+            "--head",
+            f"--port={self.port}",
+            f"--dashboard-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+        )
+
+    def start(self, *words: str) -> None:
+        words = words or (f"--address=127.0.0.1:{self.port}",)
+        command = [RAY, "start", *words, "--block", "--num-cpus=1", "--disable-usage-stats"]
+        with open(self.folder / f"node-{len(self.processes)}.log", "wb") as log:
+            self.processes.append(
+                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
+
+    def kill(self) -> None:
+        """Kill the node that was started last."""
+        process = self.processes.pop()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path)
+    try:
+        yield made
+    finally:
+        while made.processes:
+            made.kill()
+
+
+@pytest.mark.long
+def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
+    nodes: Nodes, digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, nodes.environment[name])
+    machines: dict[str, object] = {"workers": 2, "cpus_per_worker": 0.5, "address": f"127.0.0.1:{nodes.port}"}
+
+    def started(**more: object) -> Command:
+        nodes.start()
+        while True:
+            command = Command(tmp_path / "runs", digits, **machines, **more)
+            with contextlib.suppress(AssertionError):
+                command.wait_for(" left  loss")
+                break
+            assert "lower cluster.workers" in command.said(), "the node was not there yet, or what else?"
+        nodes.kill()
+        command.wait_for("waiting: the Ray cluster has 1 of 1.25 CPU cores that the work needs, since ", 20)
+        return command
+
+    command = started()
+    assert command.ends(signal.SIGINT) == 130, command.said()
+    assert command.run_status() == "KILLED"
+    command = started(patience=10)
+    assert command.ends() == 2, command.said()
+    [message] = [line for line in command.said().splitlines() if line.startswith("error: ")]
+    assert (
+        "cluster.patience is 10 s: bring the nodes back, or lower cluster.workers, and run the same command" in message
+    )
+    assert command.run_status() == "FAILED"
