@@ -15,7 +15,7 @@ from bld_core.autoencoder.quantizer import quantize
 from bld_core.data.images import to_float, to_uint8
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.errors import UserError
+from bld_core.errors import DamagedError, UserError
 from bld_core.prior.model import PriorModel, make_model
 from bld_core.prior.older import SingleStepModel
 from bld_core.prior.transformer import PriorConfig
@@ -118,9 +118,19 @@ def _known(record: type, found: Mapping[str, Any]) -> dict[str, Any]:
     return {part.name: found[part.name] for part in fields(record) if part.name in found}
 
 
+def _config(folder: str, place: str) -> dict[str, Any]:
+    """The config.json of one of the models; that of the other in its place is damage, too."""
+    found, stage = read_model_config(files.join(folder, place)), place.split("/")[0]
+    if stage not in found:
+        raise DamagedError(
+            files.join(folder, place, CONFIG), f"is not the record of a finished {stage}: it was replaced", (stage,)
+        )
+    return found
+
+
 def read_autoencoder(folder: str) -> AutoencoderRecord:
     """The record of `<folder>/autoencoder/final`; the errors are those of `read_model_config`."""
-    found = _known(AutoencoderRecord, read_model_config(files.join(folder, AUTOENCODER)))
+    found = _known(AutoencoderRecord, _config(folder, AUTOENCODER))
     found["autoencoder"] = AutoencoderConfig(**found["autoencoder"])
     found["code_shape"] = tuple(found["code_shape"])
     return AutoencoderRecord(**found)
@@ -128,7 +138,7 @@ def read_autoencoder(folder: str) -> AutoencoderRecord:
 
 def read_prior(folder: str) -> PriorRecord:
     """The record of `<folder>/prior/final`; the errors are those of `read_model_config`."""
-    found = _known(PriorRecord, read_model_config(files.join(folder, PRIOR)))
+    found = _known(PriorRecord, _config(folder, PRIOR))
     diffusion = found["diffusion"]
     found["single_step"] = diffusion.get("target") == "z_prev" and "calibration" not in diffusion
     found["prior"].setdefault("trunk", [])  # the only one that early versions had
