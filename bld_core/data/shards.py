@@ -76,10 +76,10 @@ def parse_shard(data: bytes, extensions: Iterable[str], labels: Labels = Labels(
     """The samples of a tar file in memory, which are views of `data` unless it is compressed."""
     if data.startswith(_GZIP):
         data = _unzipped(data)
-    if other := no_tar(data):
-        return Shard([], [Left(Reason.NO_TAR, other)], set())
     if not data.strip(b"\0"):
         return Shard([], [Left(Reason.VACANT, f"{len(data)} bytes")], set())
+    if other := no_tar(data):
+        return Shard([], [Left(Reason.NO_TAR, other)], set())
     wanted = list(extensions)
     left: list[Left] = []
     samples: list[Sample] = []

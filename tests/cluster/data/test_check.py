@@ -126,6 +126,8 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
         "a Git LFS pointer: fetch .* git lfs",
     ),
     "png": (lambda: IMAGES[0], "a PNG image: put images into a tar"),
+    "answer": (lambda: b'{"error": "expired"}', 'a text, \'{"error": "expired"}\': what a server answers'),
+    "other": (lambda: b"Rar!\x1a\x07\x00" * 100, "a file of another kind, which begins with b'Rar!"),
     "twice": (lambda: gzip.compress(gzip.compress(tar_of([]))), "a file that gzip has packed twice"),
 }
 
