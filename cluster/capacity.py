@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 
 _SETTLES_S = 3.0  # within which Ray counts as free what has just ended
 _TURN_S = 0.2
+_STORAGE = ("AWS_", "FSSPEC_")
+_ANSWER_S = 20.0  # in which a node starts a worker
 
 Resources = Mapping[str, float]
 """What there is of each kind: "CPU" in cores, "GPU"."""
@@ -60,6 +66,36 @@ def say_if_busy(need: Resources, free: Callable[[], Resources]) -> None:
             sys.stderr.flush()
             return
         time.sleep(_TURN_S)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _storage_variables() -> set[str]:
+    """Names of the variables that say how storage is reached, as a worker has them; never their values."""
+    return {name for name in os.environ if name.startswith(_STORAGE)}
+
+
+def say_what_nodes_lack() -> None:
+    """Say which variables of this process, that say how storage is reached, the workers of a node do not have.
+
+    They are not sent there: Ray writes what is sent into its logs. A node may also have another way to the storage,
+    such as a role that its cloud gives it.
+    """
+    here = {name for name in os.environ if name.startswith(_STORAGE)}
+    if not here:
+        return
+    nodes = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    asked = {
+        _storage_variables.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): place
+        for node, place in nodes
+    }
+    ready, _ = ray.wait([*asked], num_returns=len(asked), timeout=_ANSWER_S)
+    for answer in ready:
+        if lacking := sorted(here - ray.get(answer)):
+            sys.stderr.write(
+                f"note: {', '.join(lacking)} is set here, but not where Ray was started on {asked[answer]}: set it "
+                "there, too, if storage refuses its workers\n"
+            )
+            sys.stderr.flush()
 
 
 def _lacking(need: Resources, free: Resources) -> str:
