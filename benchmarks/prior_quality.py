@@ -49,7 +49,7 @@ _PLAIN = PriorConfig(layers=4, width=128, heads=4, classes=10, trunk=[])
 _MODERN = replace(_PLAIN, trunk=["rms_norm", "qk_norm", "swiglu", "adaln"])
 _Z0 = DiffusionConfig(steps=256)
 _ADAMW = TrainingConfig(batch_size=64, learning_rate=1e-3, decay="cosine", ema_decay=0.998)
-_MUON = replace(_ADAMW, optimizer="muon", learning_rate=4e-3)
+_MUON = replace(_ADAMW, optimizer="muon", learning_rate=4e-3, decay="linear")
 
 RECIPES = {
     "paper": Recipe(_PLAIN, replace(_Z0, target="flip"), _ADAMW),

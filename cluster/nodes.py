@@ -1,23 +1,32 @@
-"""Nodes that are gone: said soon and again, and waited for, but not without end."""
+"""Whether the nodes hold the work: refused where they never will, said and waited for where they do not now."""
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 
 LOOK_S = 5.0
 """Seconds between two looks."""
 _SAY_S = 30.0
+_SETTLES_S = 3.0  # within which Ray counts as free what has just ended
+_TURN_S = 0.2
+_STORAGE = ("AWS_", "FSSPEC_")
+_ANSWER_S = 20.0  # in which a node starts a worker
+
+Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,83 @@ class Need:
     cpus: float
     gpus: int
 
-    def missing(self) -> str:
-        """What the cluster lacks now, in words; "" where it has all."""
-        have = ray.cluster_resources()
+    def missing(self, have: Resources) -> str:
+        """What there is too little of, in words; "" where all is there."""
         kinds = [("CPU cores", self.cpus, have.get("CPU", 0.0)), ("GPUs", self.gpus, have.get("GPU", 0.0))]
-        return " and ".join(f"{there:g} of {need:g} {kind}" for kind, need, there in kinds if there < need)
+        return " and ".join(f"{there:g} of {need:g} {kind}" for kind, need, there in kinds if there < need - 1e-6)
+
+
+def check_nodes(workers: int, cpus: float, gpu: bool, nodes: Sequence[Resources]) -> None:
+    """Refuse workers that the nodes never hold, though there may be enough of all of them together.
+
+    Args:
+        workers: that run at the same time, each on one node.
+        cpus: cores of each.
+        gpu: whether each has a GPU.
+        nodes: what each node has.
+
+    Raises:
+        UserError: Ray would wait for ever.
+    """
+    rooms = [int(node.get("CPU", 0) / cpus + 1e-6) for node in nodes]
+    if gpu:
+        rooms = [min(room, int(node.get("GPU", 0))) for room, node in zip(rooms, nodes, strict=True)]
+    if sum(rooms) >= workers:
+        return
+    one = f"{cpus:g} CPU cores and a GPU" if gpu else f"{cpus:g} CPU cores"
+    if not any(rooms):
+        able = [node.get("CPU", 0) for node in nodes if not gpu or node.get("GPU", 0) >= 1]
+        most = f"the largest{' with a GPU' if gpu else ''} has {max(able, default=0):g} CPU cores"
+        raise UserError(
+            f"a worker of {one} fits on no single node of the Ray cluster, {most}: lower cluster.cpus_per_worker"
+        )
+    raise UserError(
+        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(rooms)}, as no "
+        "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
+    )
+
+
+def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
+    """Say what the work waits for, where others hold it now.
+
+    Args:
+        need: of the work.
+        free: asks the cluster what nobody holds.
+    """
+    deadline = time.monotonic() + _SETTLES_S
+    while busy := need.missing(free()):
+        if time.monotonic() >= deadline:
+            _say(f"waiting: of what the work needs {busy} are free; others hold the rest until they end")
+            return
+        time.sleep(_TURN_S)
+
+
+def _storage_variables() -> set[str]:
+    """Names of the variables that say how storage is reached, as a worker has them; never their values."""
+    return {name for name in os.environ if name.startswith(_STORAGE)}
+
+
+def say_what_nodes_lack() -> None:
+    """Say which variables of this process, that say how storage is reached, the workers of a node do not have.
+
+    They are not sent there: Ray writes what is sent into its logs. A node may also have another way to the storage,
+    such as a role that its cloud gives it.
+    """
+    here = _storage_variables()
+    if not here:
+        return
+    look: Any = ray.remote(num_cpus=0, max_retries=0)(_storage_variables)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): place
+        for node, place in _nodes().items()
+    }
+    ready, _ = ray.wait([*asked], num_returns=len(asked), timeout=_ANSWER_S)
+    for answer in ready:
+        if lacking := sorted(here - ray.get(answer)):
+            _say(
+                f"note: {', '.join(lacking)} is set here, but not where Ray was started on {asked[answer]}: set it "
+                "there, too, if storage refuses its workers"
+            )
 
 
 class Watch:
@@ -54,7 +135,7 @@ class Watch:
         if now < self._looked + LOOK_S:
             return None
         self._looked = now
-        missing = self._need.missing()
+        missing = self._need.missing(ray.cluster_resources())
         if not missing:
             self._nodes |= _nodes()
             if self._since:

@@ -16,15 +16,16 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
-from cluster.capacity import check_nodes, say_if_busy, say_what_nodes_lack
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy, say_what_nodes_lack
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
+
+"""What there is of each kind: "CPU" in cores, "GPU"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def connect_ray(config: ClusterConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
     if config.address or os.environ.get("RAY_ADDRESS"):  # else there are no others
-        say_if_busy({"CPU": need, "GPU": config.replicas if config.gpu else 0}, ray.available_resources)
+        say_if_busy(need, ray.available_resources)
 
 
 def map_on_actors(

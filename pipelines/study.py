@@ -3,8 +3,8 @@
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
-from cluster.evaluation.study import run_study, study_table
-from cluster.evaluation.study_rows import StudyName
+from cluster.study.rows import StudyName
+from cluster.study.study import run_study, study_table
 from pipelines.command import Parser, command, fresh_flag
 
 

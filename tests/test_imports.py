@@ -54,20 +54,20 @@ ARROWS = {
     "cluster.ray_private": "",
     "cluster.nodes": "",
     "cluster.plots": "",
-    "cluster.capacity": "",
     "cluster.storage": "",
     "cluster.evaluation.config": "",
     "cluster.training.config": "",
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
-    "cluster.runtime": "capacity console nodes ray_private",
+    "cluster.runtime": "console nodes ray_private",
     "cluster.config": "secrets runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",
-    "cluster.evaluation": "secrets plots console lineage runtime config stages data training sampling evaluation.config",
+    "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
+    "cluster.study": "plots console config runtime stages training sampling evaluation",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
@@ -191,7 +191,7 @@ BORDER = {
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set
     "cluster.data.shards": {"_compare"},
     "cluster.evaluation.pieces": {"_result", "_reconstructions"},  # JSON beside tensors
-    "cluster.evaluation.study": {"_names", "study_table", "_plot"},  # table.json
+    "cluster.study.study": {"_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json
     "cluster.registry.serving": {"read_row"},
     "cluster.report.page": {"_summary", "_pictures"},

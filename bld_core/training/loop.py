@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from bld_core.training.replicas import gradients_laid_out_as_weights, sum_over_r
 Precision = Literal["float32", "bfloat16"]
 
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
+_WIDTH = 128  # where a rate of Muon means what it means for AdamW
+_MUON_RATE = 0.2 * math.sqrt(_WIDTH)  # makes steps about as long as AdamW's there (Liu et al. 2025)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class TrainingConfig:
         batch_size: samples a step, over all workers together.
         accumulate: passes that a worker's share of the batch is split into, one after the other, to save memory.
         optimizer: "adamw", or "muon": orthogonalised momentum (Jordan et al. 2024) for the matrices of a transformer's
-            blocks, and AdamW for all other weights. Muon's steps are as long as AdamW's would be (Liu et al. 2025).
+            blocks, and AdamW for all other weights. With it one rate serves networks of any width: a step changes what
+            each matrix gives by as much (Yang et al. 2022), and at width 128 it is about as long as AdamW's.
         learning_rate: step size, reached after the warm-up.
         warmup: steps of linear warm-up.
         decay: "constant" after the warm-up, "linear" or "cosine" to 0 at the last step, or "trapezoid": constant, and
@@ -129,7 +133,6 @@ class TrainState:
         replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
         optimizers: each over some of the network's parameters, all of them together.
         averages: averaged weights, one for each decay.
-        learning_rate: of its optimizer at full height; a critic's follows the warm-up and the decay of the stage.
         step: optimizer steps taken.
         skipped: steps left out because the loss or a gradient was not finite.
         precision: of the forward pass; weights and losses are float32.
@@ -140,7 +143,6 @@ class TrainState:
     replica: nn.Module
     optimizers: list[torch.optim.Optimizer]
     averages: list[Ema]
-    learning_rate: float
     step: int = 0
     skipped: int = 0
     precision: Precision = "float32"
@@ -199,27 +201,32 @@ def make_state(
     replica = wrap(compiled)
     averages = [Ema(module, decay) for decay in config.ema_decays]
     optimizers = _optimizers(module, config)
-    return TrainState(module, replica, optimizers, averages, config.learning_rate, precision=config.precision)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return TrainState(module, replica, optimizers, averages, precision=config.precision)
 
 
 def _optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    matrices: list[nn.Parameter] = []
-    if config.optimizer == "muon":
-        blocks = [part for part in module.modules() if isinstance(part, Layers)]
-        matrices = [weight for part in blocks for weight in part.parameters() if weight.ndim == 2]
-        if not matrices:
-            raise UserError(
-                "`optimizer` is muon, which is for the matrices of a transformer's blocks, and this network has none: "
-                "set it to adamw",
-                config,
-            )
-    chosen = {*matrices}
-    rest = [weight for weight in module.parameters() if weight not in chosen]
     rate, decay, (first, second) = config.learning_rate, config.weight_decay, config.betas
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
+    adamw = partial(torch.optim.AdamW, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
+    if config.optimizer == "adamw":
+        return [adamw(module.parameters())]
+    blocks = [part for part in module.modules() if isinstance(part, Layers)]
+    matrices = [weight for part in blocks for weight in part.parameters() if weight.ndim == 2]
     if not matrices:
-        return [adamw]
-    return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]
+        raise UserError(
+            "`optimizer` is muon, which is for the matrices of a transformer's blocks, and this network has none: "
+            "set it to adamw",
+            config,
+        )
+    muon = torch.optim.Muon(matrices, lr=_MUON_RATE * rate, weight_decay=decay / _MUON_RATE, adjust_lr_fn="original")
+    chosen = {*matrices}
+    inputs = {part.weight: part.in_features for part in module.modules() if isinstance(part, nn.Linear)}
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for weight in module.parameters():
+        if weight not in chosen:  # what sums over more features than _WIDTH moves the less
+            by_rate.setdefault(rate * min(1.0, _WIDTH / inputs.get(weight, 1)), []).append(weight)
+    return [muon, adamw([{"params": weights, "lr": lr} for lr, weights in by_rate.items()])]
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -258,7 +265,8 @@ def train(
         rate = learning_rate(config, state.step)
         for each in state.states():
             for group in (group for optimizer in each.optimizers for group in optimizer.param_groups):
-                group["lr"] = each.learning_rate * (rate / config.learning_rate)
+                # A critic's rate follows the warm-up and the decay of the stage.
+                group["lr"] = group["initial_lr"] * (rate / config.learning_rate)
         terms = _gradients(state, batch, objective, config.accumulate)
         moved = [each for each in state.states() if any(p.grad is not None for p in each.module.parameters())]
         norms = [nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm) for each in moved]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 from bld_core.data.images import Survey, first_images, survey_shards
+from bld_core.data.labels import CLASSES
 from bld_core.errors import UserError
 from bld_core.storage.addresses import without_query, without_secrets
 from cluster.config.experiment import Experiment
@@ -70,6 +72,7 @@ def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> N
             raise UserError(
                 f"{reason}, but of data.{split} {without!r} has no classes and {having!r} has: give all images a class"
             )
+    _check_lists(experiment, reason)
     if not train.classes:
         raise UserError(
             f"{reason}, but no image of data.train has a class: looked for .cls, .index and .txt files, which hold "
@@ -101,6 +104,20 @@ def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> N
             f"evaluation.{figures[0]} is set, but all images of data.train are of class {train.classes[0]}; telling "
             "classes apart needs at least 2: set it to false or 0"
         )
+
+
+def _check_lists(experiment: Experiment, reason: str) -> None:
+    """Compare the class lists beside the shards of both splits: folders of other classes are numbered otherwise."""
+    data = experiment.data
+    if data.class_names:
+        return
+    here, there = data.names, replace(data, train=data.validation).names
+    for number, (name, other) in enumerate(zip(here, there, strict=False)):
+        if name != other:
+            raise UserError(
+                f"{reason}, but class {number} is {name!r} beside data.train and {other!r} beside data.validation, as "
+                f"their {CLASSES} say: make the shards of both from folders of the same classes"
+            )
 
 
 def stem(name: str) -> str:

@@ -31,7 +31,7 @@ from bld_core.trained import load_autoencoder
 from cluster.config.artifacts import open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
-from cluster.data.check import Shards, check_data, shard_names, stem
+from cluster.data.check import check_data, shard_names, stem
 from cluster.lineage import lineage
 from cluster.ray_private import ahead
 from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
@@ -76,7 +76,8 @@ def encode_latents(experiment: Experiment, fresh: bool = False) -> str:
         UserError: bad input, each with its remedy, before anything is started.
     """
     autoencoder = open_autoencoder(experiment).autoencoder
-    jobs = _jobs(check_data(experiment))
+    check_data(experiment)
+    jobs = _jobs(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "latents"),
         "shards": files.fingerprint([job.source for job in jobs]),
@@ -129,10 +130,11 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     return [encoded_files[position] for position in range(len(jobs))]
 
 
-def _jobs(shards: Shards) -> list[Job]:
+def _jobs(experiment: Experiment) -> list[Job]:
+    splits: tuple[Split, ...] = ("train", "validation")
     jobs: list[Job] = []
-    splits: tuple[tuple[Split, list[str]], ...] = (("train", shards.train), ("validation", shards.validation))
-    for split, urls in splits:
+    for split in splits:
+        urls = check_shards(experiment.data, split)
         named = zip(urls, shard_names(urls), strict=True)
         jobs += [Job(url, split, f"{split}/{stem(name)}.parquet", name) for url, name in named]
     return jobs
@@ -237,8 +239,7 @@ def verify_latents(experiment: Experiment) -> str:
         raise MissingError(f"{location!r} is missing: encode the data set first", stages=("latents",))
     listed_files = Manifest.from_json(files.read_json(location)).files
     listed = {file.file for file in listed_files}
-    shards = Shards(check_shards(experiment.data, "train"), check_shards(experiment.data, "validation"))
-    due = {job.file for job in _jobs(shards)}
+    due = {job.file for job in _jobs(experiment)}
     there = {
         f"{split}/{name}"
         for split in sorted({file.split for file in listed_files})

@@ -1,4 +1,4 @@
-"""WebDataset shards from a folder of images, or from the digits that ship inside scikit-learn.
+"""WebDataset shards from the images of a folder, or from the demo digits.
 
 What each shard holds is planned before the first is written: the bytes depend neither on the number of threads nor on
 interruptions, and a finished shard is known by its size. The names of the classes lie beside them, in classes.json.
@@ -7,34 +7,22 @@ interruptions, and a finished shard is known by its size. The names of the class
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from bld_core.data.images import EXTENSIONS
 from bld_core.data.labels import CLASSES
-from bld_core.data.pictures import png
 from bld_core.data.shards import Sample, shard_size, write_shard
 from bld_core.errors import UserError
 from bld_core.noise import permutation
 from bld_core.storage import files
 from cluster.console import Progress
+from cluster.data.folder import SourceImage, read_digits, read_folder, read_image, stored_as
 from cluster.secrets import check_no_password
 
 _RECORD = "shards.json"
 _PLAN = "shards-unfinished.json"
-_DIGITS_SIZE = 32
-_KINDS = (*EXTENSIONS, "jfif")  # which is JPEG
-_OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "j2k", "jp2", "jxl", "pgm", "pnm", "ppm", "psd", "tga", "tif", "tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +31,8 @@ class ShardConfig:
 
     Args:
         source: a folder of images; its sub-folders, if any, are the classes, numbered in the order of their names, or
-            of their numbers where all are numbers. Links are followed; what begins with a dot, and __MACOSX, is passed
-            over.
+            of their numbers where all are numbers. Links are followed; what begins with a dot is passed over, and
+            what systems put beside images, such as __MACOSX.
             "digits" is the demo set: 1,797 scanned handwritten digits, enlarged to 32 x 32.
         output: folder for the shards, a path or a URL such as s3://bucket/folder.
         images_per_shard: images in one tar file, at the most.
@@ -78,22 +66,6 @@ class ShardConfig:
         return {name: value for name, value in asdict(self).items() if name != "threads"}
 
 
-class SourceImage(NamedTuple):
-    """An image yet to be stored.
-
-    Attributes:
-        name: of its file, within the source folder.
-        size: of its file, in bytes.
-        label: its class, -1 for none.
-        content: the file itself, in the demo set.
-    """
-
-    name: str
-    size: int
-    label: int
-    content: bytes | None = None
-
-
 class ShardSet(NamedTuple):
     """Finished shards.
 
@@ -120,7 +92,7 @@ def make_shards(config: ShardConfig) -> ShardSet:
         _compare(config, record["config"])
         print(f"shards: already done in {config.output}")
         return ShardSet(record["patterns"], record["classes"])
-    images, classes = _digits() if config.source == "digits" else _folder(config.source)
+    images, classes = read_digits() if config.source == "digits" else read_folder(config.source)
     plan = {split: _cut(numbers, images, config) for split, numbers in _split(images, config).items()}
     _claim(config, images, classes)
     patterns: dict[str, str] = {}
@@ -130,7 +102,7 @@ def make_shards(config: ShardConfig) -> ShardSet:
         shards |= {f"{split}-{i:0{width}d}.tar": numbers for i, numbers in enumerate(contents)}
         patterns[split] = files.join(config.output, f"{split}-{{{0:0{width}d}..{len(contents) - 1:0{width}d}}}.tar")
     _write(shards, images, config)
-    made = ShardSet(patterns, 1 + max(image.label for image in images))
+    made = ShardSet(patterns, len(classes))
     if classes:
         files.write_bytes(files.join(config.output, CLASSES), f"{json.dumps(classes, ensure_ascii=False)}\n".encode())
     files.write_json(record_url, {"config": config.settings(), **made._asdict()})
@@ -226,104 +198,7 @@ def _write(shards: dict[str, list[int]], images: list[SourceImage], config: Shar
 def _samples(numbers: list[int], images: list[SourceImage], source: str) -> Iterator[Sample]:
     for number in numbers:
         image = images[number]
-        data = _read(source, image.name) if image.content is None else image.content
+        data = read_image(source, image.name) if image.content is None else image.content
         if len(data) != image.size:
             raise UserError(f"{image.name!r} in {source!r} was changed while shards were made: run the command again")
-        extension = _extension(image.name)
-        yield Sample(f"{number:08d}", "jpg" if extension == "jfif" else extension, data, image.label)
-
-
-def _read(source: str, name: str) -> bytes:
-    try:
-        return Path(source, name).read_bytes()
-    except OSError as error:
-        raise _unreadable(source, name, error) from error
-
-
-def _size(source: str, name: str) -> int:
-    try:
-        return os.path.getsize(os.path.join(source, name))
-    except OSError as error:  # a link that leads nowhere, for one
-        raise _unreadable(source, name, error) from error
-
-
-def _unreadable(source: str, name: str, error: OSError) -> UserError:
-    return UserError(f"{name!r} in {source!r} cannot be read ({error}): mend it, or move it away")
-
-
-def _folder(source: str) -> tuple[list[SourceImage], list[str]]:
-    """The images of a folder, and the names of its classes in their order."""
-    paths, others = list[str](), Counter[str]()
-    for path in _walk(source, ()):
-        if _extension(path) in _KINDS:
-            paths.append(os.path.relpath(path, source))
-        elif _extension(path) in _OTHER_IMAGES:
-            others[_extension(path)] += 1
-    left = ", ".join(f"{count} .{kind}" for kind, count in sorted(others.items()))
-    if not paths:
-        found = f", found {left}: convert them" if left else ""
-        raise UserError(f"{source!r} holds no images: looked for {', '.join(EXTENSIONS)} there and below{found}")
-    if left:
-        print(f"left out: {left}; shards hold {', '.join(EXTENSIONS)}: convert them, to have them too")
-    paths.sort(key=lambda path: path.split(os.sep))
-    classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    if classes and all(re.fullmatch("[0-9]+", name) for name in classes):
-        classes.sort(key=lambda name: (int(name), name))
-    number = {name: i for i, name in enumerate(classes)}
-    images = [SourceImage(path, _size(source, path), number.get(path.split(os.sep)[0], -1)) for path in paths]
-    loose = [image.name for image in images if image.label < 0]
-    if classes and loose:
-        raise UserError(
-            f"{len(loose)} images such as {loose[0]!r} lie in {source!r} beside the folders of {len(classes)} classes "
-            "and have no class: move them into one of those, or elsewhere"
-        )
-    return images, classes
-
-
-def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-    """The files in a folder and below, also behind links; but not what systems and editors put beside images.
-
-    Raises:
-        UserError: a link to a folder above it.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        raise UserError(f"{folder!r} is a link to a folder that it lies in: remove it")
-    try:
-        entries = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(
-            f"{folder!r} cannot be read ({error}): give a folder of images, or the right to read it"
-        ) from error
-    for name in entries:
-        path = os.path.join(folder, name)
-        if name.startswith(".") or name == "__MACOSX":
-            continue
-        if os.path.isdir(path):
-            yield from _walk(path, (*above, real))
-        else:
-            yield path
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
-
-
-def _digits() -> tuple[list[SourceImage], list[str]]:
-    from sklearn.datasets import load_digits
-    from sklearn.utils import Bunch
-
-    digits = load_digits()
-    assert isinstance(digits, Bunch), "a tuple comes only with return_X_y"
-    scans = [_digit_png(pixels) for pixels in digits.images]
-    images = [
-        SourceImage(f"{i}.png", len(scan), int(label), scan)
-        for i, (scan, label) in enumerate(zip(scans, digits.target, strict=True))
-    ]
-    return images, [str(digit) for digit in range(10)]
-
-
-def _digit_png(digit: NDArray[np.float64]) -> bytes:
-    """An 8 x 8 scan with values 0..16, enlarged, as a PNG file."""
-    scan = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
-    return png(scan.resize((_DIGITS_SIZE, _DIGITS_SIZE), Image.Resampling.BICUBIC))
+        yield Sample(f"{number:08d}", stored_as(image.name), data, image.label)

@@ -14,6 +14,7 @@ import bld_core
 from bld_core.data.images import stack, to_float, to_uint8
 from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import SamplingConfig
+from bld_core.errors import UserError
 from bld_core.generator import Generator, known_tokens
 from bld_core.noise import uniform
 from bld_core.prior.model import make_model

@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -345,7 +346,7 @@ def tiny_autoencoder(seed: int = 0, channels: int = 1) -> Autoencoder:
 
 
 def write_latents(
-    folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,), labelled: bool = True, **identity: str
+    folder: str, *, train: Sequence[int], validation: Sequence[int] = (3,), labelled: bool = True, **identity: Any
 ) -> None:
     """An encoded data set of random 2 x 2 x 8 bits: shards of so many rows. Row i has key i and class i modulo 3."""
     entries = list[LatentFile]()

@@ -75,6 +75,13 @@ def test_the_first_stage_trains_as_a_ray_job(
         check=False,
     )
     assert refused.returncode != 0
+    lost = subprocess.run(
+        [*submit, *job, "--root", "runs"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert lost.returncode != 0
+    assert (
+        "root is 'runs', relative to the copy of the code that Ray has made for this job" in lost.stdout + lost.stderr
+    )
     done = subprocess.run(
         [*submit, *job, *short], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

@@ -15,6 +15,7 @@ from bld_core.prior.binary import PriorObjective
 from bld_core.prior.transformer import PriorConfig
 from bld_core.training.averages import Ema
 from bld_core.training.checkpoint import load_state, save_state
+from bld_core.training.layers import Layers
 from bld_core.training.loop import TrainingConfig, TrainState, learning_rate, make_state, train, worker_share
 from tests.bld_core.toys import perturb, tiny_prior, toy_batches
 
@@ -106,10 +107,32 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
         assert (id(weight) in adamw) != (id(weight) in muon), each
     run(state, config, 1)
     moved = network.get_parameter(name).detach().double() - before
-    # Most of what is added is nearly orthogonal, and as long as AdamW's first step: 0.2 of the rate for each weight.
-    values = torch.linalg.svdvals(moved) / (0.2 * 1e-2 * math.sqrt(max(moved.shape)))
+    values = torch.linalg.svdvals(moved) / (0.2 * math.sqrt(128) * 1e-2)  # most of what is added is nearly orthogonal
     assert float(values.median()) > 0.6
     assert float(values.max()) < 1.3
+
+
+@torch.no_grad()
+def test_a_step_of_muon_changes_what_a_matrix_gives_by_as_much_at_any_width() -> None:
+    config = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+    changes: list[float] = []
+    for width in (32, 512):
+        matrix = torch.nn.Linear(width, 3 * width, bias=False)
+        muon, _ = make_state(torch.nn.Sequential(Layers(matrix), torch.nn.LayerNorm(width)), config).optimizers
+        x, y = (torch.randn(1, size, generator=torch.Generator().manual_seed(0)) for size in (width, 3 * width))
+        before, matrix.weight.grad = matrix.weight.clone(), y.T @ x
+        muon.step()
+        changes.append(float(((matrix.weight - before * (1 - 1e-2 * 0.1)) @ x[0]).square().mean().sqrt()))
+    assert changes[0] == pytest.approx(changes[1], rel=0.2)
+
+
+def test_beside_muon_matrices_that_read_many_features_have_a_lower_rate() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(32, 512), Layers(torch.nn.Linear(512, 512)), torch.nn.Linear(512, 8))
+    _, adamw = make_state(network, TrainingConfig(optimizer="muon", learning_rate=0.1)).optimizers
+    rates = {weight: group["initial_lr"] for group in adamw.param_groups for weight in group["params"]}
+    expected = {"0.weight": 0.1, "0.bias": 0.1, "1.0.bias": 0.1, "2.weight": 0.1 * 128 / 512, "2.bias": 0.1}
+    assert {name: rates[network.get_parameter(name)] for name in expected} == expected
+    assert len(rates) == len(expected)
 
 
 def test_muon_is_refused_where_there_are_no_blocks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,7 @@ IMAGES = [png_of(image.pixels) for image in toy_images(12)]
 
 
 def shard(path: Path, labels: list[int]) -> str:
+    path.parent.mkdir(exist_ok=True)
     write_shard(str(path), [Sample(f"{i:04d}", "png", IMAGES[i % 12], label) for i, label in enumerate(labels)])
     return str(path)
 
@@ -275,3 +277,18 @@ def test_a_prior_of_classes_is_refused_where_the_codes_have_none_or_others(
         del file["classes"]
     files.write_json(f"{folder}/manifest.json", manifest)  # as an early version wrote it
     open_encoded(pair)
+
+
+def test_folders_of_other_classes_than_those_of_training_are_refused(tmp_path: Path) -> None:
+    given = [shard(tmp_path / split / "0.tar", [0, 1]) for split in ("train", "validation")]
+    (tmp_path / "train/classes.json").write_text('["ant", "bee", "cat"]')
+    (tmp_path / "validation/classes.json").write_text('["ant", "bee"]')
+    check_data(experiment(tmp_path, given[0], given[1], 3))
+    shutil.move(tmp_path / "validation", tmp_path / "other")  # a list is read once a process
+    (tmp_path / "other/classes.json").write_text('["ant", "cat"]')
+    held_out = f"{tmp_path}/other/0.tar"
+    with pytest.raises(
+        UserError, match=r"class 1 is 'bee' beside data.train and 'cat' beside data.validation, .*: make"
+    ):
+        check_data(experiment(tmp_path, given[0], held_out, 3))
+    check_data(experiment(tmp_path, given[0], held_out))

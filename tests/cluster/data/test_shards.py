@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bld_core.data.shards import read_shard, shard_size
 from bld_core.storage import files
@@ -137,7 +141,9 @@ def test_an_unfinished_output_refuses_another_source_and_shards_of_another_size(
 
 
 def test_bad_sources_and_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no images: looked for jpg, jpeg, png, webp"):
+    with pytest.raises(
+        ValueError, match="holds no images: looked for jpg, jpeg, png, webp, jfif, jpe, bmp, tif, tiff there"
+    ):
         make_shards(ShardConfig(source=str(tmp_path), output=str(tmp_path / "out")))
     folder_of(tmp_path / "source", 6)
     folder_of(tmp_path / "source", 2, classes=0)
@@ -162,18 +168,51 @@ def test_a_real_folder_has_links_and_what_systems_put_beside_images(
     put(tmp_path / "elsewhere" / "b.jfif", image)
     put(tmp_path / "elsewhere" / "deep" / "c.jpeg", image)
     (source / "2").symlink_to(tmp_path / "elsewhere")
-    for name in (".ipynb_checkpoints/a.png", "__MACOSX/1/._a.png", "1/._a.png", ".DS_Store", "9/.hidden/x.png"):
+    for name in (
+        ".ipynb_checkpoints/a.png",
+        "__MACOSX/1/._a.png",
+        "1/._a.png",
+        ".DS_Store",
+        "9/.hidden/x.png",
+        "@eaDir/a.png",
+    ):
         put(source / name, image)
-    for name in ("1/a.bmp", "1/b.tif", "2/d.TIF"):
-        put(source / name, image)
+    for name in ("1/a.gif", "1/b.heic", "2/d.GIF", "9/labels.csv", "9/scan", "9/damaged.tif"):
+        put(source / name, image[:90])
     made = make_shards(ShardConfig(source=str(source), output=str(tmp_path / "out"), validation_share=0))
-    assert "left out: 1 .bmp, 2 .tif; shards hold jpg, jpeg, png, webp: convert them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: 2 .gif, 1 .heic, which shards do not hold: convert them to PNG" in said
+    assert re.search(r"left out: 1 images that cannot be made PNG, such as: '9/damaged.tif' in .* cannot be read", said)
+    assert "left out: 1 .csv, 1 without ending, which are no images by their names\n" in said
     assert made.classes == 4
     assert files.read_bytes(f"{tmp_path}/out/classes.json") == b'["1", "2", "9", "10"]\n'
     samples = read_shard(f"{tmp_path}/out/train-0000.tar", ["jpg", "jpeg", "png"]).samples
     assert sorted((sample.label, sample.extension) for sample in samples) == [
         *((0, "png"), (1, "jpeg"), (1, "jpg"), (2, "png"), (3, "png"))
     ]
+
+
+def test_bmp_and_tiff_become_png_without_loss(tmp_path: Path) -> None:
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    pictures = {
+        "a.bmp": Image.fromarray(np.stack([grey, grey + 1, grey + 2], -1)),
+        "b.TIFF": Image.fromarray(grey),
+        "c.tif": Image.fromarray((grey.astype(np.uint16) << 8) + 7),
+        "d.tif": Image.new("CMYK", (8, 6)),
+    }
+    (tmp_path / "source").mkdir()
+    for name, picture in pictures.items():
+        picture.save(tmp_path / "source" / name)
+    Image.fromarray(grey).save(tmp_path / "source" / "e.tif", exif={274: 6})  # to be turned
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "source" / "f.tif")
+    config = ShardConfig(source=str(tmp_path / "source"), output=str(tmp_path / "out"), validation_share=0)
+    samples = read_shard(files.expand(make_shards(config).patterns["train"])[0], ["png"]).samples
+    stored = {sample.key: Image.open(io.BytesIO(sample.data)) for sample in samples}
+    assert sorted(stored) == [f"{i:08d}" for i in range(5)], "of floats no range is known"
+    for key, picture in zip(sorted(stored), list(pictures.values())[:3], strict=False):
+        assert np.array_equal(np.asarray(stored[key]), np.asarray(picture))
+    assert stored["00000003"].mode == "RGB"
+    assert np.array_equal(np.asarray(stored["00000004"]), np.rot90(grey, -1))
 
 
 def test_a_link_in_a_circle_and_a_folder_of_other_images_are_one_message(tmp_path: Path) -> None:

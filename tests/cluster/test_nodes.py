@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import ray
 
-import cluster.capacity
+import cluster.nodes
 from bld_core.errors import UserError
-from cluster.capacity import check_nodes, say_if_busy, say_what_nodes_lack
+from cluster.nodes import Need, check_nodes, say_if_busy, say_what_nodes_lack
 from cluster.runtime import ClusterConfig, connect_ray
 
 TWO, FOUR, GPUS = {"CPU": 2.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}
@@ -41,18 +42,17 @@ def test_workers_fit_on_single_nodes_or_are_refused(
 def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.capacity, "_SETTLES_S", 0.3)
+    monkeypatch.setattr(cluster.nodes, "_SETTLES_S", 0.3)
     seen = iter([{"CPU": 1.0}, {"CPU": 4.0}])
-    say_if_busy({"CPU": 4.0, "GPU": 0}, lambda: next(seen))
+    say_if_busy(Need(4.0, 0), lambda: next(seen))
     assert capsys.readouterr().err == ""
-    say_if_busy({"CPU": 4.25, "GPU": 2}, lambda: {"CPU": 1.5})
+    say_if_busy(Need(4.25, 2), lambda: {"CPU": 1.5})
     assert capsys.readouterr().err == (
-        "waiting: the Ray cluster has 1.5 of the 4.25 CPU cores needed and 0 of the 2 GPUs needed free, "
-        "others hold the rest until they end\n"
+        "waiting: of what the work needs 1.5 of 4.25 CPU cores and 0 of 2 GPUs are free; others hold the rest until "
+        "they end\n"
     )
 
 
-@ray.remote(num_cpus=1)
 class Other:
     """Somebody else's work."""
 
@@ -65,12 +65,12 @@ def test_cores_that_others_hold_are_waited_for_aloud(ray_session: None, capsys: 
     connect_ray(config)
     cores = ray.cluster_resources()["CPU"]
     capsys.readouterr()
-    other = Other.remote()
+    other: Any = ray.remote(Other).options(num_cpus=1).remote()
     assert ray.get(other.here.remote())
     address = ray.get_runtime_context().gcs_address
     connect_ray(ClusterConfig(address=address, cpus_per_worker=cores - 0.5))
     ray.kill(other)
-    assert f"of the {cores - 0.25:g} CPU cores needed free" in capsys.readouterr().err
+    assert f"of {cores - 0.25:g} CPU cores are free; others hold" in capsys.readouterr().err
 
 
 def test_variables_of_storage_that_only_the_command_has_are_named_without_their_values(

@@ -24,10 +24,10 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
 from bld_core.training.checkpoint import load_weights, read_model_config
 from cluster.config.experiment import Experiment
-from cluster.evaluation import study
 from cluster.evaluation.config import StudyConfig
-from cluster.evaluation.study import run_study, study_table
-from cluster.evaluation.study_rows import PAPER, STUDIES, StudyName
+from cluster.study import study
+from cluster.study.rows import PAPER, STUDIES, StudyName
+from cluster.study.study import run_study, study_table
 
 SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
 

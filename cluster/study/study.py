@@ -20,11 +20,11 @@ from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_references
-from cluster.evaluation.study_rows import PAPER, STUDIES, StudyName, StudyRow
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
 from cluster.stages import open_stage
+from cluster.study.rows import PAPER, STUDIES, StudyName, StudyRow
 from cluster.training.train import train_prior
 
 _RECONSTRUCTIONS = "rows/reconstructions.json"
