@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 
@@ -23,8 +20,6 @@ LOOK_S = 5.0
 _SAY_S = 30.0
 _SETTLES_S = 3.0  # within which Ray counts as free what has just ended
 _TURN_S = 0.2
-_STORAGE = ("AWS_", "FSSPEC_")
-_ANSWER_S = 20.0  # in which a node starts a worker
 
 Resources = Mapping[str, float]
 
@@ -85,34 +80,6 @@ def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
             _say(f"waiting: of what the work needs {busy} are free; others hold the rest until they end")
             return
         time.sleep(_TURN_S)
-
-
-def _storage_variables() -> set[str]:
-    """Names of the variables that say how storage is reached, as a worker has them; never their values."""
-    return {name for name in os.environ if name.startswith(_STORAGE)}
-
-
-def say_what_nodes_lack() -> None:
-    """Say which variables of this process, that say how storage is reached, the workers of a node do not have.
-
-    They are not sent there: Ray writes what is sent into its logs. A node may also have another way to the storage,
-    such as a role that its cloud gives it.
-    """
-    here = _storage_variables()
-    if not here:
-        return
-    look: Any = ray.remote(num_cpus=0, max_retries=0)(_storage_variables)
-    asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): place
-        for node, place in _nodes().items()
-    }
-    ready, _ = ray.wait([*asked], num_returns=len(asked), timeout=_ANSWER_S)
-    for answer in ready:
-        if lacking := sorted(here - ray.get(answer)):
-            _say(
-                f"note: {', '.join(lacking)} is set here, but not where Ray was started on {asked[answer]}: set it "
-                "there, too, if storage refuses its workers"
-            )
 
 
 class Watch:

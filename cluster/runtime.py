@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy, say_what_nodes_lack
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
@@ -128,7 +128,6 @@ def connect_ray(config: ClusterConfig) -> None:
                     f"no Ray cluster answers at {address!r} ({error}); start it, or correct cluster.address or the "
                     "variable RAY_ADDRESS"
                 ) from error
-            say_what_nodes_lack()
         else:
             with local_cluster() as port:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)

@@ -10,7 +10,7 @@ import ray
 
 import cluster.nodes
 from bld_core.errors import UserError
-from cluster.nodes import Need, check_nodes, say_if_busy, say_what_nodes_lack
+from cluster.nodes import Need, check_nodes, say_if_busy
 from cluster.runtime import ClusterConfig, connect_ray
 
 TWO, FOUR, GPUS = {"CPU": 2.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}
@@ -71,17 +71,3 @@ def test_cores_that_others_hold_are_waited_for_aloud(ray_session: None, capsys: 
     connect_ray(ClusterConfig(address=address, cpus_per_worker=cores - 0.5))
     ray.kill(other)
     assert f"of {cores - 0.25:g} CPU cores are free; others hold" in capsys.readouterr().err
-
-
-def test_variables_of_storage_that_only_the_command_has_are_named_without_their_values(
-    ray_session: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connect_ray(ClusterConfig(cpus_per_worker=0.25))
-    capsys.readouterr()
-    say_what_nodes_lack()
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "t0kenThatIsPlanted")
-    say_what_nodes_lack()
-    said = capsys.readouterr().err
-    assert "note: AWS_SESSION_TOKEN is set here, but not where Ray was started on " in said
-    assert "t0ken" not in said
