@@ -29,6 +29,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP")  # by their content; what else Pillow can ope
 _MOST_PIXELS = 178_956_970  # Pillow's own limit
 _PROBED_BYTES = 16 << 20
 _SHARDS_PROBED = 64
+_NAMED = 8  # extensions in a message
 _log = logging.getLogger(__name__)
 
 
@@ -347,9 +348,11 @@ def _check_shard(url: str, config: ImageConfig) -> Shard:
                 ) from error
             _log.warning("shard %s: its first image cannot be used (%s)", shown, error)
     elif reasons == {Reason.NO_IMAGE}:
+        others = sorted(shard.others)
+        found = ", ".join([*others[:_NAMED], *([f"and {len(others) - _NAMED} more"] if len(others) > _NAMED else [])])
         raise UserError(
-            f"shard {shown!r} holds no image: looked for {', '.join(config.extensions)}, found "
-            f"{', '.join(sorted(shard.others)) or 'nothing'}; set `extensions`"
+            f"shard {shown!r} holds no image: looked for {', '.join(config.extensions)}, found {found or 'nothing'}; "
+            "set `extensions`, or rename files whose keys have dots: the first dot ends a key"
         )
     else:
         _log.warning("shard %s holds no image that can be used: %s, ...", shown, shard.left[0].reason)

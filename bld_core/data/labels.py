@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,12 +93,12 @@ class Labels:
 
 def _parsed(text: bytes) -> object:
     """What a text says: a JSON value, or else itself without the space around it."""
-    said = text.decode().strip()
-    if said.lstrip("+-").isdigit():
+    said = text.decode(json.detect_encoding(text)).strip()  # UTF-8 or UTF-16, with a byte order mark or without
+    if re.fullmatch(r"[+-]?\d{1,20}", said):
         return int(said)  # with leading zeros, which JSON does not know
     try:
         return json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         return said
 
 

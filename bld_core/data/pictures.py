@@ -89,7 +89,9 @@ def read_picture(data: bytes, size: int, channels: int, name: str) -> Tensor:
         if shown.size == (size, size):
             pixels = np.array(shown.convert("L" if channels == 1 else "RGB"))
             return torch.from_numpy(pixels).view(size, size, channels)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # there is nothing that some decoder of Pillow's does not raise of some file
         raise UserError(f"{name} cannot be read as an image: {error}") from error
     raise UserError(
         f"{name} is {shown.width} x {shown.height} pixels; it must be {size} x {size}, as the images are that the "

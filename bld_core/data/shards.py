@@ -6,6 +6,8 @@ of `<key>.json` (see labels.py). Its files follow one another in the tar file, w
 
 from __future__ import annotations
 
+import gzip
+import io
 import re
 import tarfile
 import zlib
@@ -24,6 +26,7 @@ _SHOWN = 80  # characters of what was found
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset splits a name
 _NOTES = re.compile(r"__[^/]*__(/.*)?|(.*/)?__MACOSX/.*", re.DOTALL)  # what WebDataset keeps about a shard, and macOS
 _GZIP = b"\x1f\x8b"
+_PIECE = 1 << 20
 
 
 class Sample(NamedTuple):
@@ -74,14 +77,14 @@ def read_shard(
 
 def parse_shard(data: bytes, extensions: Iterable[str], labels: Labels = Labels()) -> Shard:  # noqa: B008  # frozen
     """The samples of a tar file in memory, which are views of `data` unless it is compressed."""
+    left: list[Left] = []
     if data.startswith(_GZIP):
-        data = _unzipped(data)
+        data, left = _unzipped(data)
+    if not data.strip(b"\0"):
+        return Shard([], left or [Left(Reason.VACANT, f"{len(data)} bytes")], set())
     if other := no_tar(data):
         return Shard([], [Left(Reason.NO_TAR, other)], set())
-    if not data.strip(b"\0"):
-        return Shard([], [Left(Reason.VACANT, f"{len(data)} bytes")], set())
     wanted = list(extensions)
-    left: list[Left] = []
     samples: list[Sample] = []
     others = set[str]()
     groups = list(_group(memoryview(data), left))
@@ -143,17 +146,19 @@ def _group(tar: memoryview, left: list[Left]) -> Iterable[_Group]:
     return groups.values()
 
 
-def _unzipped(data: bytes) -> bytes:
-    """What gzip has packed, as far as it is there and whole."""
+def _unzipped(data: bytes) -> tuple[bytes, list[Left]]:
+    """What gzip has packed, as far as it can be unpacked, and what is wrong behind that."""
     unpacked: list[bytes] = []
-    while data.startswith(_GZIP):
-        stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    faults: list[Left] = []
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         try:
-            unpacked.append(stream.decompress(data))
-        except zlib.error:
-            break
-        data = stream.unused_data  # gzip files may follow one another
-    return b"".join(unpacked)
+            while piece := file.read1(_PIECE):
+                unpacked.append(piece)
+        except EOFError:  # cut off: the tar file in it ends early, too
+            faults += [] if unpacked else [Left(Reason.TRUNCATED, "gzip")]
+        except (OSError, zlib.error) as error:
+            faults.append(Left(Reason.DAMAGED, f"gzip: {error}"))
+    return b"".join(unpacked), faults
 
 
 def _sample_or_left(group: _Group, wanted: list[str], labels: Labels, captions: bool) -> Sample | Left:

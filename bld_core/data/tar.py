@@ -5,6 +5,7 @@ Python's own tarfile takes a damaged header for the end of the file, and so does
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +15,10 @@ from bld_core.data.skipped import Reason
 _BLOCK = 512
 _LONGEST_NAME = 4096
 _SIZE = re.compile(rb"\d{1,18}")
+_MAGIC = b"ustar"  # in each header of all formats but the oldest
+_TEXT = re.compile(rb"[^\0-\x08\x0e-\x1f]*[\s<{][^\0-\x08\x0e-\x1f]*")  # a header that is cut off is no words
+_SHOWN = 40
+_SHOWN_BYTES = 12
 
 # Kinds of members, as in POSIX pax and GNU tar.
 _PLAIN = b"0\x007"
@@ -41,13 +46,22 @@ _KINDS = {
 }
 
 
-def no_tar(data: bytes | memoryview) -> str:
-    """What a file is by its first bytes, and what to do, where that is known not to be a tar file; else nothing."""
-    start = bytes(data[:_BLOCK])
+def no_tar(data: bytes) -> str:
+    """What a file is by its first bytes, and what to do, where it is no tar file; nothing of one, damaged or not."""
+    start = data[:_BLOCK]
     if _header(start) is not None:
         return ""
-    plain = start.lstrip()
-    return next((kind for first, kind in _KINDS.items() if plain[: len(first)].lower() == first.lower()), "")
+    plain = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    for first, kind in _KINDS.items():
+        if plain[: len(first)].lower() == first.lower():
+            return kind
+    if _TEXT.fullmatch(plain):
+        said = plain[:_SHOWN].decode("utf-8", "replace")
+        return f"a text, {said!r}: what a server answers instead of the file, or a list of files; give tar files"
+    headers = (data[at : at + _BLOCK] for at in range(0, len(data), _BLOCK))
+    if len(data) < _BLOCK or _MAGIC in data or any(map(_header, headers)):
+        return ""
+    return f"a file of another kind, which begins with {start[:_SHOWN_BYTES]!r}; give tar files"
 
 
 class Member(NamedTuple):

@@ -320,7 +320,7 @@ def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> Non
     good, empty = str(tmp_path / "good.tar"), str(tmp_path / "empty.tar")
     write_shard(good, toy_samples(2))
     write_shard(empty, [Sample("0", "txt", b"", 1)])
-    Path(tmp_path, "broken.tar").write_bytes(b"no tar at all")
+    Path(tmp_path, "broken.tar").write_bytes(b"\0" + Path(good).read_bytes()[1:])
     assert check_shards(ImageConfig(train=str(tmp_path / "broken.tar")), "train")  # bad data is for the account
     assert check_shards(ImageConfig(train=good), "train") == [good]
     with pytest.raises(ValueError, match=r"`validation` is empty"):
@@ -329,6 +329,9 @@ def test_check_shards_finds_what_is_wrong_before_the_work(tmp_path: Path) -> Non
         check_shards(ImageConfig(train=str(tmp_path / "none.tar")), "train")
     with pytest.raises(ValueError, match=r"empty\.tar.*found cls, txt"):
         check_shards(ImageConfig(validation=str(tmp_path / "{good,empty}.tar")), "validation")
+    write_shard(str(tmp_path / "dots.tar"), [Sample(f"img.{i}", "png", b"", -1) for i in range(100)])
+    with pytest.raises(ValueError, match=r"found (\d+\.png, ){8}and 92 more; set `extensions`, or rename files whose"):
+        check_shards(ImageConfig(validation=str(tmp_path / "dots.tar")), "validation")
 
 
 def test_a_bad_field_is_named() -> None:

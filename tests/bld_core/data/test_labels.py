@@ -72,6 +72,18 @@ def test_captions_are_no_classes_also_where_one_of_them_is_a_number() -> None:
     assert [sample.label for sample in parse_shard(tar_of(classed), ["png"]).samples] == [3, 4]
 
 
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbf7\n", "7\n".encode("utf-16"), b"7\0"], ids=["UTF-8", "UTF-16", "NUL"])
+def test_what_editors_and_shells_of_other_systems_write_is_read(text: bytes) -> None:
+    assert Labels().read({"cls": text}) == 7
+
+
+def test_text_that_is_nested_without_end_is_a_caption_or_no_class() -> None:
+    deep = b"[" * 100_000
+    shard = parse_shard(tar_of([File("a.png"), File("a.txt", deep), File("b.png"), File("b.cls", deep)]), ["png"])
+    assert [sample.key for sample in shard.samples] == ["a"]
+    assert [(left.key, left.reason) for left in shard.left] == [("b", Reason.BAD_LABEL)]
+
+
 def test_the_list_lies_beside_the_first_shard_or_where_it_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "classes.json").write_text('["a", "b"]')
     shards = f"{tmp_path}/train-{{0000..0003}}.tar"

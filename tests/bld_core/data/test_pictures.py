@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from bld_core.data.images import stack
-from bld_core.data.pictures import grid, png, reconstruction_grid
+from bld_core.data.pictures import grid, png, read_picture, reconstruction_grid
+from bld_core.errors import UserError
 from tests.bld_core.toys import toy_images
 
 
@@ -49,3 +51,12 @@ def test_differences_are_flat_grey_where_nothing_differs_and_never_wrap() -> Non
     for image, reconstruction, grey in ((white, white, 128), (black, white, 255), (white, black, 0)):
         back = np.asarray(reconstruction_grid(image, reconstruction))
         assert (back[2 + 2 * 66 : -2, 2:-2] == grey).all()
+
+
+def test_whatever_pillow_raises_of_a_picture_is_one_message() -> None:
+    out = io.BytesIO()
+    Image.new("L", (16, 16)).save(out, "DDS")
+    odd = bytearray(out.getvalue())
+    odd[80:84] = bytes(4)  # the flags of its pixels' format, of which its decoder raises NotImplementedError
+    with pytest.raises(UserError, match=r"the mask cannot be read as an image: Unknown pixel format flags 0"):
+        read_picture(bytes(odd), 16, 1, "the mask")

@@ -166,6 +166,12 @@ def test_a_link_is_the_same_file_when_its_signature_is_renewed() -> None:
     joined = f"{first}::https://host/c.tar#{SIGNED}"
     assert without_query(joined) == "https://host/data/a%20b.tar::https://host/c.tar"
     assert without_query("s3://bucket/a?.tar and /local/a?.tar") == "s3://bucket/a?.tar and /local/a?.tar"
-    assert without_query(f"{{'a': '{first}'}}") == "{'a': 'https://host/data/a%20b.tar'}"
+    for odd in ("a,b.tar", "it's.tar", "a b.tar", "{a,b}.tar"):
+        assert without_query(f"HTTPS://host/{odd}?{SIGNED},'x y'") == f"HTTPS://host/{odd}"
+        assert "5ecre7" not in files.name(f"https://host/{odd}?{SIGNED}")
+    assert without_query("https://h/{a.tar?s=1,2/b.tar?s=2}") == "https://h/{a.tar,2/b.tar}"
+    assert without_secrets("'https://h/a.tar?t0ken' and https://h/?t0ken::b") == (
+        "'https://h/a.tar?***' and https://h/?***::b"
+    )
     assert "1/x" not in without_secrets(joined)
     assert without_secrets("a.tar?b=c::https://h/d.tar") == "a.tar?b=***::https://h/d.tar"

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from bld_core.data.images import ImageConfig, check_shards, decode, first_images, read_images, survey_shards
-from bld_core.data.shards import Sample, write_shard
-from bld_core.data.skipped import Reason, Skipped
+from bld_core.data.shards import Sample, parse_shard, write_shard
+from bld_core.data.skipped import Left, Reason, Skipped
 from bld_core.errors import UserError
 from bld_core.prior.transformer import PriorConfig
 from bld_core.storage import files
@@ -128,6 +128,8 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
         "a Git LFS pointer: fetch .* git lfs",
     ),
     "png": (lambda: IMAGES[0], "a PNG image: put images into a tar"),
+    "answer": (lambda: b'{"error": "expired"}', 'a text, \'{"error": "expired"}\': what a server answers'),
+    "other": (lambda: b"Rar!\x1a\x07\x00" * 100, "a file of another kind, which begins with b'Rar!"),
     "twice": (lambda: gzip.compress(gzip.compress(tar_of([]))), "a file that gzip has packed twice"),
 }
 
@@ -155,6 +157,15 @@ def test_gzip_is_unpacked_and_what_is_cut_off_there_counted(tmp_path: Path) -> N
     some = list(read_images(config.train, config, skipped))
     assert 0 < len(some) < 8
     assert skipped.counts == {Reason.TRUNCATED: 1}
+    assert parse_shard(packed[:5], ["png"]).left == [Left(Reason.TRUNCATED, "gzip")]
+    wrong = bytearray(packed)
+    wrong[-8] ^= 1  # in the checksum of all
+    shard = parse_shard(bytes(wrong), ["png"])
+    assert [len(shard.samples), *(left.reason for left in shard.left)][:2] == [8, Reason.DAMAGED]
+    wrong[len(wrong) // 2] ^= 255
+    shard = parse_shard(bytes(wrong), ["png"])
+    assert 0 < len(shard.samples) <= 8
+    assert shard.left[0].reason == Reason.DAMAGED
 
 
 @pytest.mark.parametrize("content", [b"", bytes(10240)], ids=["0 bytes", "no members"])
