@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import signal
 import sys
 import threading
 import time
@@ -142,9 +143,11 @@ def nodes_watched(need: Need, patience: float) -> Generator[None]:
         while not over.wait(LOOK_S):
             if (failure := watch.look()) is not None:
                 ended.append(failure)
-                _thread.interrupt_main()
+                _thread.interrupt_main(signal.SIGUSR2)
                 return
 
+    # A signal of its own: a job in the background may have been told to ignore that of Ctrl-C.
+    before = signal.signal(signal.SIGUSR2, signal.default_int_handler)
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
@@ -155,6 +158,7 @@ def nodes_watched(need: Need, patience: float) -> Generator[None]:
         raise
     finally:
         over.set()
+        signal.signal(signal.SIGUSR2, before)
 
 
 def _nodes() -> dict[str, str]:

@@ -27,6 +27,7 @@ THROUGH = {
         "bld_core/autoencoder/test_losses.py::test_two_workers_use_the_weight_and_the_gradient_of_the_whole_batch"
     ),
     "cluster.console": "pipelines/test_commands.py::test_a_mistake_is_one_message_and_exit_code_2",
+    "cluster.data.folder": "cluster/data/test_shards.py::test_bmp_and_tiff_become_png_without_loss",
     "cluster.ray_private": (
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),

@@ -19,6 +19,7 @@ from bld_core.generator import Generator, known_tokens
 from bld_core.noise import uniform
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import ModelName, PriorConfig
+from bld_core.storage.records import write_record
 from bld_core.training.checkpoint import save_model
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
 
@@ -213,7 +214,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "prior" / "final" / "config.json"
     config = json.loads(path.read_text())
     change(config)
-    path.write_text(json.dumps(config))
+    write_record(str(path), config)
 
 
 def test_the_stored_target_and_calibration_decide_what_the_network_means(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_prior_from_before_models_had_names_is_binary(generator: Generator, tm
     config = tmp_path / "prior/final/config.json"
     made = json.loads(config.read_text())
     assert made["prior"].pop("model") == "binary"
-    config.write_text(json.dumps(made))
+    write_record(str(config), made)
     assert torch.equal(bld_core.load(str(tmp_path)).sample(4, seed=2), expected)
 
 

@@ -48,7 +48,9 @@ def test_no_space_is_one_message_whoever_meets_it(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_command_as_its_errors_do(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_a_command_as_its_errors_do(
+    number: int, code: int, ctrl_c: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, seen = signal.getsignal(signal.SIGTERM), list[BaseException]()
 
     def work() -> None:

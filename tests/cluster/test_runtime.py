@@ -86,7 +86,7 @@ def test_nodes_that_are_gone_are_named_and_not_waited_for_without_end(
     assert re.search(r"cluster.patience is 0.2 s: .* run the same command again", str(watch.look()))
 
 
-def test_waiting_for_ray_ends_with_the_nodes_and_by_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_ray_ends_with_the_nodes_and_by_ctrl_c(monkeypatch: pytest.MonkeyPatch, ctrl_c: None) -> None:
     monkeypatch.setattr(cluster.nodes, "LOOK_S", 0.1)
     connect_ray(ClusterConfig(cpus_per_worker=0.25))
     with pytest.raises(UserError, match="of 1000 CPU cores"), nodes_watched(Need(1000, 0), 0.2):

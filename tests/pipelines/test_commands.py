@@ -204,7 +204,7 @@ REAL = {
     "evaluate.py": Real(
         TRAINED,
         ["--evaluation.class_accuracy", "false"],
-        r"^report: .*/small/evaluation/report.html, its figures",
+        r"^report: .*/small/evaluation/report.html, its metrics",
         ["evaluation/report.json", "evaluation/report.html"],
     ),
 }

@@ -33,6 +33,7 @@ from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
+from bld_core.storage.records import write_record
 from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
 from cluster.config.artifacts import open_codes
@@ -405,7 +406,7 @@ def test_a_new_prior_makes_samples_again(finished: Experiment, capsys: pytest.Ca
     assert "already done" in capsys.readouterr().out
     config = Path(finished.folder, "prior/final/config.json")
     original = config.read_text()
-    config.write_text(json.dumps(json.loads(original) | {"run": "another"}))
+    write_record(str(config), json.loads(original) | {"run": "another"})
     try:
         draw_grid(finished, GridConfig(rows=1))
     finally:
