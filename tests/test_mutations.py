@@ -21,7 +21,7 @@ from tests.conftest import copy_of, random_pair
 from tests.mutations import Mutation, mutations
 
 __all__ = ["whole"]  # a fixture
-DAMAGES = mutations(STORED, 108, seed=16)
+DAMAGES = mutations(STORED, 16, seed=16)
 
 
 def said_by(work: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[str, bool]:

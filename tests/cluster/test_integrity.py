@@ -18,9 +18,9 @@ from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents, verify_latents
 from cluster.training.checkpoints import verify_training
-from cluster.training.train import train_autoencoder, train_prior
+from cluster.training.train import train_prior
 from tests.conftest import copy_of
-from tests.mutations import Mutation, mutations
+from tests.mutations import Mutation
 from tests.pipelines.test_commands import run
 from tests.pipelines.test_errors import flags_of
 
@@ -37,7 +37,6 @@ STORED = [
     *("latents/manifest.json", "latents/validation/validation-0000.parquet"),
     *(f"latents/train/train-000{shard}.parquet" for shard in range(4)),
 ]
-IN_SHORT = 4
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +68,6 @@ def made(experiment: Experiment) -> dict[str, bytes]:
 
 def unfinished(experiment: Experiment, stage: str) -> None:
     shutil.rmtree(Path(experiment.folder, stage, "final"))
-
-
-def all_stages(experiment: Experiment) -> None:
-    train_autoencoder(experiment, mend=True)
-    encode_latents(experiment, mend=True)
-    train_prior(experiment, mend=True)
-
-
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        pytest.param(each, id=f"{each.file}, {each.damage}", marks=[pytest.mark.long] if number >= IN_SHORT else [])
-        for number, each in enumerate(mutations(STORED, 72, seed=15))
-    ],
-)
-def test_a_damage_is_found_or_makes_no_difference(
-    mutation: Mutation, whole: Experiment, spoiled: Experiment, capfd: pytest.CaptureFixture[str]
-) -> None:
-    stage = mutation.file.split("/")[0]
-    if "/checkpoint-" in mutation.file:
-        unfinished(spoiled, stage)
-    mutation.apply(Path(spoiled.folder))
-    try:
-        all_stages(spoiled)
-    except UserError as error:
-        assert mutation.file in str(error)  # noqa: PT017
-    else:
-        assert made(spoiled) == made(whole), capfd.readouterr()
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
