@@ -76,11 +76,8 @@ def is_found_or_harmless(whole: Experiment, damage: Mutation, root: Path, capsys
     return "found" if named else "harmless"
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [pytest.param(each, marks=[pytest.mark.long] if number else []) for number, each in enumerate(DAMAGES)],
-    ids=lambda each: f"{each.file}, {each.damage}",
-)
+@pytest.mark.long
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: f"{each.file}, {each.damage}")
 def test_what_the_commands_say_of_a_damage_mends_it(
     damage: Mutation, whole: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

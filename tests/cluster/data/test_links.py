@@ -51,6 +51,7 @@ def linked(experiment: Experiment, root: Path, web: str, signature: str) -> Expe
     return replace(experiment, root=str(root), data=data, autoencoder_training=small_training(2))
 
 
+@pytest.mark.long
 def test_no_signature_and_no_key_is_stored_and_a_renewed_link_is_the_same_shard(
     encoded: Experiment, tmp_path: Path, web: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

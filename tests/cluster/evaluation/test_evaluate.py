@@ -414,7 +414,7 @@ def test_a_new_prior_makes_samples_again(finished: Experiment, capsys: pytest.Ca
     assert "already done" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["autoregressive", "absorbing"])
+@pytest.mark.parametrize("model", [pytest.param("autoregressive", marks=pytest.mark.long), "absorbing"])
 def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_path: Path, model: ModelName) -> None:
     experiment = replace(
         encoded,
