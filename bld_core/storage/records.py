@@ -14,7 +14,7 @@ from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
 from bld_core.storage.patience import persist
 
-_DIGEST = "sha256"
+_DIGEST = "record_sha256"
 _ASIDE = ".damaged"
 
 

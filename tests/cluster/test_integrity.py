@@ -157,7 +157,7 @@ def test_a_manifest_with_one_entry_removed_is_found(whole: Experiment, spoiled: 
     files.write_json(url, manifest)
     with pytest.raises(DamagedError, match=r"manifest\.json' says of itself"):
         train_prior(spoiled)
-    del manifest["sha256"]  # as an early version wrote it
+    del manifest["record_sha256"]  # as an early version wrote it
     files.write_json(url, manifest)
     with pytest.raises(DamagedError, match=r"train-0001\.parquet' is not named in manifest\.json"):
         train_prior(spoiled)

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_an_early_version_is_read_without_digests(tmp_path: Path
     save_state(str(tmp_path), with_critic(), {})
     for file in ("meta.json", "critic/meta.json"):
         meta = json.loads((tmp_path / file).read_text())
-        del meta["parts"], meta["sha256"]
+        del meta["parts"], meta["record_sha256"]
         (tmp_path / file).write_text(json.dumps(meta))
     load_state(str(tmp_path), with_critic())
     (tmp_path / "ema.safetensors").write_bytes(b"no tensors")
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_an_early_version_is_read_without_digests(tmp_path: Path
         load_state(str(tmp_path), with_critic())
 
 
-@pytest.mark.parametrize("text", ['{"a": 1', "", "[1]", '{"a": 2, "sha256": "%s"}', "\udcff"])
+@pytest.mark.parametrize("text", ['{"a": 1', "", "[1]", '{"a": 2, "record_sha256": "%s"}', "\udcff"])
 def test_a_record_that_is_not_what_was_written_is_named(text: str, tmp_path: Path) -> None:
     url = str(tmp_path / "a.json")
     write_record(url, {"a": 1, "b": (2.5, None)})
