@@ -52,7 +52,13 @@ class Command:
         arguments = json.dumps([str(root), digits, machines])
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", call, arguments], cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-c", call, arguments],
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # a job in the background is told to ignore Ctrl-C, and its children with it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     def said(self) -> str:
@@ -122,6 +128,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.long
+@pytest.mark.outage
 def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: dict[str, str], disk: Path) -> None:
     command = Command(disk, digits)
     command.wait_for(" left  loss")
@@ -139,6 +146,7 @@ def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: d
 
 
 @pytest.mark.long
+@pytest.mark.outage
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: dict[str, str], tmp_path: Path) -> None:
@@ -193,6 +201,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 @pytest.mark.long
+@pytest.mark.outage
 def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
     nodes: Nodes, digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
