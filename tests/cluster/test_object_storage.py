@@ -38,8 +38,9 @@ def on_s3(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Experiment:
     """The small experiment with shards and root on the server; MLflow's SQLite file lies elsewhere."""
-    for shard in Path(digits["train"]).parent.glob("*.tar"):
-        files.write_bytes(f"{s3}/on_s3/{shard.name}", shard.read_bytes())
+    folder = Path(digits["train"]).parent
+    for file in (*folder.glob("*.tar"), *folder.glob("classes.json")):
+        files.write_bytes(f"{s3}/on_s3/{file.name}", file.read_bytes())
     patterns = {split: f"{s3}/on_s3/{Path(pattern).name}" for split, pattern in digits.items()}
     experiment = replace(encoded, data=replace(encoded.data, **patterns))
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
