@@ -4,7 +4,7 @@ ROOT ?= runs
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-long test-outages check ui clean
+.PHONY: demo test test-long check ui clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,10 +20,7 @@ test: .venv/ready  ## every module, and one real run of each stage and command; 
 	pytest -m 'not long'
 
 test-long: .venv/ready  ## outages, kills, photographs, long trainings; BLD_REAL_DATA names a folder of real image shards
-	pytest -m 'long and not outage'
-
-test-outages: .venv/ready  ## stops, outages of stores and nodes, damaged files: a quarter of an hour on a quiet machine
-	pytest -m 'long and outage'
+	pytest -m long
 
 check: .venv/ready  ## format, lint, types
 	ruff format --check .

@@ -25,8 +25,6 @@ DECODE_CPUS = 0.25
 _DECODE_TASKS_BESIDE = 2  # Ray Data looks for finished tasks every 0.1 s: no core waits until then for its next block
 _READ_AHEAD = 64  # MiB: a block is at most 16 decoded and 16 as files, and waits before and behind its task
 
-"""What there is of each kind: "CPU" in cores, "GPU"."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:

@@ -77,7 +77,6 @@ def is_found_or_harmless(whole: Experiment, damage: Mutation, root: Path, capsys
 
 
 @pytest.mark.long
-@pytest.mark.outage
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: f"{each.file}, {each.damage}")
 def test_what_the_commands_say_of_a_damage_mends_it(
     damage: Mutation, whole: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]

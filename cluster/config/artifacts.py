@@ -145,10 +145,11 @@ def open_trained(experiment: Experiment) -> Artifacts:
 
 
 def open_pair(experiment: Experiment) -> Artifacts:
-    """Autoencoder and prior, both finished; the errors are those of `open_trained`, and
+    """Autoencoder and prior, both finished.
 
     Raises:
-        MissingError: stage 2 is not finished.
+        MissingError: a stage is not finished.
+        UserError: they do not belong together.
     """
     found = open_trained(experiment)
     if found.prior is None:

@@ -41,7 +41,7 @@ class TrackingConfig:
         champion_figure: metric of evaluation/report.json by which a version becomes `champion`. The bound compares
             priors on the same latents; across autoencoders or latents take a metric of images.
         champion_lower: the lower metric is the better one.
-        champion_margin: by how much, in the figure's own unit, a version must be better than the champion to follow it.
+        champion_margin: by how much, in the metric's own unit, a version must be better than the champion to follow it.
     """
 
     uri: str = ""

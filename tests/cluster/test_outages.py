@@ -128,7 +128,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: dict[str, str], disk: Path) -> None:
     command = Command(disk, digits)
     command.wait_for(" left  loss")
@@ -146,7 +145,6 @@ def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: d
 
 
 @pytest.mark.long
-@pytest.mark.outage
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: dict[str, str], tmp_path: Path) -> None:
@@ -201,7 +199,6 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
     nodes: Nodes, digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,6 @@ def check_whole(run: Run, steps: int, picture: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_a_server_that_is_away_stops_no_training_and_misses_nothing(
     experiment: Experiment, mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,7 +104,6 @@ def test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it(
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_a_locked_database_stops_no_training(beside: Experiment, tmp_path: Path) -> None:
     run = start_run(beside, "prior", None)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:

@@ -25,7 +25,6 @@ USE = "import sys; from cluster.tracking.store import open_client; print(open_cl
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_many_first_uses_of_one_new_database(tmp_path: Path) -> None:
     """Without a lock, some of them meet half of MLflow's migrations: "duplicate column name: step"."""
     words = [sys.executable, "-c", USE, f"sqlite:///{tmp_path}/new/mlflow.db"]
@@ -34,7 +33,6 @@ def test_many_first_uses_of_one_new_database(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_a_database_that_finds_no_space_is_one_message_and_leaves_nothing_half_made(tmp_path: Path) -> None:
     uri, before = f"sqlite:///{tmp_path}/mlflow.db", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # some of its tables fit
@@ -93,7 +91,6 @@ def test_a_store_that_never_answered_is_asked_once(tmp_path: Path, no_mlflow: st
 
 
 @pytest.mark.long
-@pytest.mark.outage
 def test_a_server_that_says_nothing_is_waited_for_for_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
