@@ -54,10 +54,10 @@ def check_data(experiment: Experiment) -> Shards:
 
 
 def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> None:
-    """Compare the classes of both splits with those of the prior, and with the figures that need classes."""
+    """Compare the classes of both splits with those of the prior, and with the metrics that need classes."""
     classes, names = experiment.prior.classes, experiment.data.names
     asked = [f"prior.classes is {classes}"] if classes else []
-    asked += [f"evaluation.{name} is set" for name in experiment.evaluation.class_figures(classes)]
+    asked += [f"evaluation.{name} is set" for name in experiment.evaluation.class_metrics(classes)]
     if not asked:
         return
     if experiment.evaluation.cas_steps and not classes:
@@ -77,7 +77,7 @@ def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> N
         raise UserError(
             f"{reason}, but no image of data.train has a class: looked for .cls, .index and .txt files, which hold "
             f"a number or a name of the class list, and in .json files for {experiment.data.label_field or 'label'!r}; "
-            "set data.label_field or data.class_names (a JSON list), or prior.classes to 0 and figures of classes to "
+            "set data.label_field or data.class_names (a JSON list), or prior.classes to 0 and metrics of classes to "
             "false"
         )
     listed = f"; the class list has {len(names)}" if names else ""
@@ -93,15 +93,15 @@ def _check_classes(experiment: Experiment, train: Survey, held_out: Survey) -> N
             f"{reason}, but data.validation has class {beyond[-1]}, and the largest of data.train is "
             f"{train.classes[-1]}: leave those images out, or add training images of that class"
         )
-    figures = experiment.evaluation.class_figures(classes)
-    if figures and not held_out.classes:
+    metrics = experiment.evaluation.class_metrics(classes)
+    if metrics and not held_out.classes:
         raise UserError(
-            f"evaluation.{figures[0]} is set, but no image of data.validation has a class: give them classes, or set "
+            f"evaluation.{metrics[0]} is set, but no image of data.validation has a class: give them classes, or set "
             "it to false or 0"
         )
-    if figures and train.whole and len(train.classes) < 2:
+    if metrics and train.whole and len(train.classes) < 2:
         raise UserError(
-            f"evaluation.{figures[0]} is set, but all images of data.train are of class {train.classes[0]}; telling "
+            f"evaluation.{metrics[0]} is set, but all images of data.train are of class {train.classes[0]}; telling "
             "classes apart needs at least 2: set it to false or 0"
         )
 

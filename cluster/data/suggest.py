@@ -37,7 +37,7 @@ def first_flags(made: ShardSet, name: str) -> list[str]:
     flags += [f"--data.image_size={size}", f"--data.channels={channels}", f"--data.extensions=[{','.join(EXTENSIONS)}]"]
     flags += [f"--prior.classes={classes}"]
     if not classes:
-        flags += [f"--evaluation.{figure}=false" for figure in _OF_CLASSES]
+        flags += [f"--evaluation.{metric}=false" for metric in _OF_CLASSES]
     if len(shards) < 2:
         flags += ["--cluster.workers=1"]  # each streams shards of its own
     return flags

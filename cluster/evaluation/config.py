@@ -1,4 +1,4 @@
-"""What an evaluation measures, and the numbers that its figures are known by."""
+"""What an evaluation measures, and the numbers that its metrics are known by."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ SPLITS = 10  # of the Inception score
 KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
 NEIGHBOURHOOD = 3  # of precision and recall: their k
 RESAMPLED = 20  # a Poisson(20) number of samples, as a replicate of the bootstrap has, is below 2 once in 2 * 10^7
-SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}  # by the end of a figure's name, what it is of another
+SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}  # by the end of a metric's name, what it is of another
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """The evaluation of a finished experiment.
 
-    Figures are called by the space that they are measured in: those of Inception's by the field's names, fid,
+    Metrics are called by the space that they are measured in: those of Inception's by the field's names, fid,
     inception_score, kid, precision and recall, only with its true weights.
 
     Args:
         samples: images drawn; as many training images are kept as features where features are kept.
-        seeds: sets of so many samples, of the experiment's seed and those after it: figures of samples are then means
+        seeds: sets of so many samples, of the experiment's seed and those after it: metrics of samples are then means
             over the sets, with their deviation (n - 1) as `_sd`. Pictures, exports, class_accuracy and the classifier
             of cas_steps take the first set. Memory for kept features is that of all sets.
         batch_size: images in one piece of work.
@@ -130,19 +130,19 @@ class EvaluationConfig:
 
     @property
     def images_needed(self) -> dict[str, int]:
-        """How many training images each figure that is asked for needs, at least."""
+        """How many training images each metric that is asked for needs, at least."""
         least = {"frechet": 2, "dinov2_sha256": 2, "classifier": 2}  # for a covariance
         least |= {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
         return {name: count for name, count in least.items() if getattr(self, name)}
 
-    def class_figures(self, classes: int) -> list[str]:
+    def class_metrics(self, classes: int) -> list[str]:
         """What is asked for that needs real images with classes, where the prior has so many."""
-        figures = {"classifier": True, "class_accuracy": classes > 0, "cas_steps": True}
-        return [name for name, measured in figures.items() if measured and getattr(self, name)]
+        metrics = {"classifier": True, "class_accuracy": classes > 0, "cas_steps": True}
+        return [name for name, measured in metrics.items() if measured and getattr(self, name)]
 
     @property
     def features_kept(self) -> int:
-        """How many training images are kept as features, for figures that cannot be had from sums."""
+        """How many training images are kept as features, for metrics that cannot be had from sums."""
         return self.samples if self.kid or self.precision_recall else 0
 
 

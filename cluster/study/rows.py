@@ -116,11 +116,12 @@ def _groups(experiment: Experiment) -> list[StudyRow]:
 def _trunk(experiment: Experiment) -> list[StudyRow]:
     """The paper's plain trunk, the experiment's own, and that without each of its parts."""
     own = experiment.prior.trunk
-    trunks = {"plain": list[TrunkPart](), "own": own}
+    trunks = {"plain": list[TrunkPart]()} | ({"own": own} if own else {})
     trunks |= {f"without {part}": [other for other in own if other != part] for part in own}
     rows: list[StudyRow] = []
     for label, trunk in trunks.items():
-        variant = _variant(experiment, f"trunk-{'-'.join(trunk)}", prior=replace(experiment.prior, trunk=trunk))
+        name = f"trunk-{'-'.join(trunk) or 'plain'}"
+        variant = _variant(experiment, name, prior=replace(experiment.prior, trunk=trunk))
         rows.append(StudyRow(label, variant, experiment.sampling, _whole_bound(experiment)))
     return rows
 

@@ -128,7 +128,7 @@ def test_what_each_study_compares() -> None:
         "schedule": ["own", "own", "cosine", "cosine", "sigmoid", "sigmoid"],
         "samplers": ["own", "autoregressive", "absorbing"],
         "trunk": [
-            "trunk-",
+            "trunk-plain",
             "own",
             "trunk-qk_norm-swiglu-adaln",
             "trunk-rms_norm-swiglu-adaln",
