@@ -50,6 +50,10 @@ class Stage:
         """<root>/<name>/<stage>."""
         return files.join(self.experiment.folder, self.name)
 
+    def url(self, file: str) -> str:
+        """Of a file or folder in the stage's folder."""
+        return files.join(self.folder, file)
+
 
 @contextlib.contextmanager
 def open_stage(

@@ -116,7 +116,7 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
             jobs = [job._replace(listed=listed.get(job.file)) for job in jobs]
             manifest = _empty_manifest(experiment, autoencoder.hash)
             manifest = replace(manifest, files=_encode(stage, jobs, manifest))
-            manifest_url = files.join(stage.folder, MANIFEST)
+            manifest_url = stage.url(MANIFEST)
             write_record(manifest_url, manifest.to_json())
             latents_hash = files.sha256(files.read_bytes(manifest_url))
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents_hash})

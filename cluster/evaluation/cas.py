@@ -127,5 +127,5 @@ def measure_cas(experiment: Experiment, held_out: Sequence[str], identity: Mappi
     with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo", faults=faults) as stage:
         if not stage.done:
             fit(stage, CasTask(experiment, held_out), {"classes": experiment.prior.classes})
-        metrics = read_model_config(files.join(stage.folder, FINAL))["metrics"]
+        metrics = read_model_config(stage.url(FINAL))["metrics"]
         return {name: metrics[name] for name in ("cas_top1", "cas_top5")}

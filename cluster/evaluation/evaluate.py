@@ -103,22 +103,22 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     inputs = _open(experiment)
     artifacts, fingerprint = inputs.artifacts, inputs.identity
     with open_stage(experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo") as stage:
-        report_url, measured_url = (files.join(stage.folder, name) for name in (_REPORT, _MEASURED))
+        report_url, measured_url = (stage.url(name) for name in (_REPORT, _MEASURED))
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(artifacts.autoencoder, artifacts.prior))
         if not files.exists(measured_url):  # kept before what may wait for a server, or be interrupted in training
             report, pictures = _measured(inputs, stage)
             for name, picture in pictures.items():
-                files.write_bytes(files.join(stage.folder, name), png(picture))
+                files.write_bytes(stage.url(name), png(picture))
             about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **artifacts.identity}
             files.write_json(measured_url, report | about)
-        files.remove(files.join(stage.folder, _PIECES))
+        files.remove(stage.url(_PIECES))
         report = files.read_json(measured_url)
         if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), inputs.shards, fingerprint)
         for name in report.pop("pictures"):
-            picture = Image.open(io.BytesIO(files.read_bytes(files.join(stage.folder, name))))
+            picture = Image.open(io.BytesIO(files.read_bytes(stage.url(name))))
             stage.run.picture(picture, name)
         stage.run.metrics(report["figures"], 0)
         files.write_json(report_url, report)
@@ -298,7 +298,7 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
             found.samples.append(Samples(plain if number else config, experiment, references, labels))
         if config.export == "npz":
             npz = found.samples[0].exported(stage.folder)
-    kept = KeptPieces(files.join(stage.folder, _PIECES), experiment)
+    kept = KeptPieces(stage.url(_PIECES), experiment)
     missing = [piece for piece in pieces if piece not in kept]
     if len(missing) < len(pieces):
         print(f"evaluation: {len(pieces) - len(missing)} of {len(pieces)} pieces are there from an earlier start")

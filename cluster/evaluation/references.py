@@ -233,13 +233,13 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
     with open_stage(owner, name, fingerprint, _RESULT, on_change="redo") as stage:
         if not stage.done:
             _make(experiment, space, train, held_out, stage)
-        made = files.read_json(files.join(stage.folder, _RESULT))
+        made = files.read_json(stage.url(_RESULT))
         moments, features = FeatureMoments(), torch.zeros(0)
         if space.has_moments:
-            tensors = load_tensors(files.read_bytes(files.join(stage.folder, _MOMENTS)))
+            tensors = load_tensors(files.read_bytes(stage.url(_MOMENTS)))
             moments = FeatureMoments(made["images"], tensors["mean"], tensors["scatter"])
         if config.features_kept:
-            features = load_tensors(files.read_bytes(files.join(stage.folder, _FEATURES)))["features"]
+            features = load_tensors(files.read_bytes(stage.url(_FEATURES)))["features"]
         return Reference(space, stage.folder, made["hash"], moments, features, made["figures"])
 
 
@@ -247,7 +247,7 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
     """Train the classifier where it is the extractor, take the features of all images, and write their moments."""
     metrics: dict[str, float] = {}
     if space.name == "classifier":
-        folder = files.join(stage.folder, "classifier")
+        folder = stage.url("classifier")
         work = map_on_actors(ClassifierTrainer, (experiment,), "train", [folder], experiment.cluster, "classifier")
         [metrics["classifier_accuracy"]] = work
     kept = experiment.evaluation.features_kept
@@ -269,18 +269,18 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
         digests.append(_save(stage, _MOMENTS, {"mean": of_train.mean, "scatter": of_train.scatter}))
         statistics = io.BytesIO()
         np.savez(statistics, mu=of_train.mean.numpy(), sigma=of_train.covariance.numpy())
-        files.write_bytes(files.join(stage.folder, _STATISTICS), statistics.getvalue())
+        files.write_bytes(stage.url(_STATISTICS), statistics.getvalue())
     if kept:
         digests.append(_save(stage, _FEATURES, {"features": chosen.features}))
     stage.run.metrics(metrics, 0)
     made = {"space": space.name, "sha256": space.sha256, "hash": files.sha256("".join(digests).encode())}
     images = of_train.count if space.has_moments else len(chosen.features)
-    files.write_json(files.join(stage.folder, _RESULT), made | {"images": images, "figures": metrics})
+    files.write_json(stage.url(_RESULT), made | {"images": images, "figures": metrics})
 
 
 def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:
     data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-    files.write_bytes(files.join(stage.folder, name), data)
+    files.write_bytes(stage.url(name), data)
     return files.sha256(data)
 
 

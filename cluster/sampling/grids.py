@@ -86,7 +86,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
     }
     stage_name = f"samples/{name}"
     with open_stage(experiment, stage_name, fingerprint, "samples.npz", fresh=fresh, on_change="redo") as stage:
-        picture_url = files.join(stage.folder, "grid.png")
+        picture_url = stage.url("grid.png")
         if not stage.done:
             stage.run.tags(lineage(found.autoencoder, found.prior))
             labels = columns * settings.rows
@@ -104,8 +104,8 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
             pictures["grid.png"] = grid(images, len(columns))
             for file, picture in pictures.items():
                 stage.run.picture(picture, file)
-                files.write_bytes(files.join(stage.folder, file), png(picture))
+                files.write_bytes(stage.url(file), png(picture))
             npz = io.BytesIO()
             np.savez(npz, arr_0=images.numpy(), arr_1=np.asarray(labels))
-            files.write_bytes(files.join(stage.folder, "samples.npz"), npz.getvalue())
+            files.write_bytes(stage.url("samples.npz"), npz.getvalue())
         return picture_url

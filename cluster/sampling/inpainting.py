@@ -159,7 +159,7 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
     shown = files.sha256(repr((fingerprint["pixels"], settings, experiment.sampling)).encode())[:6]
     stage_name = f"samples/inpainting-seed{settings.seed}-{shown}"
     with open_stage(experiment, stage_name, fingerprint, "inpainting.png", fresh=fresh, on_change="redo") as stage:
-        picture_url = files.join(stage.folder, "inpainting.png")
+        picture_url = stage.url("inpainting.png")
         if not stage.done:
             stage.run.tags(lineage(found.autoencoder, found.prior))
             pieces = [Piece(number, image, mask, settings) for number, image in enumerate(images)]

@@ -71,7 +71,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         **experiment.fingerprint(),
     }
     with open_stage(experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
-        table_url = files.join(stage.folder, "table.json")
+        table_url = stage.url("table.json")
         if not stage.done:
             source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
@@ -86,15 +86,15 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "rows": found,
                 "paper": source,
                 "distance": reference.space.metric_name("fd"),
-                "reference": reference.metrics | files.read_json(files.join(stage.folder, _RECONSTRUCTIONS)),
+                "reference": reference.metrics | files.read_json(stage.url(_RECONSTRUCTIONS)),
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
             stage.run.text(study_table(made), "table.txt")
-            files.write_bytes(files.join(stage.folder, "plot.png"), png(picture))
-            files.write_bytes(files.join(stage.folder, "table.txt"), f"{study_table(made)}\n".encode())
+            files.write_bytes(stage.url("plot.png"), png(picture))
+            files.write_bytes(stage.url("table.txt"), f"{study_table(made)}\n".encode())
             files.write_json(table_url, made)
         return files.read_json(table_url)
 

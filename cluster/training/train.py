@@ -85,7 +85,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
             }
             stage.run.tags({"bld.data_hash": fingerprint["shards"]})
             fit(stage, AutoencoderTask(experiment), config)
-        return files.join(stage.folder, FINAL)
+        return stage.url(FINAL)
 
 
 def _check_losses(experiment: Experiment) -> None:
@@ -138,7 +138,7 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
             fit(stage, PriorTask(experiment, source, found.codes), config)
-        return files.join(stage.folder, FINAL)
+        return stage.url(FINAL)
 
 
 def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
@@ -151,7 +151,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
     """
     cluster = stage.experiment.cluster
     # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
-    files.remove(files.join(stage.folder, _RAYS_LIST))
+    files.remove(stage.url(_RAYS_LIST))
     trainer = PlainTrainer(
         _work,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
@@ -178,7 +178,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
     meta = read_meta(newest)
     metrics = meta["metrics"]
     weights = read_tensors(newest, meta, average_name(task.training.ema_decays.index(metrics["ema_decay"])))
-    final = files.join(stage.folder, FINAL)
+    final = stage.url(FINAL)
     digest = save_model(final, weights, {**facts, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
 
