@@ -85,8 +85,9 @@ class Generator:
             seed: of the noise. Image i is a function of (seed, first_index + i) and its settings.
             first_index: index of the first image, so that one set can be drawn in parts.
             batch_size: images in one pass.
-            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, final, precision, compile)
-                that differ from those stored with the prior; steps or spacing put a stored grid out of use.
+            settings: fields of SamplingConfig (steps, spacing, grid, temperature, guidance, guidance_interval, final,
+                precision, compile) that differ from those stored with the prior; steps or spacing put a stored grid out
+                of use.
 
         Returns:
             uint8 (count, H, W, channels).

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from cluster.config.experiment import Experiment
 from cluster.study.rows import StudyName
-from cluster.study.study import run_study, study_table
+from cluster.study.study import BEST, run_study, study_table
 from pipelines.command import Parser, command, fresh_flag
 
 
@@ -14,8 +14,11 @@ def extras(made: Parser) -> None:
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
+    folder = f"{experiment.folder}/study/{flags.which}"
     print(study_table(run_study(experiment, flags.which, flags.fresh)))
-    print(f"table and plot: {experiment.folder}/study/{flags.which}/table.json, plot.png")
+    print(f"table and plot: {folder}/table.json, plot.png")
+    if flags.which == "sampling":
+        print(f"best: {folder}/{BEST}, which another --config after the experiment's takes")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ BORDER = {
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set
     "cluster.data.shards": {"_compare"},
     "cluster.evaluation.pieces": {"_result", "_reconstructions"},  # JSON beside tensors
-    "cluster.study.study": {"_names", "study_table", "_plot"},  # table.json
+    "cluster.study.study": {"_best", "_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json
     "cluster.registry.serving": {"read_row"},
     "cluster.report.page": {"_summary", "_pictures"},

@@ -41,6 +41,8 @@ class SamplingConfig:
         grid: the noise levels to visit, decreasing from T to 0, in place of steps and spacing; empty leaves it to them.
         temperature: tau, divides the evidence logits; below 1 is surer and less varied (the paper uses 0.9).
         guidance: w, pushes samples towards their class; 0 is none (the paper uses 2 on ImageNet).
+        guidance_interval: the times t/T, above the first and up to the second, at which guidance works (Kynkaanniemi et
+            al. 2024); outside it a step is one pass instead of two. Read where prior.model is binary.
         final: draw the last step from its distribution ("sample"), or take the likelier value ("mode").
         inpainting: how known tokens steer the rest: "conditioned" keeps them clean and marks them to the prior, which
             is exact and needs one trained with prior.known_share; "replacement" puts them in at each noise level,
@@ -57,6 +59,7 @@ class SamplingConfig:
     grid: list[int] = field(default_factory=list)
     temperature: float = 0.9
     guidance: float = 0.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     final: Literal["sample", "mode"] = "sample"
     inpainting: Literal["auto", "replacement", "conditioned"] = "auto"
     resample: int = 1
@@ -76,6 +79,17 @@ class SamplingConfig:
             )
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise UserError(f"`guidance` is {self.guidance}; it must be 0 (none) or more, and finite", self)
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise UserError(
+                f"`guidance_interval` is {self.guidance_interval}; it is two times t/T in [0, 1], the first below the "
+                "second: [0, 1] is all",
+                self,
+            )
+
+    def guidance_at(self, time: float) -> float:
+        """W at a time t/T: 0 outside the interval."""
+        low, high = self.guidance_interval
+        return self.guidance if low < time <= high else 0.0
 
     def make_grid(self, schedule: NoiseSchedule) -> list[int]:
         """The noise levels t that sampling visits, decreasing from T to 0.
@@ -201,9 +215,10 @@ def reverse_process(
 
     def step(z: Tensor, t: int, s: int, jump: int = 0) -> Tensor:
         # The posterior of z_0, then the exact reverse step.
-        time = torch.full((len(z),), t / process.schedule.steps, device=z.device)
+        share = t / process.schedule.steps
+        time, guidance = torch.full((len(z),), share, device=z.device), config.guidance_at(share)
         mode, key = s == 0 and config.final == "mode", f"{t}" + (f" jump {jump}" if jump else "")
-        output = guided_output(denoiser, z, time, samples.labels, config.guidance, told).float() / config.temperature
+        output = guided_output(denoiser, z, time, samples.labels, guidance, told).float() / config.temperature
         evidence = process.evidence(output, z, k[t])
         if evidence.residual is None:
             r = torch.sigmoid(calibrate(evidence.bits, k[t]))

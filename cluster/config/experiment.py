@@ -38,6 +38,7 @@ BEFORE = {
     "prior.group": 1,
     "prior.trunk": [],
     "diffusion.calibration": "bayes",
+    "sampling.guidance_interval": [0.0, 1.0],
     "prior_training.optimizer": "adamw",
     "autoencoder_training.optimizer": "adamw",
 }

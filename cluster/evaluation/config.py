@@ -159,7 +159,9 @@ class StudyConfig:
             evaluation.frechet is false.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
         steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
-        temperatures: values of sampling.temperature of the study temperature.
+        temperatures: values of sampling.temperature of the studies temperature and sampling.
+        guidances: values of sampling.guidance of the study sampling, where the prior has classes.
+        guidance_interval: value of sampling.guidance_interval that it tries beside [0, 1].
         learning_rates: values of prior_training.learning_rate of the study optimizer.
     """
 
@@ -170,6 +172,8 @@ class StudyConfig:
     vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.1, 1.0])
     steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+    guidances: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 2.0])
+    guidance_interval: list[float] = field(default_factory=lambda: [0.2, 0.8])
     learning_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])
 
     def __post_init__(self) -> None:
@@ -180,7 +184,7 @@ class StudyConfig:
         for name in ("samples", "codes"):
             if getattr(self, name) < 2:
                 raise UserError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")
-        for name in ("vlb_weights", "steps", "temperatures", "learning_rates"):
+        for name in ("vlb_weights", "steps", "temperatures", "guidances", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"study.{name} is {values}; it must name at least one value, and none twice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
 from bld_core.diffusion.sampling import SamplingConfig
@@ -12,7 +13,9 @@ from bld_core.prior.blocks import TrunkPart
 from cluster.config.experiment import Experiment
 from cluster.sampling.sampler import MeasureBound
 
-StudyName = Literal["lambda", "targets", "groups", "schedule", "steps", "temperature", "samplers", "trunk", "optimizer"]
+StudyName = Literal[
+    "lambda", "targets", "groups", "schedule", "steps", "temperature", "sampling", "samplers", "trunk", "optimizer"
+]
 _STRIDES = (4, 8, 16, 32, 64)
 _SCHEDULES: tuple[ScheduleName, ...] = ("linear", "cosine", "sigmoid")
 
@@ -183,6 +186,19 @@ def _temperature(experiment: Experiment) -> list[StudyRow]:
     ]
 
 
+def _sampling(experiment: Experiment) -> list[StudyRow]:
+    """The experiment's own prior and number of steps: each temperature with each guidance, at all times or some."""
+    study = experiment.study
+    guidances = study.guidances if experiment.prior.classes else [0.0]
+    rows: list[StudyRow] = []
+    for w, tau in product(guidances, study.temperatures):
+        for low, high in ([0.0, 1.0], study.guidance_interval) if w else ([0.0, 1.0],):
+            sampling = replace(experiment.sampling, temperature=tau, guidance=w, guidance_interval=[low, high])
+            line = f"w {w:g}" + (f" in {low:g}-{high:g}" if high - low < 1 else "")
+            rows.append(StudyRow(f"{line}, tau {tau:g}", experiment, sampling, x=tau, line=line))
+    return rows
+
+
 def _whole_bound(experiment: Experiment) -> dict[str, MeasureBound]:
     return {"bound": MeasureBound(None, 0, experiment.study.codes)}
 
@@ -194,6 +210,7 @@ STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
     "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
     "steps": ("sampling.steps", _steps),
     "temperature": ("sampling.temperature", _temperature),
+    "sampling": ("sampling.guidance, guidance_interval, temperature", _sampling),
     "samplers": ("prior.model", _samplers),
     "trunk": ("prior.trunk", _trunk),
     "optimizer": ("prior_training.optimizer, learning_rate", _optimizer),

@@ -7,7 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+import yaml
 from PIL.Image import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import png
@@ -20,6 +24,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_references
+from cluster.evaluation.sample_metrics import SampleMetrics
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
@@ -28,13 +33,17 @@ from cluster.study.rows import PAPER, STUDIES, StudyName, StudyRow
 from cluster.training.train import train_prior
 
 _RECONSTRUCTIONS = "rows/reconstructions.json"
+_HELD_OUT = "rows/held-out.safetensors"
+BEST = "best.yaml"
+"""What the study sampling found best, as settings."""
 
 
 def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> dict[str, Any]:
     """Latents, and what the study compares -> <folder>/study/<name>: table.json, table.txt, plot.png.
 
-    Priors that are there are used, others trained, each an experiment of its own; a study that was interrupted goes on
-    after its last row.
+    The study sampling also leaves best.yaml, the settings whose samples are nearest to held-out images. Priors that are
+    there are used, others trained, each an experiment of its own; a study that was interrupted goes on after its last
+    row.
 
     Args:
         experiment: its configuration.
@@ -75,7 +84,9 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         if not stage.done:
             source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
-            for row, metrics in zip(rows, _measure(experiment, rows, stage.folder, reference, codes), strict=True):
+            unseen = name == "sampling"
+            measured = _measure(experiment, rows, stage.folder, reference, codes, unseen=unseen)
+            for row, metrics in zip(rows, measured, strict=True):
                 stage.run.metrics(metrics, len(found))
                 x = row.label if row.x is None else row.x
                 about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}
@@ -90,6 +101,10 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "samples": study.samples,
                 "sampling": asdict(experiment.sampling),
             }
+            if unseen:
+                made["best"] = _best(experiment, rows, made)
+                best = {"sampling": made["best"]["sampling"]}
+                files.write_bytes(stage.url(BEST), yaml.safe_dump(best).encode())
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
             stage.run.text(study_table(made), "table.txt")
@@ -112,17 +127,21 @@ def _space(experiment: Experiment) -> Space:
 
 
 def _measure(
-    experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes
+    experiment: Experiment, rows: Sequence[StudyRow], folder: str, reference: Reference, codes: Codes, *, unseen: bool
 ) -> Iterator[dict[str, float]]:
-    """The metrics of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'."""
-    reconstructions_url = files.join(folder, _RECONSTRUCTIONS)
+    """The metrics of each row, kept in a file of its own, so that none is measured twice; so are reconstructions'.
+
+    Where `unseen`, the distance to held-out images is one of them.
+    """
+    reconstructions_url, held_out_url = (files.join(folder, name) for name in (_RECONSTRUCTIONS, _HELD_OUT))
     urls = [files.join(folder, "rows", f"{number}.json") for number in range(len(rows))]
     held_out = [] if files.exists(reconstructions_url) else check_shards(experiment.data, "validation")
     open_rows = [row for row, url in zip(rows, urls, strict=True) if not files.exists(url)]
     pieces: list[Reconstruct | MeasureBound | SampleFeatures] = [Reconstruct(url) for url in held_out]
     pieces += [piece for row in open_rows for piece in _pieces(experiment, row)]
-    plain = replace(experiment.evaluation, lpips=False, inception_score=False)  # no study shows them
-    arguments = (replace(experiment, evaluation=plain), [reference.space], codes.held_out)
+    plain = replace(experiment.evaluation, lpips=False, inception_score=False, kid=False)  # no study shows them
+    experiment = replace(experiment, evaluation=plain)
+    arguments = (experiment, [reference.space], codes.held_out)
     work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "measure")
     with contextlib.closing(work):
         if held_out:
@@ -130,10 +149,17 @@ def _measure(
             for _ in held_out:
                 found.merge(next(work))
             distance = frechet_distance(reference.moments, found.reconstructed[reference.space])
+            real = found.real[reference.space]
+            moments = {"count": torch.tensor(real.count), "mean": real.mean, "scatter": real.scatter.contiguous()}
+            files.write_bytes(held_out_url, save_tensors(moments))
             files.write_json(reconstructions_url, {f"{reference.space.metric_name('fd')}_reconstructed": distance})
+        compared = None
+        if unseen:
+            moments = load_tensors(files.read_bytes(held_out_url))
+            compared = FeatureMoments(int(moments["count"]), moments["mean"], moments["scatter"])
         for row, url in zip(rows, urls, strict=True):
             if not files.exists(url):
-                files.write_json(url, _metrics(row, work, experiment.study.samples, reference))
+                files.write_json(url, _metrics(row, work, experiment, reference, compared))
             yield files.read_json(url)
 
 
@@ -148,27 +174,43 @@ def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | Sample
     ]
 
 
-def _metrics(row: StudyRow, work: Iterator[Any], samples: int, reference: Reference) -> dict[str, float]:
-    """Take from the stream of results those of one row."""
+def _metrics(
+    row: StudyRow, work: Iterator[Any], experiment: Experiment, reference: Reference, held_out: FeatureMoments | None
+) -> dict[str, float]:
+    """Take from the stream of results those of one row; `held_out` are moments to be compared with, too."""
+    total, distance = experiment.study.samples, reference.space.metric_name("fd")
     metrics: dict[str, float] = {}
     for name in row.bounds:
         bound = next(work)
         metrics |= {name: bound.bits_per_bit, f"{name}_se": bound.standard_error}
-    moments, seconds = FeatureMoments(), 0.0
-    while moments.count < samples:
+    as_many = replace(reference, features=reference.features[:total])  # precision and recall are of sets of one size
+    samples, moments, seconds = SampleMetrics(experiment.evaluation, as_many, experiment.seed), FeatureMoments(), 0.0
+    while moments.count < total:
         drawn = next(work)
-        moments.update(drawn.features[reference.space.name])
+        features = drawn.features[reference.space.name]
+        moments.update(features)
+        samples.update(features, None, drawn.first_index)
         seconds += drawn.seconds
-    metrics[reference.space.metric_name("fd")] = frechet_distance(reference.moments, moments)
-    metrics["seconds"] = seconds / samples
-    return metrics
+    metrics |= samples.metrics()
+    if held_out is not None:
+        metrics[f"{distance}_to_held_out"] = frechet_distance(held_out, moments)
+    return metrics | {"seconds": seconds / total}
+
+
+def _best(experiment: Experiment, rows: Sequence[StudyRow], made: dict[str, Any]) -> dict[str, Any]:
+    """The settings whose samples are nearest to held-out images, what others are left as they are; and the cost."""
+    name = f"{made['distance']}_to_held_out"
+    number = min(range(len(rows)), key=lambda row: made["rows"][row][name])
+    sampling = asdict(rows[number].sampling)
+    seconds = sum(row["seconds"] for row in made["rows"]) * experiment.study.samples
+    varied = ("temperature", "guidance", "guidance_interval")
+    return {"row": number, "seconds": seconds, "sampling": {field: sampling[field] for field in varied}}
 
 
 def _names(made: dict[str, Any]) -> list[str]:
     """The metrics of a table's rows, without their errors."""
-    return [
-        name for name in made["rows"][0] if f"{name}_se" in made["rows"][0] or name in (made["distance"], "seconds")
-    ]
+    about = (made["column"], "x", "line", "paper")
+    return [name for name in made["rows"][0] if name not in about and not name.endswith("_se")]
 
 
 def study_table(made: dict[str, Any]) -> str:
@@ -184,12 +226,20 @@ def study_table(made: dict[str, Any]) -> str:
     real = made["reference"]
     early = real.get(f"{distance}_remade")  # what tables of early versions call it
     reconstructed = real.get(f"{distance}_reconstructed", early)
+    if best := made.get("best"):
+        own = ", ".join(f"{name} {made['sampling'][name]}" for name in best["sampling"])
+        lines.append(
+            f"nearest to held-out images: {made['rows'][best['row']][made['column']]}; the experiment's own is {own}; "
+            f"to find it took {best['seconds']:.0f} s of drawing, {len(made['rows'])} times {made['samples']} samples"
+        )
     lines += [
         "bounds: bits a bit of held-out codes; rows share codes and noise, so their differences are surer than +- says",
         f"{distance}: of {made['samples']} samples to the training images; held-out images have "
         f"{real[f'{distance}_held_out']:.3g}, their reconstructions {reconstructed:.3g}",
         "seconds: a sample, decoding included, in batches, of one worker",
     ]
+    if any(name.startswith("recall") for name in names):
+        lines.append(f"precision, recall: of these samples and {made['samples']} training images")
     if "classifier_accuracy" in real:
         lines.append(f"classifier: right on {real['classifier_accuracy']:.1%} of the held-out images")
     return "\n".join(lines)
@@ -224,6 +274,9 @@ def _plot(made: dict[str, Any]) -> Image:
     elif "bound" in rows[0]:
         panels.append(panel("bound", "Likelihood bound", "bits a bit"))
     panels.append(panel(distance, "Frechet distance", distance))
+    if made["study"] == "sampling":
+        panels.append(panel(f"{distance}_to_held_out", "The same to held-out images", f"{distance}_to_held_out"))
+    panels += [panel(name, "Recall", name) for name in _names(made) if name.startswith("recall")]
     if doubling:
         panels.append(panel("seconds", "Time", "seconds a sample, in batches"))
     if shown := [row for row in rows if row["paper"]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -195,6 +195,26 @@ def test_without_labels_guidance_changes_nothing() -> None:
     assert torch.equal(draws[0], draws[1])
 
 
+def test_guidance_works_within_its_interval_alone_and_costs_nothing_outside() -> None:
+    process, index, labels = toy_process("linear", 16), torch.arange(64), torch.arange(64) % 3
+    guided: dict[float, bool] = {}
+
+    def watching(z: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        guided[float(time[0])] = len(z) == 2 * len(index)
+        return elementwise(z, time, labels)
+
+    def draw(**settings: Any) -> Tensor:
+        return sample_codes(watching, process, (2, 8), SampleSpec(index, labels), SamplingConfig(**settings))
+
+    whole, plain = draw(guidance=2.0), draw()
+    assert torch.equal(draw(guidance=2.0, guidance_interval=[0.0, 1.0]), whole)
+    assert all(draw(guidance=2.0, guidance_interval=[0.5, 0.75]).flatten().isfinite())
+    assert {time for time, both in guided.items() if both} == {t / 16 for t in (9, 10, 11, 12)}
+    # Where no step lies in the interval, it is sampling without guidance.
+    assert torch.equal(draw(guidance=2.0, guidance_interval=[0.0, 0.03]), plain)
+    assert not torch.equal(whole, plain)
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     process, labels = toy_process("cosine", 64), torch.arange(64) % 4 - 1
     config = SamplingConfig(steps=16, guidance=1.5)
@@ -296,6 +316,12 @@ def test_time_enters_as_t_over_the_steps_of_training_on_every_grid() -> None:
 def test_a_bad_setting_is_named_with_its_value(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"`{field}` is {value}"):
         SamplingConfig(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("interval", [[0.5], [0.5, 0.5], [-0.1, 1.0], [0.0, 1.1], [math.nan, 1.0]])
+def test_a_bad_interval_of_guidance_is_named(interval: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"`guidance_interval` is \["):
+        SamplingConfig(guidance_interval=interval)
 
 
 # --- Every state, any grid --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import bld_core
@@ -29,7 +30,15 @@ from cluster.study import study
 from cluster.study.rows import PAPER, STUDIES, StudyName
 from cluster.study.study import run_study, study_table
 
-SMALL = StudyConfig(samples=40, codes=32, classifier_steps=20, vlb_weights=[0.1, 1.0], steps=[4, 8, 1000])
+SMALL = StudyConfig(
+    samples=40,
+    codes=32,
+    classifier_steps=20,
+    vlb_weights=[0.1, 1.0],
+    steps=[4, 8, 1000],
+    temperatures=[0.5, 1.0],
+    guidances=[0.0, 2.0],
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,35 @@ def test_an_interrupted_study_measures_no_row_twice_and_workers_change_nothing(e
     assert again["rows"][1] == made["rows"][1] | {"seconds": again["rows"][1]["seconds"]}
 
 
+@pytest.mark.long
+def test_the_study_of_sampling_finds_what_is_nearest_to_held_out_images(experiment: Experiment) -> None:
+    config = replace(experiment.evaluation, classifier=True, precision_recall=True, bootstrap=20)
+    experiment = replace(experiment, evaluation=config)
+    made = run_study(experiment, "sampling")
+    rows, folder = made["rows"], Path(experiment.folder, "study/sampling")
+    assert [row["line"] for row in rows] == ["w 0", "w 0", *["w 2", "w 2 in 0.2-0.8"] * 2]
+    assert {row["x"] for row in rows} == {0.5, 1.0}
+    assert all({"fd_classifier_se", "precision_classifier", "recall_classifier"} <= set(row) for row in rows)
+    best = min(rows, key=lambda row: row["fd_classifier_to_held_out"])
+    assert rows[made["best"]["row"]] == best
+    found = yaml.safe_load((folder / "best.yaml").read_text())["sampling"]
+    assert found["temperature"] == best["x"]
+    assert best["line"].startswith(f"w {found['guidance']:g}")
+
+    # Its samples by hand, and what the table says of them.
+    trained = f"{experiment.folder}/reference/classifier/classifier"
+    classifier = Classifier(32, 1, 10)
+    load_weights(trained, classifier, read_model_config(trained)["hash"])
+    labels = [i % 10 for i in range(40)]
+    drawn = bld_core.load(experiment.folder).sample(labels=labels, steps=4, batch_size=20, **found)
+    held_out = stack(first_images(experiment.data.validation, experiment.data, 10**6))
+    moments = [FeatureMoments(), FeatureMoments()]
+    with torch.no_grad():
+        for each, images in zip(moments, (held_out, drawn), strict=True):
+            each.update(classifier.features(images))
+    assert best["fd_classifier_to_held_out"] == pytest.approx(frechet_distance(*moments), rel=1e-3)
+
+
 def test_what_each_study_compares() -> None:
     experiment = Experiment(
         diffusion=DiffusionConfig(steps=32),
@@ -159,7 +197,8 @@ def test_what_each_study_compares() -> None:
         (n, 1.0) for n in (4, 8, 16, 32)
     ]
     assert [row.sampling.temperature for row in rows["temperature"]] == [0.5, 1.2]
-    for name in ("steps", "temperature"):
+    assert {row.sampling.guidance for row in rows["sampling"]} == {0.0}  # no classes
+    for name in ("steps", "temperature", "sampling"):
         assert all(row.experiment == experiment for row in rows[name])
     joint = replace(experiment, prior=replace(experiment.prior, group=8))  # of binary diffusion alone
     assert [row.experiment.prior.group for row in STUDIES["samplers"][1](joint)] == [8, 1, 1]
