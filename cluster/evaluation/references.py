@@ -21,10 +21,18 @@ from bld_core.metrics.classifier import Classifier, accuracy, train_classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.selection import Selection
 from bld_core.storage import files
-from bld_core.storage.weights import DINOV2, INCEPTION, VGG16
+from bld_core.storage.weights import DINOV2, EFFICIENTNET_LITE0, INCEPTION, VGG16
 from bld_core.training.checkpoint import load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
-from cluster.evaluation.extractors import DINOv2Features, Extractor, Inception, SpaceName, VGG16Features, metric_name
+from cluster.evaluation.extractors import (
+    DINOv2Features,
+    EfficientNetLite0Features,
+    Extractor,
+    Inception,
+    SpaceName,
+    VGG16Features,
+    metric_name,
+)
 from cluster.runtime import map_on_actors
 from cluster.stages import Stage, open_stage
 
@@ -53,6 +61,11 @@ class Space:
         """Whether Frechet distances are taken here; VGG16 is for precision and recall alone."""
         return self.name != "vgg16"
 
+    @property
+    def has_kernel_distances(self) -> bool:
+        """Whether kernel distances are taken here, where they are asked for."""
+        return self.name in ("inception", "efficientnet_lite0")
+
     def metric_name(self, metric: str) -> str:
         """What a metric is called here; see `metric_name`."""
         return metric_name(metric, self.name, self.sha256)
@@ -64,6 +77,7 @@ def spaces_of(experiment: Experiment) -> list[Space]:
     known = [
         (config.frechet, Space("inception", config.inception_sha256)),
         (bool(config.dinov2_sha256), Space("dinov2", config.dinov2_sha256)),
+        (config.efficientnet_lite0, Space("efficientnet_lite0", EFFICIENTNET_LITE0.sha256)),
         (config.vgg16, Space("vgg16", experiment.loss.vgg_sha256)),
         (config.classifier, Space("classifier")),
     ]
@@ -75,19 +89,22 @@ def check_space(experiment: Experiment, space: Space) -> None:
 
     Raises:
         MissingError: no file of its weights.
-        UserError: weights of another sha256, or images without classes to train a classifier on.
+        UserError: no package of them, weights of another sha256, or images without classes to train a classifier on.
     """
     config, loss, data = experiment.evaluation, experiment.loss, experiment.data
     if space.name == "inception":
         INCEPTION.find(config.inception_weights, config.inception_sha256)
     elif space.name == "dinov2":
         DINOV2.find(config.dinov2_weights, config.dinov2_sha256)
+    elif space.name == "efficientnet_lite0":
+        EFFICIENTNET_LITE0.load()
     elif space.name == "vgg16":
         VGG16.find(loss.vgg_weights, loss.vgg_sha256)
     elif first_images(data.train, data, 1)[0].label < 0:
         raise UserError(
             "images are to be compared by a classifier, as evaluation.frechet is false, but the training shards hold "
-            "no classes: set evaluation.frechet, and evaluation.classifier to false, to compare them by Inception"
+            "no classes: set evaluation.frechet (Inception) or evaluation.efficientnet_lite0, and "
+            "evaluation.classifier to false"
         )
 
 
@@ -98,6 +115,8 @@ def load_extractor(experiment: Experiment, space: Space) -> Extractor:
         return Inception(config.inception_weights, config.inception_sha256, device)
     if space.name == "dinov2":
         return DINOv2Features(config.dinov2_weights, config.dinov2_sha256, device)
+    if space.name == "efficientnet_lite0":
+        return EfficientNetLite0Features(device)
     if space.name == "vgg16":
         return VGG16Features(loss.vgg_weights, loss.vgg_sha256, device)
     folder = files.join(experiment.folder, _STAGE, space.name, "classifier")
@@ -292,8 +311,9 @@ def make_references(experiment: Experiment, spaces: Sequence[Space]) -> list[Ref
     """
     if not spaces:
         raise UserError(
-            "evaluation asks for no space to compare images in: set evaluation.frechet (Inception), or "
-            "evaluation.classifier for images with classes where there is no Inception"
+            "evaluation asks for no space to compare images in: set evaluation.frechet (Inception), "
+            "evaluation.efficientnet_lite0 for photographs where there is no Inception, or evaluation.classifier for "
+            "images with classes"
         )
     for space in spaces:
         check_space(experiment, space)

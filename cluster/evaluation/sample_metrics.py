@@ -157,7 +157,7 @@ class SampleMetrics:
         self._errors = config.bootstrap > 0
         inception = space.name == "inception"
         self._score = InceptionScore(config.samples, SPLITS) if inception and config.inception_score else None
-        self._kernel, self._precision_recall = inception and config.kid, config.precision_recall
+        self._kernel, self._precision_recall = space.has_kernel_distances and config.kid, config.precision_recall
         self._kept: list[Tensor] = []
 
     def update(self, features: Tensor, logits: Tensor | None, first_index: int) -> None:
@@ -200,7 +200,7 @@ def check_references(config: EvaluationConfig, references: Sequence[Reference]) 
     """
     for reference in references:
         count = len(reference.features)
-        if config.kid and reference.space.name == "inception":
+        if config.kid and reference.space.has_kernel_distances:
             _check_kernel_distance(count, "real images")
         if config.precision_recall:
             _check_precision_recall(count, "real images")

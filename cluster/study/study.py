@@ -18,6 +18,7 @@ from bld_core.data.pictures import png
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
+from bld_core.storage.weights import EFFICIENTNET_LITE0
 from bld_core.trained import read_prior
 from cluster.config.artifacts import Codes, open_encoded
 from cluster.config.experiment import Experiment
@@ -121,9 +122,13 @@ def _trained_hash(variant: Experiment, fresh: bool, source: str) -> str:
 
 
 def _space(experiment: Experiment) -> Space:
-    """Where a study compares images: Inception's features where they are asked for, or else a classifier's."""
+    """Where a study compares images: Inception's or EfficientNet-lite0's features, or else a classifier's."""
     config = experiment.evaluation
-    return Space("inception", config.inception_sha256) if config.frechet else Space("classifier")
+    if config.frechet:
+        return Space("inception", config.inception_sha256)
+    if config.efficientnet_lite0:
+        return Space("efficientnet_lite0", EFFICIENTNET_LITE0.sha256)
+    return Space("classifier")
 
 
 def _measure(
