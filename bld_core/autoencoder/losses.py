@@ -36,6 +36,7 @@ class LossConfig:
         critic_layers: convolutions of the critic that halve the resolution; 3 see patches of 70 x 70 pixels.
         critic_learning_rate: step size of the critic's optimizer.
         entropy: weight of the quantizer's entropy regulariser: surer bits, each of them used half of the time.
+        entropy_ramp: steps over which that weight rises from 0, so that bits find their meaning before they are sure.
     """
 
     l1: float = 1.0
@@ -50,9 +51,10 @@ class LossConfig:
     critic_layers: int = 3
     critic_learning_rate: float = 2e-4
     entropy: float = 0.0
+    entropy_ramp: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "mse", "perceptual", "adversarial", "adversarial_start", "entropy"):
+        for name in ("l1", "mse", "perceptual", "adversarial", "adversarial_start", "entropy", "entropy_ramp"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"`{name}` is {getattr(self, name)}; it must be 0 or more, and finite", self)
         for name in ("adversarial_limit", "critic_learning_rate"):

@@ -22,7 +22,7 @@ def make_autoencoder(config: AutoencoderConfig, image_channels: int, entropy: fl
 def _make_bottleneck(config: AutoencoderConfig, entropy: float) -> Bottleneck:
     match config.latent:
         case "binary":
-            return BernoulliBottleneck(config.bits, entropy, draw=config.codes == "sample")
+            return BernoulliBottleneck(config.bits, entropy, draw=config.codes != "mode")
         case "vector":
             return VectorBottleneck(config.entries, config.bits)
         case "continuous":

@@ -6,7 +6,7 @@ Shapes: x_BHWC uint8 images; x_BCHW float images in [-1, 1]; a, z_BCHW logits an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,28 +29,42 @@ class AutoencoderConfig:
         bits: c, the number of bits at each position of the code.
         latent: "binary" is the paper's; the other two are what it compares with (Table 4): "vector" takes the c numbers
             of each position to the nearest entry of a codebook, "continuous" keeps c/2 real numbers.
-        codes: how training takes binary codes: "sample" draws each bit (the paper's), "mode" takes its likelier value.
+        codes: how training takes binary codes: "sample" draws each bit (the paper's), "mode" takes its likelier value,
+            "fade" goes from the one to the other, step by step.
         entries: size of the codebook of `latent: vector`.
-        channels: feature channels at full resolution.
+        patch: side of the squares of pixels that the first level takes as its positions (space to depth, and back after
+            the decoder): 1, 2 or 4. 1 is the paper's; 2 has no level at full resolution, where most time goes.
+        channels: feature channels of the first level, before its multiplier.
         multipliers: channel multiplier of each level; each level after the first halves the resolution.
         blocks: residual blocks a level.
-        attention: down-samplings (1, 2, 4, ...) at which every residual block is followed by self-attention; if there
-            are any, the middle of both networks has one, too. 16 is a map of 16 x 16 for images of 256 pixels.
+        decoder_channels: `channels` of the decoder; 0 has as many as the encoder.
+        decoder_blocks: `blocks` of the decoder; 0 has as many as the encoder.
+        attention: down-samplings (`patch`, twice that, ...) at which every residual block is followed by
+            self-attention; if there are any, the middle of both networks has one, too. 16 is a map of 16 x 16 for
+            images of 256 pixels.
     """
 
     bits: int = 32
     latent: Literal["binary", "vector", "continuous"] = "binary"
-    codes: Literal["sample", "mode"] = "sample"
+    codes: Literal["sample", "mode", "fade"] = "sample"
     entries: int = 1024
+    patch: int = 1
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     blocks: int = 2
+    decoder_channels: int = 0
+    decoder_blocks: int = 0
     attention: list[int] = field(default_factory=lambda: [16])
 
     def __post_init__(self) -> None:
         for name in ("bits", "channels", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1", self)
+        for name in ("decoder_channels", "decoder_blocks"):
+            if getattr(self, name) < 0:
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be 0 (as the encoder) or more", self)
+        if self.patch not in (1, 2, 4):
+            raise UserError(f"`patch` is {self.patch}; it must be 1 (each pixel), 2 or 4", self)
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(
                 f"`multipliers` is {self.multipliers}; it needs one whole number of 1 or more for each level", self
@@ -60,7 +74,7 @@ class AutoencoderConfig:
             raise UserError(f"`bits` is {self.bits}; a continuous latent has half as many: make it even", self)
         if self.entries < 1:
             raise UserError(f"`entries` is {self.entries}; a codebook has at least 1", self)
-        known = [2**level for level in range(len(self.multipliers))]
+        known = [self.patch * 2**level for level in range(len(self.multipliers))]
         if not set(self.attention) <= set(known):
             raise UserError(
                 f"`attention` is {self.attention}; {len(known)} levels have the down-samplings {known}", self
@@ -69,7 +83,7 @@ class AutoencoderConfig:
     @property
     def downsampling(self) -> int:
         """k, the side of the image patch behind one code position."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def code_shape(self, image_size: int) -> tuple[int, int, int]:
         """(h, w, c) of the code of a square image.
@@ -80,8 +94,8 @@ class AutoencoderConfig:
         k = self.downsampling
         if image_size < k or image_size % k:
             raise UserError(
-                f"`image_size` is {image_size}; the {len(self.multipliers)} levels of `multipliers` need a multiple of "
-                f"{k}: change one of the two",
+                f"`image_size` is {image_size}; the {len(self.multipliers)} levels of `multipliers`, on a `patch` of "
+                f"{self.patch}, need a multiple of {k}: change one of them",
                 self,
             )
         h = image_size // k
@@ -156,7 +170,7 @@ def _level(config: AutoencoderConfig, level: int, width: int) -> list[nn.Module]
     for _ in range(config.blocks):
         layers.append(ResidualBlock(width, config.channels * config.multipliers[level]))
         width = config.channels * config.multipliers[level]
-        if 2**level in config.attention:
+        if config.patch * 2**level in config.attention:
             layers.append(Attention(width))
     return layers
 
@@ -164,7 +178,8 @@ def _level(config: AutoencoderConfig, level: int, width: int) -> list[nn.Module]
 def _encoder(config: AutoencoderConfig, image_channels: int, outputs: int) -> Layers:
     """Psi: images to what the bottleneck takes."""
     width = config.channels
-    layers: list[nn.Module] = [nn.Conv2d(image_channels, width, 3, padding=1)]
+    layers: list[nn.Module] = [] if config.patch == 1 else [nn.PixelUnshuffle(config.patch)]
+    layers.append(nn.Conv2d(image_channels * config.patch**2, width, 3, padding=1))
     for level, multiplier in enumerate(config.multipliers):
         if level:
             layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
@@ -176,6 +191,11 @@ def _encoder(config: AutoencoderConfig, image_channels: int, outputs: int) -> La
 
 def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Layers:
     """Phi: what the bottleneck gives to images. The first layer sums the code book vectors of the 1 bits (Fig. 5)."""
+    config = replace(
+        config,
+        channels=config.decoder_channels or config.channels,
+        blocks=config.decoder_blocks or config.blocks,
+    )
     width = config.channels * config.multipliers[-1]
     layers: list[nn.Module] = [nn.Conv2d(inputs, width, 1), nn.Conv2d(width, width, 3, padding=1)]
     layers += _middle(config, width)
@@ -184,7 +204,8 @@ def _decoder(config: AutoencoderConfig, image_channels: int, inputs: int) -> Lay
         width = config.channels * multiplier
         if level:
             layers.append(Upsample(width))
-    return Layers(*layers, _norm(width), nn.SiLU(), nn.Conv2d(width, image_channels, 3, padding=1))
+    layers += [_norm(width), nn.SiLU(), nn.Conv2d(width, image_channels * config.patch**2, 3, padding=1)]
+    return Layers(*layers, *([] if config.patch == 1 else [nn.PixelShuffle(config.patch)]))
 
 
 class Autoencoder(nn.Module):
@@ -204,8 +225,7 @@ class Autoencoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weights of the decoder's last convolution, by which the adversarial term is balanced."""
-        last = self.decoder[-1]
-        assert isinstance(last, nn.Conv2d), "the decoder ends in a convolution"
+        last = [layer for layer in self.decoder if isinstance(layer, nn.Conv2d)][-1]
         return last.weight
 
     def encode(self, x_BCHW: Tensor) -> Tensor:

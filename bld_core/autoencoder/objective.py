@@ -20,13 +20,23 @@ class AutoencoderObjective:
     """Eq. 2 through drawn bits: a weighted sum of reconstruction, perceptual and adversarial terms."""
 
     def __init__(
-        self, losses: LossConfig, code_shape: tuple[int, int, int], seed: int, perceptual: Perceptual | None = None
+        self,
+        losses: LossConfig,
+        code_shape: tuple[int, int, int],
+        seed: int,
+        perceptual: Perceptual | None = None,
+        *,
+        fade: int = 0,
     ) -> None:
-        """The draws are keyed on (seed, global sample index); `perceptual` is there where `losses` weighs it."""
+        """The draws are keyed on (seed, global sample index); `perceptual` is there where `losses` weighs it.
+
+        With `fade` > 0 the noise of a draw fades out over so many steps: uniforms go to 1/2, and draws to the mode.
+        """
         self.losses = losses
         self.code_size = math.prod(code_shape)
         self.seed = seed
         self.perceptual = perceptual
+        self.fade = fade
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """The terms and "loss", their weighted sum; "critic" is the critic's own loss.
@@ -36,8 +46,12 @@ class AutoencoderObjective:
         losses = self.losses
         x = to_float(batch.data)
         u = uniform(self.seed, "autoencoder draw", batch.sample_index, self.code_size)
+        if self.fade:
+            u = 0.5 + max(0.0, 1 - state.step / self.fade) * (u - 0.5)
         x_hat, latent_terms = state(x, u)
         x_hat = x_hat.float()
+        if "entropy" in latent_terms:
+            latent_terms["entropy"] = _ramp(state.step, losses.entropy_ramp) * latent_terms["entropy"]
         terms: dict[str, Tensor] = {}
         loss = x_hat.new_zeros(())
         if losses.l1:
@@ -65,3 +79,8 @@ class AutoencoderObjective:
         real, fake = critic(torch.cat([x, x_hat.detach()])).float().chunk(2)
         terms["critic"] = hinge_critic_loss(real, fake)
         return self.losses.adversarial * terms["adaptive"] * terms["adversarial"]
+
+
+def _ramp(steps: int, length: int) -> float:
+    """Rises linearly from 0 to 1 over `length` steps."""
+    return min(1.0, (steps + 1) / (length + 1))

@@ -36,6 +36,10 @@ _LATER = ("data.label_field", "data.class_names", "evaluation.efficientnet_lite0
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
 BEFORE = {
+    "autoencoder.patch": 1,
+    "autoencoder.decoder_channels": 0,
+    "autoencoder.decoder_blocks": 0,
+    "loss.entropy_ramp": 0,
     "prior.group": 1,
     "prior.trunk": [],
     "diffusion.calibration": "bayes",

@@ -166,7 +166,10 @@ class AutoencoderTask(ImageTask):
         experiment = self.experiment
         if experiment.loss.perceptual:
             self._perceptual = load_perceptual(experiment.loss, worker.device)
-        return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, self._perceptual)
+        fade = self.training.steps if experiment.autoencoder.codes == "fade" else 0
+        return AutoencoderObjective(
+            experiment.loss, experiment.code_shape, experiment.seed, self._perceptual, fade=fade
+        )
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +31,7 @@ from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
 from bld_core.storage import files
+from bld_core.trained import AutoencoderRecord, read_autoencoder
 from bld_core.training.checkpoint import CONFIG, average_name, read_meta, read_tensors, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
@@ -49,6 +52,8 @@ from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
+_SURE = 0.2  # bits of entropy a bit of a code, above which stage 1 ends with a warning
+_ENTROPY_WEIGHT = 0.02  # of the entropy term, to begin with
 _SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
@@ -85,7 +90,22 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
             }
             stage.run.tags({"bld.data_hash": fingerprint["shards"]})
             fit(stage, AutoencoderTask(experiment), config)
+            sys.stderr.write(unsure_bits(experiment, read_autoencoder(experiment.folder)))
         return stage.url(FINAL)
+
+
+def unsure_bits(experiment: Experiment, trained: AutoencoderRecord) -> str:
+    """What is to be said of bits of which the encoder is not sure; nothing where it is."""
+    entropy = trained.metrics.get("val_bit_entropy", 0.0)
+    if entropy <= _SURE:
+        return ""
+    bits = math.prod(trained.code_shape)
+    return (
+        f"autoencoder: its bits are unsure, with an entropy of {entropy:.3f} bits each: {entropy * bits:.0f} of the "
+        f"{bits} bits of a drawn code are noise, which no prior can predict, and its bound cannot be below "
+        f"{entropy:.3f}; train with a higher loss.entropy, which is {experiment.loss.entropy:g} (try "
+        f"{max(_ENTROPY_WEIGHT, 2 * experiment.loss.entropy):g}), before the data set is encoded\n"
+    )
 
 
 def _check_losses(experiment: Experiment) -> None:

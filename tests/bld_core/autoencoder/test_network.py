@@ -34,6 +34,48 @@ def test_shapes(size: int, multipliers: list[int], bits: int, channels: int) -> 
         assert config.code_shape(size) == (h, h, bits)
 
 
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_patch_of_pixels_is_a_position_of_the_first_level(patch: int) -> None:
+    config = AutoencoderConfig(bits=8, channels=4, multipliers=[1, 2], blocks=1, attention=[2 * patch], patch=patch)
+    assert config.code_shape(16) == (8 // patch, 8 // patch, 8)
+    autoencoder = make_autoencoder(config, 3)
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    first, last = autoencoder.encoder[: 1 + (patch > 1)], autoencoder.last_layer
+    assert first(x).shape == (2, 4, 16 // patch, 16 // patch)
+    moved = torch.roll(x, (patch, -patch), (2, 3))  # by whole patches: all positions move by one, but those at the edge
+    there = torch.roll(first(x), (1, -1), (2, 3))
+    torch.testing.assert_close(first(moved)[..., 2:-1, 1:-2], there[..., 2:-1, 1:-2])
+    assert last.shape == (3 * patch**2, 4, 3, 3)
+    x_hat = autoencoder(x)[0]
+    assert x_hat.shape == x.shape
+    (gradient,) = torch.autograd.grad(x_hat[:, :, 0, 0].sum(), last)  # one pixel: one of the patch's, of each colour
+    assert gradient.flatten(1).abs().sum(1).gt(0).nonzero().flatten().tolist() == [n * patch**2 for n in range(3)]
+
+
+def test_a_patch_or_attention_that_cannot_be_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`patch` is 3; it must be 1 .*, 2 or 4"):
+        AutoencoderConfig(patch=3)
+    with pytest.raises(ValueError, match=r"`attention` is \[1\]; 2 levels have the down-samplings \[2, 4\]"):
+        AutoencoderConfig(patch=2, multipliers=[1, 1], attention=[1])
+
+
+def test_a_decoder_may_be_larger_and_the_encoder_stays_as_it_is() -> None:
+    with torch.device("meta"):
+        plain = make_autoencoder(TINY_AUTOENCODER, 1)
+        larger = make_autoencoder(replace(TINY_AUTOENCODER, decoder_channels=16, decoder_blocks=3), 1)
+        same = make_autoencoder(replace(TINY_AUTOENCODER, decoder_channels=8, decoder_blocks=1), 1)
+
+    def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+        return {name: weights.shape for name, weights in network.named_parameters()}
+
+    assert shapes(plain.encoder) == shapes(larger.encoder)
+    assert shapes(plain) == shapes(same)
+    assert larger.last_layer.shape == (1, 16, 3, 3)
+    assert len(larger.decoder) == len(plain.decoder) + 3 * 2 + 2  # two blocks a level, and their attention at one
+    with pytest.raises(ValueError, match=r"`decoder_blocks` is -1; it must be 0 \(as the encoder\) or more"):
+        replace(TINY_AUTOENCODER, decoder_blocks=-1)
+
+
 def test_images_that_are_not_square_pass_through() -> None:
     x = torch.zeros(1, 1, 8, 16)
     assert tiny_autoencoder().encode(x).shape == (1, 8, 2, 4)

@@ -175,6 +175,31 @@ def test_the_comparators_train_by_the_same_stage(latent: str) -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_the_noise_of_a_draw_fades_from_that_of_the_bernoulli_to_none() -> None:
+    fading = AutoencoderObjective(PLAIN, TINY_AUTOENCODER.code_shape(SIDE), seed=0, fade=8)
+    batch, state = next(batches()), new_state(CONFIG)
+    found: list[float] = []
+    for state.step in (0, 4, 8, 9):
+        found.append(float(fading(state, batch)["loss"].detach()))
+    drawn = float(objective()(state, batch)["loss"].detach())
+    mode = float((state.module(to_float(batch.data))[0] - to_float(batch.data)).abs().mean().detach())
+    assert found[0] == drawn
+    assert len({*found[:3]}) == 3
+    assert found[2:] == pytest.approx([mode, mode], rel=1e-6)
+
+
+def test_the_weight_of_the_entropy_term_rises_over_its_ramp() -> None:
+    torch.manual_seed(0)
+    state = make_state(make_autoencoder(TINY_AUTOENCODER, 1, entropy=3.0), CONFIG)
+    ramped = objective(LossConfig(entropy=3.0, entropy_ramp=3))
+    found: list[float] = []
+    for state.step in (0, 1, 3, 7):
+        terms = {name: float(term.detach()) for name, term in ramped(state, next(batches())).items()}
+        assert terms["loss"] == pytest.approx(terms["l1"] + terms["entropy"])
+        found.append(terms["entropy"])
+    assert found == pytest.approx([found[3] * share for share in (0.25, 0.5, 1, 1)])
+
+
 # --- The critic ------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from bld_core.latents.reader import open_latents
 from bld_core.noise import key_of
 from bld_core.storage import files
 from bld_core.storage.records import write_record
-from bld_core.trained import load_autoencoder, load_prior
+from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
 from bld_core.training.checkpoint import read_model_config
 from bld_core.training.loop import Batch
 from cluster.config.artifacts import open_codes
@@ -30,7 +30,7 @@ from cluster.stages import open_stage
 from cluster.tracking.runs import Run
 from cluster.training import train as cluster_train
 from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
-from cluster.training.train import train_autoencoder, train_prior
+from cluster.training.train import train_autoencoder, train_prior, unsure_bits
 from tests.conftest import small_training
 
 
@@ -203,3 +203,13 @@ def test_latents_of_another_autoencoder_are_refused_with_both_hashes(encoded: Ex
     write_record(config_url, config | {"hash": "f" * 64})
     with pytest.raises(ValueError, match=f"{config['hash'][:12]}.*ffffffffffff: encode the data set again"):
         train_prior(experiment)
+
+
+def test_unsure_bits_are_named_with_what_they_cost_and_a_remedy(encoded: Experiment) -> None:
+    trained = read_autoencoder(encoded.folder)
+    h, w, c = trained.code_shape
+    said = unsure_bits(encoded, replace(trained, metrics={"val_bit_entropy": 0.25}))
+    assert f"{h * w * c // 4} of the {h * w * c} bits of a drawn code are noise" in said
+    assert "loss.entropy, which is 0 (try 0.02)" in said
+    assert unsure_bits(encoded, replace(trained, metrics={"val_bit_entropy": 0.12})) == ""
+    assert unsure_bits(encoded, replace(trained, metrics={})) == ""
