@@ -253,12 +253,16 @@ def _stage(folder: str) -> tuple[str, ...]:
     return tuple(folder.rstrip("/").split("/")[-2:-1])
 
 
-def load_weights(folder: str, module: nn.Module, expected_hash: str, device: str = "cpu") -> None:
-    """Load the weights of a finished model into its network.
+def read_weights(folder: str, expected_hash: str) -> dict[str, Tensor]:
+    """The weights of a finished model.
 
     Raises:
         DamagedError: the file is not the one that config.json names.
     """
-    data = read_part(files.join(folder, WEIGHTS), Part(expected_hash), CONFIG, _stage(folder))
-    module.load_state_dict(load_tensors(data))
+    return load_tensors(read_part(files.join(folder, WEIGHTS), Part(expected_hash), CONFIG, _stage(folder)))
+
+
+def load_weights(folder: str, module: nn.Module, expected_hash: str, device: str = "cpu") -> None:
+    """Load the weights of a finished model into its network; the errors are those of `read_weights`."""
+    module.load_state_dict(read_weights(folder, expected_hash))
     module.to(torch.device(device)).eval()

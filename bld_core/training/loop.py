@@ -15,12 +15,13 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.errors import NonFiniteError, UserError
-from bld_core.training.averages import Ema
+from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
 from bld_core.training.layers import Layers
 from bld_core.training.replicas import gradients_laid_out_as_weights, sum_over_replicas
 
 Precision = Literal["float32", "bfloat16"]
 
+_SNAPSHOTS = 16
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
 _WIDTH = 128  # where a rate of Muon means what it means for AdamW
 _MUON_RATE = 0.2 * math.sqrt(_WIDTH)  # makes steps about as long as AdamW's there (Liu et al. 2025)
@@ -46,6 +47,9 @@ class TrainingConfig:
         clip_norm: largest gradient norm; a larger one is scaled down to it.
         ema_decay: decay a step of the averaged weights, which are the ones evaluated and kept. Of several decays the
             average with the best likelihood bound on held-out codes is kept (stage 2), or the first (stage 1).
+        ema_lengths: relative lengths of more averages to choose from, each a share of the training in (0, 0.28), made
+            after the last step from 16 snapshots (Karras et al. 2024), for stage 2; empty takes no snapshots. Each
+            snapshot has the size of the weights, twice.
         non_finite: what a loss or gradient that is not finite does: "stop" with the samples to blame, or "skip" the
             step and count it.
         precision: of the forward pass; weights, sums and losses are float32 in any case.
@@ -68,6 +72,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float | list[float] = 0.9999
+    ema_lengths: list[float] = field(default_factory=list)
     non_finite: Literal["stop", "skip"] = "stop"
     precision: Precision = "float32"
     compile: bool = False
@@ -88,6 +93,13 @@ class TrainingConfig:
             raise UserError(f"`betas` are {self.betas}; AdamW takes two values in [0, 1)", self)
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise UserError(f"`ema_decay` is {self.ema_decay}; it must lie in [0, 1), or be several such values", self)
+        if not all(0 < length < LONGEST for length in self.ema_lengths):
+            raise UserError(f"`ema_lengths` is {self.ema_lengths}; each must lie in (0, {LONGEST:.4f})", self)
+
+    @property
+    def snapshot_every(self) -> int:
+        """Steps between two snapshots, of which the last step also has one."""
+        return -(-self.steps // _SNAPSHOTS)
 
     @property
     def ema_decays(self) -> list[float]:
@@ -132,7 +144,7 @@ class TrainState:
         module: the network.
         replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
         optimizers: each over some of the network's parameters, all of them together.
-        averages: averaged weights, one for each decay.
+        averages: averaged weights, one for each decay; then those that averages of other lengths are made of.
         step: optimizer steps taken.
         skipped: steps left out because the loss or a gradient was not finite.
         precision: of the forward pass; weights and losses are float32.
@@ -200,6 +212,8 @@ def make_state(
     assert isinstance(compiled, nn.Module), "a compiled network is one, too"
     replica = wrap(compiled)
     averages = [Ema(module, decay) for decay in config.ema_decays]
+    if config.ema_lengths:
+        averages += [PowerEma(module, length) for length in SNAPSHOT_LENGTHS]
     optimizers = _optimizers(module, config)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]

@@ -46,6 +46,8 @@ BEFORE = {
     "sampling.guidance_interval": [0.0, 1.0],
     "prior_training.optimizer": "adamw",
     "autoencoder_training.optimizer": "adamw",
+    "prior_training.ema_lengths": [],
+    "autoencoder_training.ema_lengths": [],
 }
 
 
@@ -124,6 +126,11 @@ class Experiment:
             raise UserError(
                 "autoencoder_training.compile is on with loss.adversarial above 0: a compiled network goes backwards "
                 "as a whole, and the adaptive weight would do so twice more; set compile to false"
+            )
+        if self.autoencoder_training.ema_lengths:
+            raise UserError(
+                f"autoencoder_training.ema_lengths is {self.autoencoder_training.ema_lengths}, but averages are chosen "
+                "by the prior's bound, which stage 1 has not: leave it out"
             )
         make_model(self.prior, self.diffusion, h * w, c).steps(self.sampling)
         for training in (self.autoencoder_training, self.prior_training):

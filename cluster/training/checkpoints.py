@@ -1,21 +1,36 @@
-"""The checkpoints of a stage of training: found, gone on from, and checked. The stage's folder is what counts."""
+"""Checkpoints and snapshots of a stage of training: gone on from, chosen from, checked. Its folder is what counts."""
 
 from __future__ import annotations
 
 import re
 import sys
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from bld_core.errors import DamagedError
 from bld_core.storage import files
 from bld_core.storage.records import Fault, set_aside, sizes
-from bld_core.training.checkpoint import META, SavedState, check_state, model_faults, read_state
-from bld_core.training.loop import TrainState
+from bld_core.training.averages import PowerEma, combination, combined
+from bld_core.training.checkpoint import (
+    META,
+    SavedState,
+    average_name,
+    check_state,
+    model_faults,
+    read_meta,
+    read_model_config,
+    read_state,
+    read_tensors,
+    read_weights,
+    save_model,
+)
+from bld_core.training.loop import TrainingConfig, TrainState
 from cluster.config.experiment import Experiment
 from cluster.stages import faulty
 from cluster.training.tasks import Worker
 
-FINAL = "final"
+FINAL, SNAPSHOTS = "final", "snapshots"
 _CHECKPOINT = "checkpoint-"
 
 
@@ -81,6 +96,59 @@ def _give_up(label: str, url: str, faults: str, worker: Worker) -> None:
     unfinished = files.name(url) not in sizes(url.rpartition("/")[0]) and not files.exists(files.join(url, META))
     aside = "" if unfinished else f"; set aside as {set_aside(url)!r}"
     sys.stderr.write(f"{label}: {faults}{aside}\n")
+
+
+def keep_snapshot(folder: str, state: TrainState) -> None:
+    """Write the averages that averages of other lengths are made of, as they are now, beneath a stage's folder."""
+    for average in state.averages:
+        if isinstance(average, PowerEma):
+            url = files.join(folder, SNAPSHOTS, f"{state.step:07d}-{average.length:g}")
+            save_model(url, average.weights, {"step": state.step, "length": average.length})
+
+
+def candidates(state: TrainState, folder: str, training: TrainingConfig) -> list[tuple[str, float, dict[str, Tensor]]]:
+    """The averages to choose from: what its decay or relative length is called, its value, and the weights.
+
+    After the last step those that are made of the snapshots in the stage's folder are among them.
+    """
+    found = [
+        ("ema_length", average.length, average.weights)
+        if isinstance(average, PowerEma)
+        else ("ema_decay", average.decay, average.weights)
+        for average in state.averages
+    ]
+    if state.step == training.steps:
+        found += [("ema_length", length, average_of_length(folder, length)) for length in training.ema_lengths]
+    return found
+
+
+def chosen_weights(folder: str, training: TrainingConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metrics of the last evaluation of a stage, and the weights of the average that it has chosen."""
+    newest = checkpoints(folder)[-1]  # the last step always saves one
+    meta = read_meta(newest)
+    metrics = meta["metrics"]
+    if (length := metrics.get("ema_length")) is not None:
+        return metrics, average_of_length(folder, length)
+    return metrics, read_tensors(newest, meta, average_name(training.ema_decays.index(metrics["ema_decay"])))
+
+
+def average_of_length(folder: str, length: float) -> dict[str, Tensor]:
+    """The average of a relative length at the last snapshot of a stage's folder; a damaged snapshot is named, not used.
+
+    Raises:
+        DamagedError: none is left.
+    """
+    kept: list[tuple[str, dict[str, Any]]] = []
+    for name in sorted(files.listing(files.join(folder, SNAPSHOTS))):
+        url = files.join(folder, SNAPSHOTS, name)
+        if faults := model_faults(url, deep=True):
+            sys.stderr.write(f"{faults[0].url!r} {faults[0].reason}: averages are made without it\n")
+        else:
+            kept.append((url, read_model_config(url)))
+    if not kept:
+        raise DamagedError(files.join(folder, SNAPSHOTS), "holds no snapshot that is whole: train again")
+    coefficients = combination([(config["step"], config["length"]) for _, config in kept], length)
+    return combined(coefficients, (read_weights(url, config["hash"]) for url, config in kept))
 
 
 def training_faults(folder: str, deep: bool) -> list[Fault]:

@@ -32,7 +32,7 @@ from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
 from bld_core.storage import files
 from bld_core.trained import AutoencoderRecord, read_autoencoder
-from bld_core.training.checkpoint import CONFIG, average_name, read_meta, read_tensors, save_model, save_state
+from bld_core.training.checkpoint import CONFIG, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
@@ -47,7 +47,16 @@ from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tracking.load import SystemLoad
 from cluster.tracking.runs import Run
-from cluster.training.checkpoints import FINAL, checkpoint_name, checkpoints, resume, training_faults
+from cluster.training.checkpoints import (
+    FINAL,
+    candidates,
+    checkpoint_name,
+    checkpoints,
+    chosen_weights,
+    keep_snapshot,
+    resume,
+    training_faults,
+)
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
@@ -194,10 +203,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         raise
     if result.return_value is not None:
         raise result.return_value
-    newest = checkpoints(stage.folder)[-1]  # the last step always saves one
-    meta = read_meta(newest)
-    metrics = meta["metrics"]
-    weights = read_tensors(newest, meta, average_name(task.training.ema_decays.index(metrics["ema_decay"])))
+    metrics, weights = chosen_weights(stage.folder, task.training)
     final = stage.url(FINAL)
     digest = save_model(final, weights, {**facts, "run": stage.run.run_id, "metrics": metrics})
     stage.run.tags({f"bld.{stage.name}_hash": digest})
@@ -266,9 +272,12 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                     )
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
+            snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
+            if snapshot and worker.rank == 0:
+                keep_snapshot(job.folder, state)
             if due:
-                metrics = _evaluate(task, state, run, worker)
-            if due or keep:
+                metrics = _evaluate(task, state, run, worker, job.folder)
+            if due or keep or snapshot:
                 _meet(task, state, metrics, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
@@ -302,17 +311,22 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker) -> dict[str, float]:
-    """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do."""
+def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, folder: str) -> dict[str, float]:
+    """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do.
+
+    After the last step those that are made of the snapshots in the stage's folder are among them.
+    """
     if run is None:
         return {}
-    networks = [copy.deepcopy(state.module).eval() for _ in state.averages]
-    for network, average in zip(networks, state.averages, strict=True):
-        network.load_state_dict(average.weights)
+    averages = candidates(state, folder, task.training)
+    networks = [copy.deepcopy(state.module).eval() for _ in averages]
+    for network, (_, _, weights) in zip(networks, averages, strict=True):
+        network.load_state_dict(weights)
     with torch.no_grad():
         best = task.choose(networks, worker.device) if len(networks) > 1 else 0
         metrics, pictures = task.evaluate(networks[best], worker.device)
-    metrics["ema_decay"] = state.averages[best].decay
+    name, value, _ = averages[best]
+    metrics[name] = value
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")

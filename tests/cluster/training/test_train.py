@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Generator
 from dataclasses import replace
@@ -80,6 +81,36 @@ def test_a_prior_of_groups_is_trained_like_any_other(encoded: Experiment) -> Non
     prior = load_prior(groups.folder, load_autoencoder(encoded.folder))
     assert prior.record.prior.group == 8
     assert prior.record.metrics["val_bound"] < 1
+
+
+def test_averages_of_any_length_are_made_of_snapshots_interrupted_or_not(
+    encoded: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = replace(encoded.prior_training, ema_decay=0.9, ema_lengths=[0.03], checkpoint_every=10)
+    experiment = encoded.variant("variants", "lengths", prior_training=training)
+    train_prior(experiment, source=encoded.folder)
+    folder = Path(experiment.folder, "prior")
+    whole, snapshots = read_model_config(str(folder / "final")), sorted((folder / "snapshots").iterdir())
+    assert [path.name for path in snapshots] == [
+        f"{step:07d}-{length}" for step in range(2, 21, 2) for length in (0.05, 0.1)
+    ]
+    assert whole["metrics"]["ema_length"] == 0.03  # after so few steps the shortest is the best
+
+    for path in (folder / "final", folder / "checkpoint-0000020", *snapshots[10:]):
+        shutil.rmtree(path)
+    train_prior(experiment, source=encoded.folder)
+    assert read_model_config(str(folder / "final")) == whole
+
+    damaged = snapshots[-3] / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shutil.rmtree(folder / "final")
+    train_prior(experiment, source=encoded.folder)
+    assert f"{str(damaged)!r} has " in capsys.readouterr().err
+    assert read_model_config(str(folder / "final"))["hash"] != whole["hash"]
+    assert load_prior(experiment.folder, load_autoencoder(encoded.folder)).record.metrics == whole["metrics"]
+
+    with pytest.raises(ValueError, match=r"autoencoder_training.ema_lengths is \[0.2\], but averages are chosen by"):
+        replace(encoded, autoencoder_training=replace(encoded.autoencoder_training, ema_lengths=[0.2]))
 
 
 def test_memory_that_would_change_the_order_of_an_unfinished_run_is_refused(
