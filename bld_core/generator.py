@@ -14,10 +14,10 @@ from torch import Tensor
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import MissingError, UserError
 from bld_core.noise import key_of
+from bld_core.precision import Precision, autocast, ieee_float32
 from bld_core.prior.binary import BinaryModel
 from bld_core.trained import TrainedAutoencoder, TrainedPrior, has_prior, load_autoencoder, load_prior
 from bld_core.training.inference import for_inference
-from bld_core.training.loop import Precision
 
 
 def load_generator(folder: str, device: str = "cpu") -> Generator:
@@ -225,7 +225,7 @@ class Generator:
         count = model.steps(config)
         shown = torch.linspace(0, count, min(states, count + 1)).round().int().tolist()
         prior, autoencoder = self._networks(prior, config)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with ieee_float32(), autocast(config.precision, self.device):
             process = model.states(prior.network, SampleSpec(index, chosen, seed), config)
             frames = [self._images(autoencoder, z) for n, z in enumerate(process) if n in shown]
         return torch.stack(frames, dim=1)
@@ -263,7 +263,7 @@ class Generator:
             chosen = None if labels is None else torch.tensor(labels[some], device=self.device)
             given = None if known is None else Known(known.z[some], known.mask[some])
             samples = SampleSpec(index[some].to(self.device), chosen, seed)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with ieee_float32(), autocast(config.precision, self.device):
                 z = prior.model.sample(prior.network, samples, config, given)
                 parts.append(self._images(autoencoder, z))
         return torch.cat(parts)

@@ -16,6 +16,7 @@ from bld_core.data.images import to_float, to_uint8
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import DamagedError, UserError
+from bld_core.precision import ieee_float32
 from bld_core.prior.model import PriorModel, make_model
 from bld_core.prior.older import SingleStepModel
 from bld_core.prior.transformer import PriorConfig
@@ -170,17 +171,20 @@ class TrainedAutoencoder:
         """Images in one pass: few where they are large."""
         return max(1, _PIXELS_AT_ONCE // self.record.image_size**2)
 
+    @ieee_float32()
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """uint8 images (B, H, W, channels) -> what is left of them behind the latent, without its noise; the same."""
         return torch.cat([to_uint8(self.network(to_float(some))[0]) for some in images.split(self._at_once)])
 
+    @ieee_float32()
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images (B, H, W, channels) -> their likeliest codes, uint8 0/1 (B, h, w, c)."""
         logits = [self.network.encode(to_float(some)) for some in images.split(self._at_once)]
         return quantize(torch.cat(logits)).permute(0, 2, 3, 1).to(torch.uint8)
 
+    @ieee_float32()
     @torch.no_grad()
     def decode(self, bits_BHWC: Tensor) -> Tensor:
         """Codes (B, h, w, c) of 0/1 -> uint8 images (B, H, W, channels)."""

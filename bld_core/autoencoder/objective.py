@@ -61,7 +61,7 @@ class AutoencoderObjective:
             terms["mse"] = F.mse_loss(x_hat, x)
             loss = loss + losses.mse * terms["mse"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(x, x_hat).mean()
+            terms["perceptual"] = self.perceptual.distance(x, x_hat).mean()
             loss = loss + losses.perceptual * terms["perceptual"]
         if state.critic is not None and state.step >= losses.adversarial_start:
             loss = loss + self._adversarial(state, state.critic, x, x_hat, loss, terms)

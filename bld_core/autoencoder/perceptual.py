@@ -97,7 +97,7 @@ class Perceptual(nn.Module):
 
         Args:
             x_BCHW: images, float (B, 1 or 3, H, W) in [-1, 1], at least 16 x 16; one channel stands for three equal
-                ones. They get no gradient. To check them costs one wait for the device.
+                ones. They get no gradient. To check their range waits for the device: see `distance`.
             y_BCHW: reconstructions, the same shape, of any finite value.
 
         Returns:
@@ -123,6 +123,10 @@ class Perceptual(nn.Module):
                 "[-1, 1]: convert uint8 images with bld_core.data.images.to_float (x / 127.5 - 1; not to [0, 1], a "
                 "common mistake that no check can see)"
             )
+        return self.distance(x_BCHW, y_BCHW)
+
+    def distance(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        """The same, of images whose shape and range are known to be right, as those of uint8 images are."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
             with torch.no_grad():
                 of_x = self._features(x_BCHW)

@@ -13,6 +13,7 @@ from bld_core.diffusion.loss import Step, loss_terms
 from bld_core.diffusion.process import CodeBatch, Denoiser, DiffusionProcess
 from bld_core.errors import UserError
 from bld_core.noise import uniform
+from bld_core.precision import ieee_float32
 
 _GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly, however many are taken
 _BATCH_SIZE = 256
@@ -120,7 +121,7 @@ def estimate_bound(
             part = replace(part, z_0=part.z_0.float())
             position = (part.index.double() * _GOLDEN_RATIO + repeat / repeats) % 1.0
             n = (position * steps).long()
-            with torch.no_grad():
+            with torch.no_grad(), ieee_float32():
                 nats = cost(part, n, repeat)
             step[repeat, chunk], bits[repeat, chunk] = n.cpu(), nats.double().cpu() * (steps / math.log(2))
     per_code = bits.mean(0)

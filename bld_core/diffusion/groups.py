@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core.diffusion.process import Evidence, Scalar, calibrate, exact_coefficients
+from bld_core.precision import ieee_float32
 
 _AT_ONCE = 4  # bits whose butterflies are one matrix, of 16 x 16
 
@@ -91,7 +92,7 @@ def image_of_step(p: Tensor, law_B22: Tensor) -> Tensor:
     g 2^g terms where the sum has 4^g. Here a few bits at a time, by the law of so many.
     """
     left, shape = p.shape[-1].bit_length() - 1, p.shape
-    with torch.autocast(p.device.type, enabled=False):  # never in reduced precision
+    with ieee_float32(), torch.autocast(p.device.type, enabled=False):
         while left:
             count = min(_AT_ONCE, left)
             law = law_B22

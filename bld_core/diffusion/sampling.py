@@ -24,7 +24,7 @@ from bld_core.diffusion.process import (
 from bld_core.diffusion.schedule import NoiseSchedule
 from bld_core.errors import UserError
 from bld_core.noise import uniform
-from bld_core.training.loop import Precision
+from bld_core.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def reverse_process(
     Raises:
         UserError: before the first state: a grid that is none, or a prior that cannot be told what is known.
     """
-    grid, k = config.make_grid(process.schedule), process.schedule.k.tolist()
+    grid, k = config.make_grid(process.schedule), process.schedule.levels
     groups = (shape[0], shape[1] // process.group)
     conditioned = known is not None and config.inpainting == "conditioned"  # "auto" is the prior's to decide
     told = known.mask if known is not None and conditioned else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ class NoiseSchedule:
     """
 
     k: Tensor
+    _on: dict[torch.device, Tensor] = field(default_factory=dict[torch.device, Tensor], init=False, compare=False)
 
     def __post_init__(self) -> None:
         k = self.k
@@ -49,7 +51,14 @@ class NoiseSchedule:
 
     def signal(self, t: Tensor, like: Tensor) -> Tensor:
         """k_t for the level t of each sample, int64 (B,): float64, shaped to broadcast over the codes `like`."""
-        return self.k.to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+        if like.device not in self._on:  # copied once: each time would be a wait
+            self._on[like.device] = self.k.to(like.device)
+        return self._on[like.device][t].view(-1, *[1] * (like.ndim - 1))
+
+    @cached_property
+    def levels(self) -> list[float]:
+        """k_0, ..., k_T on the host."""
+        return self.k.tolist()
 
     def grid(self, count: int, spacing: Literal["k", "t"] = "k") -> list[int]:
         """The steps t that a sampler of `count` steps visits: decreasing, from T to 0.

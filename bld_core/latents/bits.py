@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
+
+def _weights(device: torch.device) -> Tensor:
+    """128, 64, ..., 1, made on the device: to copy them there would wait for it."""
+    return 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     size = math.prod(bits.shape[1:])
     if size % 8:
         raise ValueError(f"{size} bits a sample are not whole bytes; make the number of bits a multiple of 8")
-    weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=bits.device)
+    weights = _weights(bits.device)
     octets = bits.reshape(len(bits), size // 8, 8).to(torch.uint8)
     return (octets * weights).sum(-1, dtype=torch.uint8)
 
@@ -42,5 +45,4 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"a packed row of {packed.shape[1]} bytes holds {packed.shape[1] * 8} bits; shape {tuple(shape)} "
             f"asks for {math.prod(shape)}"
         )
-    weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] & weights) != 0).to(torch.uint8).view(len(packed), *shape)
+    return ((packed[..., None] & _weights(packed.device)) != 0).to(torch.uint8).view(len(packed), *shape)

@@ -25,12 +25,14 @@ from bld_core.data.images import LabelledImage, stack, to_float
 from bld_core.errors import UserError
 from bld_core.latents.bits import pack_bits
 from bld_core.noise import key_of, uniform
+from bld_core.precision import Precision, autocast, ieee_float32
 from bld_core.storage import files
 from bld_core.storage.records import Part
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _UNSEALED = "0" * 64  # where a file's own sha256 is to stand
+_BEFORE = ("precision", "float32")  # what all shards were made in before they could say so: these say it still so
 Split = Literal["train", "validation"]
 
 
@@ -42,11 +44,13 @@ class LatentConfig:
         draws: codes drawn for each image, z ~ Bernoulli(y); 0 stores the mode.
         mirror: also encode each image mirrored left to right.
         batch_size: images in one pass of the encoder; padded to this size, so that results never depend on a batch.
+        precision: of the encoder's passes; "bfloat16" is faster on many machines, and changes some bits.
     """
 
     draws: int = 1
     mirror: bool = False
     batch_size: int = 64
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.draws <= 127:
@@ -106,19 +110,22 @@ def encode_images(
 @torch.no_grad()
 def _encode_batch(
     autoencoder: Autoencoder, batch: list[LabelledImage], config: LatentConfig, seed: int
-) -> Iterator[tuple[int, int, Tensor]]:
+) -> list[tuple[int, int, Tensor]]:
     """(view, draw, packed bits) of a batch, for each view and draw."""
     device = next(autoencoder.parameters()).device
     pixels = stack(batch)
     padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
     x = to_float(torch.cat([pixels, padding]).to(device))
     index = torch.tensor([key_of(image.key) for image in batch], device=device)
+    found: list[tuple[int, int, Tensor]] = []
     for view in (0, 1) if config.mirror else (0,):
-        logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)]
+        with ieee_float32(), autocast(config.precision, device):
+            logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)].float()
         for draw in range(max(1, config.draws)):
             u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
             z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
-            yield view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()
+            found.append((view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()))
+    return found
 
 
 def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:
@@ -258,7 +265,7 @@ class Manifest:
             "autoencoder_hash": self.autoencoder_hash,
             "seed": self.seed,
             "preprocessing": dict(self.preprocessing),
-            **asdict(self.latents),
+            **{name: value for name, value in asdict(self.latents).items() if (name, value) != _BEFORE},
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -274,7 +281,9 @@ class Manifest:
             autoencoder_hash=found["autoencoder_hash"],
             seed=found["seed"],
             preprocessing=found["preprocessing"],
-            latents=LatentConfig(**{part.name: found[part.name] for part in fields(LatentConfig)}),
+            latents=LatentConfig(
+                **{part.name: found[part.name] for part in fields(LatentConfig) if part.name in found}
+            ),
             files=[LatentFile(**{"classes": 0} | entry) for entry in found["files"]],
             classes=found.get("classes", []),
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bld_core.data.images import to_float
 from bld_core.noise import key_of, permutation
+from bld_core.precision import ieee_float32
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
 
 _WIDTHS = (32, 64, 128)
@@ -88,6 +89,7 @@ def _batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[Batch]:
             yield Batch(images[rows], labels[rows], rows, [""] * len(rows))
 
 
+@ieee_float32()
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     """The share of images, uint8 (N, H, W, channels), whose likeliest class is their label, int64 (N,)."""

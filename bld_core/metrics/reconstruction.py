@@ -14,6 +14,7 @@ from bld_core.autoencoder.perceptual import Perceptual, lpips_name
 from bld_core.autoencoder.quantizer import BernoulliBottleneck
 from bld_core.data.images import to_float, to_uint8
 from bld_core.metrics.code_health import CodeHealth
+from bld_core.precision import ieee_float32
 
 _WINDOW = 11
 _SIGMA = 1.5
@@ -128,6 +129,7 @@ class ReconstructionMetrics:
     lpips: Moments = field(default_factory=Moments)
     health: CodeHealth = field(default_factory=CodeHealth)
 
+    @ieee_float32()
     @torch.no_grad()
     def update(self, network: Autoencoder, images: Tensor, perceptual: Perceptual | None = None) -> Tensor:
         """Reconstruct a batch and add it.

@@ -48,7 +48,8 @@ class PriorObjective:
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """{"loss", "residual", "vlb"}, in nats a bit."""
         z_0, index = batch.data.float(), batch.sample_index
-        codes = CodeBatch(z_0, drop_labels(batch.labels, index, self.prior.label_dropout, self.seed), index)
+        labels = drop_labels(batch.labels, index, self.prior.label_dropout, self.seed) if self.prior.classes else None
+        codes = CodeBatch(z_0, labels, index)
         share = self.prior.known_share
         known = draw_known(index, z_0.shape[1], share, self.seed) if share else None
         return diffusion_loss(state, self.process, codes, self.diffusion, self.seed, known)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from bld_core.training.loop import Precision
+from bld_core.precision import Precision
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -15,11 +15,11 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.errors import NonFiniteError, UserError
+from bld_core.precision import TrainingPrecision, autocast, training_arithmetic
 from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
+from bld_core.training.gate import Later, step_unless
 from bld_core.training.layers import Layers
-from bld_core.training.replicas import gradients_laid_out_as_weights, sum_over_replicas
-
-Precision = Literal["float32", "bfloat16"]
+from bld_core.training.replicas import gradients_laid_out_as_weights
 
 _SNAPSHOTS = 16
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
@@ -52,7 +52,8 @@ class TrainingConfig:
             snapshot has the size of the weights, twice.
         non_finite: what a loss or gradient that is not finite does: "stop" with the samples to blame, or "skip" the
             step and count it.
-        precision: of the forward pass; weights, sums and losses are float32 in any case.
+        precision: of products and convolutions; weights, sums and losses are float32 in any case. "tf32" is faster
+            than "float32" on a GPU, and the same on a CPU; "bfloat16" is faster still.
         compile: compile the network with torch.compile; the first steps take minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
@@ -74,7 +75,7 @@ class TrainingConfig:
     ema_decay: float | list[float] = 0.9999
     ema_lengths: list[float] = field(default_factory=list)
     non_finite: Literal["stop", "skip"] = "stop"
-    precision: Precision = "float32"
+    precision: TrainingPrecision = "float32"
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False
@@ -100,6 +101,12 @@ class TrainingConfig:
     def snapshot_every(self) -> int:
         """Steps between two snapshots, of which the last step also has one."""
         return -(-self.steps // _SNAPSHOTS)
+
+    @property
+    def looks(self) -> list[int]:
+        """How many steps lie between two looks of the caller at a report or the state, by what it looks for."""
+        snapshots = [self.snapshot_every] if self.ema_lengths else []
+        return [self.log_every, self.evaluate_every, self.checkpoint_every, *snapshots]
 
     @property
     def ema_decays(self) -> list[float]:
@@ -147,7 +154,7 @@ class TrainState:
         averages: averaged weights, one for each decay; then those that averages of other lengths are made of.
         step: optimizer steps taken.
         skipped: steps left out because the loss or a gradient was not finite.
-        precision: of the forward pass; weights and losses are float32.
+        precision: of products and convolutions; weights and losses are float32.
         critic: the discriminator that stage 1 is trained against, a state of its own.
     """
 
@@ -157,7 +164,7 @@ class TrainState:
     averages: list[Ema]
     step: int = 0
     skipped: int = 0
-    precision: Precision = "float32"
+    precision: TrainingPrecision = "float32"
     critic: TrainState | None = None
 
     def __call__(self, *inputs: Any) -> Any:
@@ -172,8 +179,7 @@ class TrainState:
             return functional_call(self.module, constants, inputs)
 
     def _autocast(self) -> torch.autocast:
-        device = next(self.module.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return autocast(self.precision, next(self.module.parameters()).device)
 
     def states(self) -> list[TrainState]:
         """The state, and its critic's where it has one."""
@@ -270,10 +276,14 @@ def train(
         objective: (state, batch) -> {"loss": ..., its terms, and "critic": the critic's own loss where there is one}.
         config: of the stage.
 
+    A step does nothing where its loss or a gradient is not finite, as the device sees for itself. The host hears of it
+    a step later, so that it never waits; or at once where the caller is to look: see `TrainingConfig.looks`.
+
     Raises:
         NonFiniteError: the loss or a gradient is not finite on some replica, and `config.non_finite` is "stop";
             names the step, the terms and the samples. No weight has been touched by it.
     """
+    taken: _Taken | None = None
     while state.step < config.steps:
         batch = next(batches)
         rate = learning_rate(config, state.step)
@@ -284,17 +294,19 @@ def train(
         terms = _gradients(state, batch, objective, config.accumulate)
         moved = [each for each in state.states() if any(p.grad is not None for p in each.module.parameters())]
         norms = [nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm) for each in moved]
-        if _finite_everywhere([*norms, terms["loss"]]):
-            for optimizer in (optimizer for each in moved for optimizer in each.optimizers):
-                optimizer.step()
-        elif config.non_finite == "stop":
-            raise NonFiniteError(_blame(state, batch, objective, terms), config)
-        else:
-            state.skipped += 1
+        bad = (~torch.stack(norms).isfinite()).any().float()  # the same on all replicas, as their gradients are
+        if taken is not None:  # this step is under way meanwhile
+            _settle(state, taken, objective, config)
+        for optimizer in (optimizer for each in moved for optimizer in each.optimizers):
+            step_unless(bad, optimizer)
         for each in moved:
             each.step += 1
             for average in each.averages:
                 average.update(each.module, each.step)
+        taken = _Taken(state.step, batch, terms, Later(bad))
+        if state.step == config.steps or any(state.step % every == 0 for every in config.looks):
+            _settle(state, taken, objective, config)
+            taken = None
         yield Report(state.step, rate, norms[0], terms)
 
 
@@ -304,37 +316,50 @@ def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int
         each.module.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(batch.parts(parts), 1):
-        with contextlib.ExitStack() as alone:
+        with training_arithmetic(state.precision), contextlib.ExitStack() as alone:
             for each in state.states():
                 if number < parts and isinstance(each.replica, DistributedDataParallel):
                     alone.enter_context(each.replica.no_sync())
             terms = objective(state, part)
             loss = terms["loss"] + terms["critic"] if "critic" in terms else terms["loss"]
-            (loss / parts).backward()
+            # One that is not finite makes its gradients so, and with them those of all replicas.
+            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan) / parts)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / parts
     return sums
 
 
-def _finite_everywhere(values: list[Tensor]) -> bool:
-    """Whether scalars are finite on every replica: all of them get the same answer."""
-    bad = (~torch.stack([value.detach().float() for value in values]).isfinite()).sum()
-    return int(sum_over_replicas(bad)) == 0
+class _Taken(NamedTuple):
+    """A step that was taken, unless `bad`: what there is to say of it then."""
+
+    step: int
+    batch: Batch
+    terms: dict[str, Tensor]
+    bad: Later
+
+
+def _settle(state: TrainState, taken: _Taken, objective: Objective, config: TrainingConfig) -> None:
+    """Hear whether a step was good, and stop or count it where it was not."""
+    if not taken.bad.read():
+        return
+    if config.non_finite == "stop":
+        raise NonFiniteError(_blame(state, taken, objective), config)
+    state.skipped += 1
 
 
 @torch.no_grad()
-def _blame(state: TrainState, batch: Batch, objective: Objective, terms: dict[str, Tensor]) -> str:
+def _blame(state: TrainState, taken: _Taken, objective: Objective) -> str:
     """Which terms of a step are not finite, and which samples of the batch by themselves, and in which term."""
     alone = replace(state, replica=state.module, critic=None)
     state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
-    found = [f"batch: {wrong}"] if (wrong := _not_finite(terms)) else []
-    for i, key in enumerate(batch.keys):
-        if wrong := _not_finite(objective(alone, batch.slice(i, i + 1))):
+    found = [f"batch: {wrong}"] if (wrong := _not_finite(taken.terms)) else []
+    for i, key in enumerate(taken.batch.keys):
+        if wrong := _not_finite(objective(alone, taken.batch.slice(i, i + 1))):
             found.append(f"sample {key!r}: {wrong}")
     state.module.train()
     who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (
-        f"step {state.step + 1}: the loss or its gradient is not finite ({who}): what was saved before, if "
+        f"step {taken.step}: the loss or its gradient is not finite ({who}): what was saved before, if "
         'anything, is good; go on with `non_finite` "skip", or train anew without these samples, or with a lower '
         "`learning_rate`"
     )

@@ -44,6 +44,7 @@ BEFORE = {
     "prior.trunk": [],
     "diffusion.calibration": "bayes",
     "sampling.guidance_interval": [0.0, 1.0],
+    "latents.precision": "float32",
     "prior_training.optimizer": "adamw",
     "autoencoder_training.optimizer": "adamw",
     "prior_training.ema_lengths": [],

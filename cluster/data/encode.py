@@ -31,6 +31,7 @@ from bld_core.latents.writer import (
 from bld_core.storage import files
 from bld_core.storage.records import Fault, part_faults, read_file, read_record, set_aside, write_record
 from bld_core.trained import load_autoencoder
+from bld_core.training.inference import for_inference
 from cluster.config.artifacts import LATENTS, open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
@@ -207,7 +208,9 @@ class Encoder:
                 f"{manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
                 stages=("latents",),
             )
-        self.autoencoder = trained.network
+        self.autoencoder, precision = trained.network, experiment.latents.precision
+        if precision == "bfloat16":
+            self.autoencoder.encoder = for_inference(self.autoencoder.encoder, precision, compiled=False)
         self.turn = threading.Lock()
         self.decode = ray.remote(decode_shard).options(
             num_cpus=DECODE_CPUS,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bld_core.autoencoder.efficientnet_lite0 import PIXELS, load_efficientnet_lite0
 from bld_core.metrics.dinov2 import DINOv2
+from bld_core.precision import ieee_float32
 from bld_core.storage.weights import DINOV2, INCEPTION, VGG16
 
 SpaceName = Literal["inception", "dinov2", "efficientnet_lite0", "vgg16", "classifier"]
@@ -47,11 +48,13 @@ class Inception:
         self.network.to(device)
         self.device = device
 
+    @ieee_float32()
     @torch.no_grad()
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 2048); one channel stands for three equal ones."""
         return self.network(_planes(images, self.device))[0]
 
+    @ieee_float32()
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, 2048) -> the logits of the Inception score, float32 (B, 1008), without the layer's bias."""
@@ -79,6 +82,7 @@ class VGG16Features:
         self.network.to(device)
         self.device = device
 
+    @ieee_float32()
     @torch.no_grad()
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 4096); one channel stands for three equal ones."""
@@ -110,6 +114,7 @@ class DINOv2Features:
         mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self._mean, self._deviation = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, deviation))
 
+    @ieee_float32()
     @torch.no_grad()
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 1024); one channel stands for three equal ones."""
@@ -136,6 +141,7 @@ class EfficientNetLite0Features:
         self.network = load_efficientnet_lite0(device)
         self.device = device
 
+    @ieee_float32()
     @torch.no_grad()
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 (B, H, W, 1 or 3) -> features, float32 (B, 1280); one channel stands for three equal ones."""

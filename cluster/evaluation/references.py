@@ -20,6 +20,7 @@ from bld_core.errors import UserError
 from bld_core.metrics.classifier import Classifier, accuracy, train_classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.selection import Selection
+from bld_core.precision import ieee_float32
 from bld_core.storage import files
 from bld_core.storage.weights import DINOV2, EFFICIENTNET_LITE0, INCEPTION, VGG16
 from bld_core.training.checkpoint import load_weights, read_model_config, save_model
@@ -124,6 +125,7 @@ def load_extractor(experiment: Experiment, space: Space) -> Extractor:
     classifier = Classifier(found["image_size"], found["channels"], found["classes"])
     load_weights(folder, classifier, found["hash"], str(device))
 
+    @ieee_float32()
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         return classifier.features(images.to(device))

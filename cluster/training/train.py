@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 
 import ray.train
 import ray.train.torch
@@ -23,6 +24,7 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
+from ray.train.torch import TorchConfig
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
@@ -30,6 +32,7 @@ from bld_core.autoencoder.perceptual import load_perceptual
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
+from bld_core.precision import ieee_float32
 from bld_core.storage import files
 from bld_core.trained import AutoencoderRecord, read_autoencoder
 from bld_core.training.checkpoint import CONFIG, save_model, save_state
@@ -42,7 +45,7 @@ from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
 from cluster.nodes import nodes_watched
 from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
-from cluster.runtime import unwrap
+from cluster.runtime import ClusterConfig, unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
 from cluster.tracking.load import SystemLoad
@@ -60,6 +63,7 @@ from cluster.training.checkpoints import (
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _CHECKPOINTS_KEPT = 2
+_LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
 _SURE = 0.2  # bits of entropy a bit of a code, above which stage 1 ends with a warning
 _ENTROPY_WEIGHT = 0.02  # of the entropy term, to begin with
@@ -193,6 +197,8 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
+        # Rank 0 waits for MLflow between two collectives, in which the others wait for it.
+        torch_config=TorchConfig(timeout_s=_LONGEST_COLLECTIVE + ceil(min(stage.experiment.tracking.patience, _DAY))),
     )
     try:
         with nodes_watched(cluster.need, cluster.patience):
@@ -245,11 +251,13 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     if remote := task.experiment.cluster.workers > 0:
         quiet_training_worker()
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    worker = Worker(context.get_world_rank(), context.get_world_size(), _device(task.experiment.cluster))
     torch.manual_seed(key_of(task.experiment.seed, "initial weights"))
-    state = make_state(task.network(), training, ray.train.torch.prepare_model)
+    buckets = {"gradient_as_bucket_view": True}
+    wrap = partial(ray.train.torch.prepare_model, move_to_device=worker.device, parallel_strategy_kwargs=buckets)
+    state = make_state(task.network(), training, wrap)
     if (critic := task.critic()) is not None:
-        state.critic = make_state(*critic, ray.train.torch.prepare_model)
+        state.critic = make_state(*critic, wrap)
     positions = resume(job.label, job.folder, state, worker)
     run: Run | None = job.run if worker.rank == 0 else None
     load = SystemLoad() if worker.rank == 0 else None
@@ -272,13 +280,14 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                     )
             due = last or report.step % training.evaluate_every == 0
             keep = last or report.step % training.checkpoint_every == 0
+            positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
             snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
             if snapshot and worker.rank == 0:
                 keep_snapshot(job.folder, state)
             if due:
                 metrics = _evaluate(task, state, run, worker, job.folder)
             if due or keep or snapshot:
-                _meet(task, state, metrics, worker, job.folder if keep else None)
+                _meet(state, metrics, positions, worker, job.folder if keep else None)
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
     finally:
@@ -286,6 +295,11 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     if progress is not None:
         progress.close()
     return None
+
+
+def _device(cluster: ClusterConfig) -> torch.device:
+    """Where this worker trains; Ray's local mode, of 0 workers, would take a GPU wherever there is one."""
+    return ray.train.torch.get_device() if cluster.gpu else torch.device("cpu")
 
 
 def _logged(report: Report, state: TrainState, task: Task, worker: Worker) -> dict[str, float]:
@@ -322,7 +336,7 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, fo
     networks = [copy.deepcopy(state.module).eval() for _ in averages]
     for network, (_, _, weights) in zip(networks, averages, strict=True):
         network.load_state_dict(weights)
-    with torch.no_grad():
+    with torch.no_grad(), ieee_float32():
         best = task.choose(networks, worker.device) if len(networks) > 1 else 0
         metrics, pictures = task.evaluate(networks[best], worker.device)
     name, value, _ = averages[best]
@@ -333,13 +347,14 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, fo
     return metrics
 
 
-def _meet(task: Task, state: TrainState, metrics: dict[str, float], worker: Worker, folder: str | None) -> None:
+def _meet(
+    state: TrainState, metrics: dict[str, float], positions: list[list[int]], worker: Worker, folder: str | None
+) -> None:
     """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
 
     The checkpoint is written by us, where an upload that fails is an error: pyarrow, which Ray would copy
     it with, closes remote files without looking whether that went well. Ray is not told of it.
     """
-    positions = [] if folder is None else _gather(task.position(), worker)
     if worker.rank or folder is None:
         ray.train.report({"step": state.step})
         return

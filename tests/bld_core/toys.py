@@ -9,13 +9,14 @@ import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
@@ -397,3 +398,29 @@ def png_of(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
 def toy_samples(count: int, size: int = 8, channels: int = 1) -> list[Sample]:
     """The same images as PNG files, each with a class: 0 to 3."""
     return [Sample(i.key, "png", png_of(i.pixels), i.label % 4) for i in toy_images(count, size, channels)]
+
+
+# --- What a GPU would do ----------------------------------------------------------------------------------------------
+
+_PRODUCTS = ("mm", "addmm", "bmm", "convolution", "convolution_backward")
+
+
+def tf32() -> tuple[bool, bool]:
+    return bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32
+
+
+class Arithmetic(TorchDispatchMode):
+    """What a GPU would have been allowed at each product and convolution, and what they got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tf32 = set[tuple[bool, bool]]()
+        self.dtypes = set[torch.dtype]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in _PRODUCTS:
+            self.tf32.add(tf32())
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))

@@ -69,28 +69,33 @@ class VectorBottleneck(Bottleneck):
         """Index of the nearest entry of each float32 vector, int64 (N,)."""
         return (self.codebook.square().sum(1) - 2 * x_ND @ self.codebook.T).argmin(1)
 
-    def _replace(self, x_ND: Tensor) -> None:
-        """Step 1, with candidates from all over the global batch; its positions rank N .. rank N + N-1 are here."""
+    def _replace(self, x_ND: Tensor, good: Tensor) -> None:
+        """Step 1, of a good batch, with candidates from all over the global batch.
+
+        Its positions rank N .. rank N + N-1 are here.
+        """
         (rank, world), n, entries = replicas.rank_and_world(), len(x_ND), len(self.codebook)
         u = uniform(0, "codebook restart", self.updates.view(1), entries + 1)[0].double()
         strata = (torch.arange(entries, device=u.device) + u[1:]) / entries  # spread out: seldom the same place twice
         position = ((strata + u[0]) % 1 * (world * n)).long().clamp(max=world * n - 1) - rank * n
         mine = (position >= 0) & (position < n)
         candidates = replicas.sum_over_replicas(torch.where(mine[:, None], x_ND[position.clamp(0, n - 1)], 0.0))
-        dead = self.usage < self.restart
+        dead = (self.usage < self.restart) & good
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1.0)
 
-    def _follow(self, x_ND: Tensor, nearest_N: Tensor) -> None:
-        """Step 3: usage <- average of usage; codebook <- (average of sums) / (average of usage)."""
+    def _follow(self, x_ND: Tensor, nearest_N: Tensor, good: Tensor) -> None:
+        """Step 3, of a good batch: usage <- average of usage; codebook <- (average of sums) / (average of usage)."""
         entries, width = self.codebook.shape
         ones = F.pad(x_ND, (0, 1), value=1.0)  # summed beside the vectors, they count
         sums = replicas.sum_over_replicas(x_ND.new_zeros(entries, width + 1).index_add_(0, nearest_N, ones))
         sums *= entries / (len(x_ND) * replicas.rank_and_world()[1])
         vectors, usage = sums[:, :-1], sums[:, -1]
-        self.usage.lerp_(usage, 1 - self.decay)
-        self.codebook += (1 - self.decay) * (vectors - usage[:, None] * self.codebook) / self.usage[:, None]
-        self.updates += 1
+        followed = self.usage.lerp(usage, 1 - self.decay)
+        moved = self.codebook + (1 - self.decay) * (vectors - usage[:, None] * self.codebook) / followed[:, None]
+        self.usage.copy_(torch.where(good, followed, self.usage))
+        self.codebook.copy_(torch.where(good, moved, self.codebook))
+        self.updates += good
 
     def forward(self, features_BCHW: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Features (B, D, H, W) -> their nearest entries, same shape and dtype, and {"commitment"}; u is not needed."""
@@ -100,13 +105,13 @@ class VectorBottleneck(Bottleneck):
         with torch.no_grad(), torch.autocast(features_BCHW.device.type, enabled=False):
             x_ND = x_BHWD.reshape(-1, self.inputs)
             # Not from a batch that is not finite on any replica: it would stay in the codebook for ever.
-            learning = learning and int(replicas.sum_over_replicas((~x_ND.isfinite()).sum())) == 0
-            if learning:
-                self._replace(x_ND)
+            good = replicas.sum_over_replicas((~x_ND.isfinite()).sum()) == 0 if learning else None
+            if good is not None:
+                self._replace(x_ND, good)
             nearest_N = self.nearest(x_ND)
             entry_BHWD = self.codebook[nearest_N].view(x_BHWD.shape)
-            if learning:
-                self._follow(x_ND, nearest_N)
+            if good is not None:
+                self._follow(x_ND, nearest_N, good)
         entry_BCHW = entry_BHWD.permute(0, 3, 1, 2).to(features_BCHW.dtype)
         latent = entry_BCHW + (features_BCHW - features_BCHW.detach())  # the bracket is exactly 0
         return latent, {"commitment": self.commitment * F.mse_loss(x_BHWD, entry_BHWD)}

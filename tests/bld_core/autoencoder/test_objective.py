@@ -294,16 +294,19 @@ def spoiled() -> Iterator[Batch]:
 
 
 @pytest.mark.parametrize("loss", [PLAIN, replace(ADVERSARIAL, adversarial_start=0)], ids=["plain", "adversarial"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "late"), [(1, True), (2, False)])
 def test_one_bad_sample_is_named_with_its_step_and_term_and_no_weight_is_touched(
-    loss: LossConfig, accumulate: int
+    loss: LossConfig, accumulate: int, late: bool
 ) -> None:
-    config = replace(CONFIG, steps=5, accumulate=accumulate)
+    """It is heard of a step late, unless somebody is to look at the step."""
+    config = replace(CONFIG, steps=5, accumulate=accumulate, log_every=50 if late else 3)
     state = new_state(config, loss)
     steps = train(state, spoiled(), objective(loss), config)
     next(steps)
     next(steps)
     before = weights(state)
+    if late:
+        assert next(steps).terms["loss"].isnan()
     with pytest.raises(
         FloatingPointError, match=r"step 3: .*\(batch: loss = nan, .*; sample 'key21': loss = nan, l1 = nan\)"
     ) as stopped:

@@ -15,6 +15,7 @@ from bld_core.metrics.frechet import FeatureMoments
 from bld_core.storage.weights import INCEPTION, VGG16
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.extractors import EfficientNetLite0Features, Inception, metric_name
+from tests.bld_core.toys import Arithmetic
 
 
 def test_features_have_the_same_moments_however_they_are_batched(inception_weights: tuple[str, str]) -> None:
@@ -44,6 +45,16 @@ def test_features_of_efficientnet_lite0_are_those_of_images_that_pillow_has_resi
     assert features.shape == (6, 1280)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-3 * float(expected.std()))
     torch.testing.assert_close(extractor(images[-1:, :, :, :1]), features[-1:])
+
+
+def test_features_and_logits_are_in_ieee_float32(inception_weights: tuple[str, str]) -> None:
+    inception = Inception(*inception_weights, torch.device("cpu"))
+    with Arithmetic() as seen:
+        images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+        inception.logits(inception(images))
+        EfficientNetLite0Features(torch.device("cpu"))(images)
+    assert seen.tf32 == {(False, False)}
+    assert seen.dtypes == {torch.float32}
 
 
 def test_other_weights_are_refused_and_never_called_fid(inception_weights: tuple[str, str], tmp_path: Path) -> None:

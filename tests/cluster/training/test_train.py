@@ -8,14 +8,18 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Generator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+import ray.train.torch
 import torch
 from torch import nn
+from torch.distributed import set_timeout
 
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.latents.reader import open_latents
@@ -24,13 +28,13 @@ from bld_core.storage import files
 from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
 from bld_core.training.checkpoint import read_model_config
-from bld_core.training.loop import Batch
+from bld_core.training.loop import Batch, Objective
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking.runs import Run
 from cluster.training import train as cluster_train
-from cluster.training.tasks import AutoencoderTask, PriorTask, Worker
+from cluster.training.tasks import AutoencoderTask, Evaluation, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior, unsure_bits
 from tests.conftest import small_training
 
@@ -71,6 +75,40 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert len(one) == len(other) == 20
     assert one[-1] < one[0]
     assert (one - other).abs().max() <= 1e-4
+
+
+def test_training_stays_on_the_cpu_unless_a_gpu_is_asked_for(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray finds a GPU, it names it, asked for or not: in its local mode."""
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
+    here = replace(encoded, root=str(tmp_path), prior_training=small_training(1))
+    train_prior(here, source=encoded.folder)
+    assert load_prior(here.folder, load_autoencoder(encoded.folder)).record.metrics["val_bound"] > 0
+
+
+class SlowTask(PriorTask):
+    """Stage 2, its evaluation on rank 0 longer than a collective of the workers may take."""
+
+    def objective(self, worker: Worker) -> Objective:
+        set_timeout(timedelta(seconds=2))
+        return super().objective(worker)
+
+    def position(self) -> list[int]:
+        return [1]
+
+    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+        time.sleep(5)
+        return super().evaluate(network, device)
+
+
+@pytest.mark.long
+def test_an_evaluation_may_take_longer_than_a_collective(encoded: Experiment, tmp_path: Path) -> None:
+    training, two = small_training(1), replace(encoded.cluster, workers=2, max_failures=0)
+    experiment = replace(encoded, root=str(tmp_path), prior_training=training, cluster=two)
+    with open_stage(experiment, "prior", {}, "never") as stage:
+        cluster_train.fit(stage, SlowTask(experiment, encoded.folder, open_codes(encoded.folder)), {})
+    assert files.exists(f"{experiment.folder}/prior/final/config.json")
 
 
 def test_a_prior_of_groups_is_trained_like_any_other(encoded: Experiment) -> None:
