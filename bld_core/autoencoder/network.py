@@ -105,6 +105,17 @@ class AutoencoderConfig:
             )
         return h, h, self.bits
 
+    def code_bits(self, image_size: int) -> float | None:
+        """Bits that the code of an image takes: h w c, or h w log2(entries); None of a continuous latent."""
+        h, w, c = self.code_shape(image_size)
+        match self.latent:
+            case "binary":
+                return h * w * c
+            case "vector":
+                return h * w * math.log2(self.entries)
+            case "continuous":
+                return None
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     """At most 32 groups, of 4 channels or more: a group of one channel would lose how bright an image is."""

@@ -32,7 +32,7 @@ _FREE = (
 )
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
 # Settings that came later, and change nothing where they are empty or false.
-_LATER = ("data.label_field", "data.class_names", "evaluation.efficientnet_lite0")
+_LATER = ("data.label_field", "data.class_names", "evaluation.efficientnet_lite0", "evaluation.mind")
 
 # Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
 BEFORE = {

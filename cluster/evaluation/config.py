@@ -20,7 +20,8 @@ class EvaluationConfig:
     """The evaluation of a finished experiment.
 
     Metrics are called by the space that they are measured in: those of Inception's by the field's names, fid,
-    inception_score, kid, precision and recall, only with its true weights.
+    inception_score, kid, precision and recall, only with its true weights. Beside every Frechet distance of samples
+    stands FDr (Yang et al. 2026): that of the first samples, as many as there are held-out images, by that of these.
 
     Args:
         samples: images drawn; as many training images are kept as features where features are kept.
@@ -47,6 +48,8 @@ class EvaluationConfig:
         kid: also measure the kernel distance in the spaces of Inception and EfficientNet-lite0, 100 subsets of 1,000;
             needs one of them, and keeps features: 8 and 5 KiB of memory for each sample and for as many training
             images.
+        mind: also measure MIND, a sliced Wasserstein distance that small sets can bear, in every space but VGG16's;
+            keeps features as kid does.
         precision_recall: also measure precision and recall, k = 3, in every space; keeps features as kid does.
         vgg16: for precision_recall, also take the features of VGG16, with its weights in `loss`.
         bootstrap: replicates of the samples that the standard error of each Frechet distance is taken from; 0 takes
@@ -78,6 +81,7 @@ class EvaluationConfig:
     classifier: bool = False
     inception_score: bool = False
     kid: bool = False
+    mind: bool = False
     precision_recall: bool = False
     vgg16: bool = False
     bootstrap: int = 0
@@ -101,6 +105,7 @@ class EvaluationConfig:
             "kid": (self.frechet or self.efficientnet_lite0, "frechet or efficientnet_lite0"),
             "vgg16": (self.precision_recall, "precision_recall"),
             "precision_recall": (distances or self.vgg16, f"vgg16, {spaces}"),
+            "mind": (distances, spaces),
             "bootstrap": (distances, spaces),
         }
         for name, (there, other) in needs.items():
@@ -149,7 +154,7 @@ class EvaluationConfig:
     @property
     def features_kept(self) -> int:
         """How many training images are kept as features, for metrics that cannot be had from sums."""
-        return self.samples if self.kid or self.precision_recall else 0
+        return self.samples if self.kid or self.mind or self.precision_recall else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,12 +175,17 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     found = _measure(inputs, references, stage)
     reconstructions = found.reconstructions
     metrics = reconstructions.metrics(experiment.loss.vgg_sha256)
+    trained = inputs.artifacts.autoencoder
+    bits = trained.autoencoder.code_bits(trained.image_size)
+    if bits is not None:
+        metrics["code_bits"] = bits
     report: dict[str, Any] = {"figures": metrics}
     pictures = {
         "reconstructions.png": reconstruction_grid(*reconstructions.pictures(fitting(size, _PICTURE_IMAGES, 3)))
     }
     health = reconstructions.sums.health
-    if health.count:
+    if health.count and bits is not None:
+        metrics["code_bits_entropy"] = bits * metrics["bit_entropy"]
         report["bit_usage"] = health.usage.tolist()
         pictures["bit-usage.png"] = bit_usage_plot(health.usage)
     if not inputs.has_prior:
@@ -188,6 +193,8 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     shown = found.samples[0].shown
     bound, sampled = merge_bounds(found.bounds), merge_bounds(found.bounds_sampling)
     metrics |= {"bound": bound.bits_per_bit, "bound_se": bound.standard_error}
+    if bits is not None:
+        metrics |= {"code_bits_bound": bits * bound.bits_per_bit, "code_bits_bound_se": bits * bound.standard_error}
     metrics |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
     metrics |= over_seeds([samples.metrics() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)

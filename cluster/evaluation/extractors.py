@@ -163,14 +163,14 @@ def metric_name(metric: str, space: SpaceName, sha256: str = "") -> str:
     """What a metric in the features of an extractor may be called; the field's own names need the true weights.
 
     Args:
-        metric: fd (Frechet distance), rfd (that of reconstructions), kd (kernel distance), is (Inception score),
-            precision or recall.
+        metric: fd (Frechet distance), rfd (that of reconstructions), fdr (that of samples by that of held-out images),
+            kd (kernel distance), mind, is (Inception score), precision or recall.
         space: the extractor.
         sha256: of its weights, where they are published ones.
 
     Returns:
-        fid, rfid, kid, inception_score, precision, recall in the true Inception's features; anything else names its
-        space, and weights other than the published ones by their hash: fd_inception_0123abcd, recall_vgg16.
+        fid, rfid, fdr, kid, mind, inception_score, precision, recall in the true Inception's features; anything else
+        names its space, and weights other than the published ones by their hash: fd_inception_0123abcd, recall_vgg16.
     """
     if space == "inception" and sha256.startswith(INCEPTION.sha256):
         return _IN_THE_FIELD.get(metric, metric)

@@ -211,6 +211,7 @@ class Reference:
             where nothing that is asked for needs them.
         metrics: the Frechet distance of held-out images, which no sample is expected to beat; and the accuracy of the
             classifier on held-out images, where there is one.
+        held_out: images behind the distance of held-out images; 0 where an early version did not count them.
     """
 
     space: Space
@@ -219,6 +220,7 @@ class Reference:
     moments: FeatureMoments
     features: Tensor
     metrics: dict[str, float]
+    held_out: int = 0
 
 
 def make_reference(experiment: Experiment, space: Space, train: list[str], held_out: list[str]) -> Reference:
@@ -261,7 +263,8 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
             moments = FeatureMoments(made["images"], tensors["mean"], tensors["scatter"])
         if config.features_kept:
             features = load_tensors(files.read_bytes(stage.url(_FEATURES)))["features"]
-        return Reference(space, stage.folder, made["hash"], moments, features, made["figures"])
+        counted = made.get("held_out_images", 0)
+        return Reference(space, stage.folder, made["hash"], moments, features, made["figures"], counted)
 
 
 def _make(experiment: Experiment, space: Space, train: list[str], held_out: list[str], stage: Stage) -> None:
@@ -296,7 +299,8 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
     stage.run.metrics(metrics, 0)
     made = {"space": space.name, "sha256": space.sha256, "hash": files.sha256("".join(digests).encode())}
     images = of_train.count if space.has_moments else len(chosen.features)
-    files.write_json(stage.url(_RESULT), made | {"images": images, "figures": metrics})
+    counts = {"images": images, "held_out_images": of_held_out.count}
+    files.write_json(stage.url(_RESULT), made | counts | {"figures": metrics})
 
 
 def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:

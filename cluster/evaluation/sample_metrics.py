@@ -15,6 +15,7 @@ from bld_core.errors import UserError
 from bld_core.metrics.bootstrap import FrechetBootstrap
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.inception_score import InceptionScore
+from bld_core.metrics.mind import mind
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.evaluation.actors import Drawn
@@ -81,10 +82,15 @@ class Samples:
     def metrics(self) -> dict[str, float]:
         """The metrics by name; the distances of held-out images stand beside those of samples."""
         found: dict[str, float] = {}
+        ratios: list[float] = []
         for each in self._by_space:
-            found |= each.metrics()
+            metrics = each.metrics()
+            found |= metrics
+            ratios += [value for name, value in metrics.items() if name == each.reference.space.metric_name("fdr")]
             real = each.reference.metrics
             found |= {name: value for name, value in real.items() if name.endswith("_held_out")}
+        if len(ratios) > 1:
+            found["fdr_mean"] = statistics.fmean(ratios)
         return found | (self._accuracy.metrics() if self._accuracy is not None else {})
 
 
@@ -140,8 +146,8 @@ class SampleMetrics:
     """The metrics of one set of samples against the training images.
 
     Frechet distance, its error and the Inception score come from sums in float64: memory does not grow with the number
-    of samples. Kernel distance, precision and recall keep the features, 4 F bytes a sample (8 KiB in Inception's space,
-    16 in VGG16's), and the reference as many of training images.
+    of samples. Kernel distance, MIND, precision and recall keep the features, 4 F bytes a sample (8 KiB in Inception's
+    space, 16 in VGG16's), and the reference as many of training images.
 
     Args:
         config: what is measured.
@@ -153,22 +159,25 @@ class SampleMetrics:
         space = reference.space
         self.reference = reference
         self._moments = FeatureMoments()
+        self._as_many = FeatureMoments()  # of the first samples, as many as there are held-out images
         self._bootstrap = FrechetBootstrap(config.bootstrap if space.has_moments else 0, seed)
         self._errors = config.bootstrap > 0
         inception = space.name == "inception"
         self._score = InceptionScore(config.samples, SPLITS) if inception and config.inception_score else None
         self._kernel, self._precision_recall = space.has_kernel_distances and config.kid, config.precision_recall
+        self._mind = config.mind and space.has_moments
         self._kept: list[Tensor] = []
 
     def update(self, features: Tensor, logits: Tensor | None, first_index: int) -> None:
         """Add samples `first_index`, `first_index` + 1, ...: their features, and logits for the Inception score."""
         if self.reference.space.has_moments:
             self._moments.update(features)
+            self._as_many.update(features[: self.reference.held_out - self._as_many.count])
             self._bootstrap.update(features, first_index)
         if self._score is not None:
             assert logits is not None, "whoever asks for the score takes logits, too"
             self._score.update(logits, first_index)
-        if self._kernel or self._precision_recall:
+        if self._kernel or self._mind or self._precision_recall:
             self._kept.append(features)
 
     def metrics(self) -> dict[str, float]:
@@ -178,6 +187,9 @@ class SampleMetrics:
             found[space.metric_name("fd")] = frechet_distance(reference.moments, self._moments)
             if self._errors:
                 found[f"{space.metric_name('fd')}_se"] = self._bootstrap.standard_error(reference.moments)
+            real = reference.metrics.get(f"{space.metric_name('fd')}_held_out", 0.0)
+            if self._as_many.count > 1 and real > 0:  # held-out images that are all trained on say nothing
+                found[space.metric_name("fdr")] = frechet_distance(reference.moments, self._as_many) / real
         if self._score is not None:
             scores, name = self._score.scores(), space.metric_name("is")
             found |= {name: float(scores.mean()), f"{name}_std": float(scores.std(correction=0))}
@@ -186,6 +198,8 @@ class SampleMetrics:
             if self._kernel:
                 name = space.metric_name("kd")
                 found[name], found[f"{name}_std"] = kernel_distance(samples, reference.features)
+            if self._mind:
+                found[space.metric_name("mind")] = mind(samples, reference.features)
             if self._precision_recall:
                 precision, recall = precision_recall(samples, reference.features)
                 found |= {space.metric_name("precision"): precision, space.metric_name("recall"): recall}

@@ -33,6 +33,13 @@ class ShownMetric(NamedTuple):
 _FIGURES = {
     "psnr": MetricInfo(_IMAGES, "PSNR", "{:.2f} dB", "held-out images and their reconstructions; higher is better"),
     "ssim": MetricInfo(_IMAGES, "SSIM", "{:.3f}", "the same by structure; 1 is equal"),
+    "code_bits": MetricInfo(_IMAGES, "Bits an image", "{:,.0f}", "size of the code of an image"),
+    "code_bits_entropy": MetricInfo(
+        _IMAGES, "... of the encoder's draws", "{:,.1f}", "of these, what draws leave to chance: the encoder's entropy"
+    ),
+    "code_bits_bound": MetricInfo(
+        _IMAGES, "... that the prior needs", "{:,.1f}", "the likelihood bound, over all bits of held-out codes"
+    ),
     "lpips": MetricInfo(_IMAGES, "LPIPS", "{:.4f}", "the same in features of VGG16; 0 is equal"),
     "rfid": MetricInfo(
         _IMAGES, "rFID", "{:.2f}", "between held-out images and reconstructions, as sets; lower is better"
@@ -47,6 +54,13 @@ _FIGURES = {
         _SAMPLES, "Likelihood bound, steps sampled", "{:.4f}", "of the steps that samples take"
     ),
     "fid": MetricInfo(_SAMPLES, "FID", "{:.2f}", "between training images and samples, as sets; lower is better"),
+    "fdr": MetricInfo(
+        _SAMPLES, "FDr", "{:.3f}", "FID of samples by that of as many held-out images; 1 where samples are as near"
+    ),
+    "fdr_mean": MetricInfo(_SAMPLES, "FDr, mean", "{:.3f}", "over the extractors"),
+    "mind": MetricInfo(
+        _SAMPLES, "MIND", "{:.4g}", "as FID, by sliced transport: small sets say much; compare equal numbers"
+    ),
     "inception_score": MetricInfo(
         _SAMPLES, "Inception score", "{:.2f}", "sure of a class, and of all; higher is better"
     ),
@@ -62,6 +76,10 @@ _FIGURES = {
 _KINDS = {
     "rfd": MetricInfo(_IMAGES, "Frechet distance", "{:.4g}", _FIGURES["rfid"].says),
     "fd": MetricInfo(_SAMPLES, "Frechet distance", "{:.4g}", _FIGURES["fid"].says),
+    "fdr": MetricInfo(
+        _SAMPLES, "FDr", "{:.3f}", "Frechet distance of samples by that of as many held-out images; 1 where as near"
+    ),
+    "mind": MetricInfo(_SAMPLES, "MIND", "{:.4g}", "as Frechet distance, by sliced transport; compare equal numbers"),
     "is": _FIGURES["inception_score"],
     "lpips": _FIGURES["lpips"],
     "kd": MetricInfo(_SAMPLES, "Kernel distance", "{:.4g}", "as Frechet distance, of no bias with few samples"),

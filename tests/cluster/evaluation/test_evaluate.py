@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from bld_core.diffusion.bound import likelihood_bound
 from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from bld_core.metrics.mind import DIRECTIONS, directions
 from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
@@ -42,6 +45,7 @@ from cluster.evaluation.actors import Drawn, Evaluator, SampleFeatures
 from cluster.evaluation.cas import CasTask, cas_experiment
 from cluster.evaluation.config import NEIGHBOURHOOD, EvaluationConfig, StudyConfig
 from cluster.evaluation.evaluate import evaluate
+from cluster.evaluation.extractors import EfficientNetLite0Features
 from cluster.evaluation.references import Space, load_extractor, make_references
 from cluster.evaluation.sample_metrics import Samples, over_seeds, precision_recall
 from cluster.report.tables import report_table
@@ -315,6 +319,47 @@ def test_a_published_extractor_looks_once_at_the_images_of_all_experiments(
         assert arrays["sigma"].shape == (2048, 2048)
 
 
+def frechet_in_numpy(u: Any, v: Any) -> float:
+    """The Frechet distance of few feature vectors, (n, F): tr (A B)^(1/2) by the singular values of their products."""
+    x, y = ((vectors - vectors.mean(0)) / (len(vectors) - 1) ** 0.5 for vectors in (u, v))
+    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(np.square(u.mean(0) - v.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * overlap)
+
+
+def test_bits_an_image_are_those_of_the_code_the_encoder_and_the_bound(finished: Experiment, tmp_path: Path) -> None:
+    for name, count in (("train", 6), ("validation", 4)):
+        write_shard(f"{tmp_path}/{name}.tar", toy_samples(count, 32))
+    experiment = replace(
+        finished,
+        root=str(copy_of(finished, tmp_path, "autoencoder", "latents", "prior")),
+        data=replace(finished.data, train=f"{tmp_path}/train.tar", validation=f"{tmp_path}/validation.tar"),
+        evaluation=EvaluationConfig(samples=6, batch_size=4, efficientnet_lite0=True, mind=True, export="npz"),
+    )
+    report = evaluate(experiment)
+    figures = report["figures"]
+    held_out, real = (stack(first_images(f"{tmp_path}/{n}.tar", experiment.data, 9)) for n in ("validation", "train"))
+    network = bld_core.load(experiment.folder).autoencoder.network.requires_grad_(False)
+    y = network.encode(to_float(held_out)).double().sigmoid()
+    entropy = -(torch.xlogy(y, y) + torch.xlogy(1 - y, 1 - y)).sum() / math.log(2) / len(held_out)
+    assert figures["code_bits"] == 4 * 4 * 8
+    assert figures["code_bits_entropy"] == pytest.approx(float(entropy), rel=1e-4)
+    assert figures["code_bits_bound"] == 128 * figures["bound"]
+    assert figures["code_bits_bound_se"] == 128 * figures["bound_se"]
+    assert re.search(r"\n +code_bits +128 .*\n +code_bits_entropy .*\n +code_bits_bound ", report_table(report))
+
+    extractor = EfficientNetLite0Features(torch.device("cpu"))
+    with np.load(Path(experiment.folder, "evaluation/samples.npz")) as arrays:
+        drawn = torch.from_numpy(arrays["arr_0"])
+    u, v, w = (extractor(images).double().numpy() for images in (drawn, real, held_out))
+    name = "efficientnet_lite0"
+    assert figures[f"fd_{name}"] == pytest.approx(frechet_in_numpy(u, v), rel=1e-4)
+    assert figures[f"fdr_{name}"] == pytest.approx(frechet_in_numpy(u[:4], v) / frechet_in_numpy(w, v), rel=1e-4)
+    along_u, along_v = (np.sort(x @ directions(DIRECTIONS, 1280).numpy().T, axis=0) for x in (u, v))
+    assert figures[f"mind_{name}"] == pytest.approx(3 * 1280 * np.square(along_u - along_v).mean(), rel=1e-4)
+    assert figures[f"rfd_{name}"] > 0
+    assert "fdr_mean" not in figures, "of one extractor"
+
+
 def _check_interrupted(experiment: Experiment, report: dict[str, Any]) -> None:
     """An evaluation that was interrupted after all was measured goes on from there."""
     folder = Path(experiment.folder, "evaluation")
@@ -384,16 +429,20 @@ def test_stage_1_is_evaluated_by_itself_whatever_its_latent(encoded: Experiment,
     reconstructions = generator.reconstruct(images)
     quality.update(images, reconstructions)
     distance = load_perceptual(loss, torch.device("cpu"))(to_float(images), to_float(reconstructions))
-    assert report["figures"] == pytest.approx(
-        {
-            "psnr": quality.psnr.mean,
-            "psnr_std": quality.psnr.deviation,
-            "ssim": quality.ssim.mean,
-            "ssim_std": quality.ssim.deviation,
-            f"lpips_{sha256[:8]}": float(distance.mean()),
-            f"lpips_{sha256[:8]}_std": float(distance.std()),
-        },
-        rel=1e-4,  # another batch size
+    assert (
+        report["figures"]
+        == pytest.approx(
+            {
+                "code_bits": 160,  # of 16 numbers below 1,024
+                "psnr": quality.psnr.mean,
+                "psnr_std": quality.psnr.deviation,
+                "ssim": quality.ssim.mean,
+                "ssim_std": quality.ssim.deviation,
+                f"lpips_{sha256[:8]}": float(distance.mean()),
+                f"lpips_{sha256[:8]}_std": float(distance.std()),
+            },
+            rel=1e-4,  # another batch size
+        )
     )
     assert "dead_bits" not in report_table(report)
     with pytest.raises(ValueError, match=r"vector latent, which has no bits.*can only reconstruct"):

@@ -24,11 +24,13 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from bld_core.metrics.bootstrap import poisson_counts
 from bld_core.metrics.dinov2 import DINOv2
-from bld_core.metrics.frechet import FeatureMoments
+from bld_core.metrics.frechet import FeatureMoments, frechet_distance
+from cluster.config.experiment import Experiment
+from cluster.evaluation.actors import Drawn
 from cluster.evaluation.config import RESAMPLED, EvaluationConfig
 from cluster.evaluation.extractors import DINOv2Features, Inception, VGG16Features, metric_name
 from cluster.evaluation.references import Reference, Space
-from cluster.evaluation.sample_metrics import SampleMetrics, kernel_distance, precision_recall
+from cluster.evaluation.sample_metrics import SampleMetrics, Samples, kernel_distance, precision_recall
 
 COUNT, SIZE = 2000, 96
 SPACE = Space("inception", "0" * 64)
@@ -101,6 +103,39 @@ def test_fewer_samples_than_features_give_the_distance_of_torch_fidelity() -> No
     assert found == pytest.approx(truth, rel=1e-6)
 
 
+def test_fdr_is_by_as_many_held_out_images_and_1_for_the_same_images() -> None:
+    train, held_out, more = vectors(1, 300, 8), vectors(1, 90, 8) + 0.1, vectors(2, 200, 8)
+    of_train, of_held_out = FeatureMoments(), FeatureMoments()
+    of_train.update(train)
+    of_held_out.update(held_out)
+    names = [space.metric_name("fd") + "_held_out" for space in (SPACE, Space("classifier"))]
+    real = frechet_distance(of_train, of_held_out)
+    config = EvaluationConfig(samples=290, frechet=True, classifier=True)
+
+    def ratios(samples: Tensor, real: float, count: int) -> dict[str, float]:
+        references = [
+            Reference(space, "", "", of_train, torch.zeros(0), {name: real}, count)
+            for space, name in zip((SPACE, Space("classifier")), names, strict=True)
+        ]
+        metrics = Samples(config, Experiment(), references, None)
+        for start in range(0, len(samples), 70):
+            some = samples[start : start + 70]
+            metrics.add(Drawn(0, start, {"inception": some, "classifier": 2 * some}, None, None, 0.0))
+        return {name: value for name, value in metrics.metrics().items() if name.startswith("fdr")}
+
+    found = ratios(torch.cat([held_out, more]), real, 90)
+    assert found["fdr_inception_00000000"] == pytest.approx(1, rel=1e-9)
+    assert found["fdr_mean"] == pytest.approx((1 + found["fdr_classifier"]) / 2)
+    assert found["fdr_classifier"] > 2
+    apart = ratios(torch.cat([more, held_out]), real, 90)["fdr_inception_00000000"]
+    first = FeatureMoments()
+    first.update(more[:90])
+    assert apart == pytest.approx(frechet_distance(of_train, first) / real)
+    assert abs(apart - 1) > 0.1
+    assert ratios(held_out, real, 0) == {}, "an early reference did not count the held-out images"
+    assert ratios(held_out, 0.0, 90) == {}
+
+
 def test_precision_is_of_samples_and_recall_of_real_images() -> None:
     line = torch.arange(20.0)[:, None]
     assert precision_recall(line[:5] + 0.25, line) == (1, pytest.approx(8 / 20))  # all are real; 0..7 are reached
@@ -127,7 +162,7 @@ def test_constant_images_and_single_classes_have_figures_and_too_few_images_have
         settings = {"frechet": True, asked: True, "samples": least - 1}
         with pytest.raises(ValueError, match=rf"evaluation.samples is {least - 1}; evaluation.{asked} needs at least"):
             EvaluationConfig(**settings)  # pyright: ignore[reportArgumentType]
-    for name in ("kid", "inception_score", "precision_recall", "vgg16", "bootstrap"):
+    for name in ("kid", "mind", "inception_score", "precision_recall", "vgg16", "bootstrap"):
         with pytest.raises(ValueError, match=rf"evaluation.{name} is .*, which needs evaluation\.\w+"):
             EvaluationConfig(**{name: True})  # pyright: ignore[reportArgumentType]
 
