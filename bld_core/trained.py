@@ -24,6 +24,8 @@ from bld_core.storage import files
 from bld_core.training.checkpoint import CONFIG, load_weights, read_model_config
 
 AUTOENCODER = "autoencoder/final"
+DECODER = "decoder/final"
+"""The same autoencoder, its decoder fine-tuned: where there is one, it decodes."""
 PRIOR = "prior/final"
 _PIXELS_AT_ONCE = 1 << 22  # in one pass of the autoencoder: 64 images of 256 x 256, 4 of 1024 x 1024
 
@@ -34,6 +36,7 @@ class AutoencoderRecord:
 
     Attributes:
         hash: sha256 of the weights.
+        codes_of: `hash` of the autoencoder whose encoder it has, where its decoder was fine-tuned.
         autoencoder: the networks.
         code_shape: (h, w, c).
         image_size: side of its images in pixels.
@@ -51,6 +54,12 @@ class AutoencoderRecord:
     data_hash: str = "unknown"
     run: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    codes_of: str = ""
+
+    @property
+    def codes_hash(self) -> str:
+        """What its codes are known by: latents and priors belong to it by this hash, whatever decodes them."""
+        return self.codes_of or self.hash
 
     def check_binary(self) -> None:
         """Whether it has bits.
@@ -74,7 +83,7 @@ class PriorRecord:
         prior: the network.
         diffusion: the diffusion, where the prior is one.
         sampling: how it is to be sampled, unless somebody asks otherwise.
-        autoencoder_hash: of the autoencoder whose codes it learned.
+        autoencoder_hash: `codes_hash` of the autoencoder whose codes it learned.
         latents_hash: of the encoded data set.
         run: the MLflow run that trained it.
         metrics: of its last evaluation in training.
@@ -121,7 +130,7 @@ def _known(record: type, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(folder: str, place: str) -> dict[str, Any]:
     """The config.json of one of the models; that of the other in its place is damage, too."""
-    found, stage = read_model_config(files.join(folder, place)), place.split("/")[0]
+    found, stage = read_model_config(files.join(folder, place)), "prior" if place == PRIOR else "autoencoder"
     if stage not in found:
         raise DamagedError(
             files.join(folder, place, CONFIG), f"is not the record of a finished {stage}: it was replaced", (stage,)
@@ -129,12 +138,33 @@ def _config(folder: str, place: str) -> dict[str, Any]:
     return found
 
 
-def read_autoencoder(folder: str) -> AutoencoderRecord:
-    """The record of `<folder>/autoencoder/final`; the errors are those of `read_model_config`."""
-    found = _known(AutoencoderRecord, _config(folder, AUTOENCODER))
+def autoencoder_place(folder: str) -> str:
+    """Which autoencoder of an experiment's folder is used: `DECODER` where there is one, or `AUTOENCODER`."""
+    return DECODER if files.exists(files.join(folder, DECODER, CONFIG)) else AUTOENCODER
+
+
+def read_autoencoder(folder: str, place: str = "") -> AutoencoderRecord:
+    """The record of an experiment's autoencoder.
+
+    Args:
+        folder: of the experiment.
+        place: AUTOENCODER or DECODER; by default the one that is used.
+
+    Raises:
+        UserError: its decoder was fine-tuned for another encoder; and the errors of `read_model_config`.
+    """
+    place = place or autoencoder_place(folder)
+    found = _known(AutoencoderRecord, _config(folder, place))
     found["autoencoder"] = AutoencoderConfig(**found["autoencoder"])
     found["code_shape"] = tuple(found["code_shape"])
-    return AutoencoderRecord(**found)
+    record = AutoencoderRecord(**found)
+    if place == DECODER and record.codes_hash != (made_by := read_autoencoder(folder, AUTOENCODER).codes_hash):
+        raise UserError(
+            f"the decoder in {files.join(folder, DECODER)!r} was fine-tuned for codes of autoencoder "
+            f"{record.codes_hash[:12]}, but the autoencoder there is {made_by[:12]}: fine-tune it again",
+            stages=("decoder",),
+        )
+    return record
 
 
 def read_prior(folder: str) -> PriorRecord:
@@ -202,10 +232,11 @@ class TrainedPrior:
 
 
 def load_autoencoder(folder: str, device: str = "cpu") -> TrainedAutoencoder:
-    """Open `<folder>/autoencoder/final`, whatever its latent; see `bld_core.load` for the errors."""
-    record = read_autoencoder(folder)
+    """Open an experiment's autoencoder, whatever its latent; see `bld_core.load` for the errors."""
+    place = autoencoder_place(folder)
+    record = read_autoencoder(folder, place)
     network = make_autoencoder(record.autoencoder, record.channels)
-    load_weights(files.join(folder, AUTOENCODER), network, record.hash, device)
+    load_weights(files.join(folder, place), network, record.hash, device)
     return TrainedAutoencoder(network, record)
 
 
@@ -229,10 +260,10 @@ def check_prior(folder: str, prior: PriorRecord, autoencoder: AutoencoderRecord)
     Raises:
         UserError: the prior was trained on the codes of another autoencoder.
     """
-    if prior.autoencoder_hash != autoencoder.hash:
+    if prior.autoencoder_hash != autoencoder.codes_hash:
         raise UserError(
             f"the prior in {files.join(folder, PRIOR)!r} was trained on codes of autoencoder "
-            f"{prior.autoencoder_hash[:12]}, but the autoencoder there is {autoencoder.hash[:12]}: encode the data "
-            "set and train the prior again",
+            f"{prior.autoencoder_hash[:12]}, but the autoencoder there is {autoencoder.codes_hash[:12]}: encode the "
+            "data set and train the prior again",
             stages=("latents", "prior"),
         )

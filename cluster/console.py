@@ -21,6 +21,7 @@ from cluster.secrets import without_secrets
 _SECONDS_BETWEEN_LINES = 5.0
 COMMANDS = {
     "autoencoder": "stage1_ae.py",
+    "decoder": "stage1_ae.py --finetune decoder",
     "latents": "encode_latents.py",
     "prior": "stage2_prior.py",
     "samples": "sample.py",
@@ -30,7 +31,7 @@ COMMANDS = {
     "reference": "reference.py",
 }
 """The command of each stage."""
-MENDED = ("autoencoder", "latents", "prior")
+MENDED = ("autoencoder", "decoder", "latents", "prior")
 """The stages whose commands know --mend."""
 
 

@@ -109,7 +109,7 @@ def next_command(script: str, *more: str) -> None:
     for word in words:
         if word in ("--fresh", "--mend"):
             continue
-        if word.startswith("--grid."):
+        if word.startswith(("--grid.", "--finetune")):
             if "=" not in word:
                 next(words, None)
             continue

@@ -1,9 +1,13 @@
-"""Stage 1: train the binary autoencoder on image shards; the result is <root>/<name>/autoencoder/final."""
+"""Stage 1: train the binary autoencoder on image shards; the result is <root>/<name>/autoencoder/final.
+
+With --finetune decoder, train the decoder of a finished one on, its codes as they are; <root>/<name>/decoder/final.
+"""
 
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
 from cluster.training.checkpoints import verify_training
+from cluster.training.finetune import finetune_decoder
 from cluster.training.train import train_autoencoder
 from pipelines.command import Parser, command, fresh_flag, mend_flags, next_command
 
@@ -11,11 +15,16 @@ from pipelines.command import Parser, command, fresh_flag, mend_flags, next_comm
 def extras(made: Parser) -> None:
     fresh_flag(made)
     mend_flags(made)
+    made.add_argument("--finetune", choices=["decoder"], help="what of a finished autoencoder is trained on")
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
     if flags.verify:
-        print(verify_training(experiment, "autoencoder"))
+        print(verify_training(experiment, flags.finetune or "autoencoder"))
+        return
+    if flags.finetune:
+        print(f"autoencoder: {finetune_decoder(experiment, flags.fresh, mend=flags.mend)}")
+        next_command("evaluate.py")
         return
     print(f"autoencoder: {train_autoencoder(experiment, flags.fresh, mend=flags.mend)}")
     next_command("encode_latents.py")

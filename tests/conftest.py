@@ -246,5 +246,5 @@ def report_of(experiment: Experiment, report: dict[str, object]) -> Experiment:
     """The experiment with a report of its evaluation, which never was."""
     configs = {f"{part}_hash": f"{experiment.folder}/{part}/final/config.json" for part in ("autoencoder", "prior")}
     hashes = {part: files.read_json(config)["hash"] for part, config in configs.items() if files.exists(config)}
-    files.write_json(f"{experiment.folder}/evaluation/report.json", report | hashes)
+    files.write_json(f"{experiment.folder}/evaluation/report.json", hashes | report)
     return experiment

@@ -242,7 +242,7 @@ class Manifest:
 
     Attributes:
         shape: (h, w, c) of a code.
-        autoencoder_hash: of the autoencoder that made it.
+        autoencoder_hash: of the autoencoder that made it, its `codes_hash`.
         seed: of the draws.
         preprocessing: the form of the images: image_size, channels, fit.
         latents: draws, views and batch size.

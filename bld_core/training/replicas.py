@@ -29,7 +29,7 @@ def gradients_laid_out_as_weights(module: nn.Module) -> None:
     for different layouts and warns that they cost speed.
     """
     for weights in module.parameters():
-        if 1 in weights.shape:
+        if 1 in weights.shape and weights.requires_grad:
             weights.register_hook(partial(_relabelled, weights.stride()))
 
 

@@ -103,10 +103,10 @@ def open_encoded(experiment: Experiment, folder: str = "") -> Artifacts:
             stages=("latents",),
         )
     made_by = codes.train.manifest.autoencoder_hash
-    if made_by != autoencoder.hash:
+    if made_by != autoencoder.codes_hash:
         raise UserError(
             f"the latents in {folder!r} were made by autoencoder {made_by[:12]}, but the autoencoder there is "
-            f"{autoencoder.hash[:12]}: encode the data set again",
+            f"{autoencoder.codes_hash[:12]}: encode the data set again",
             stages=("latents",),
         )
     _check_classes(experiment, codes)

@@ -104,7 +104,7 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
     fingerprint = {
         **experiment.fingerprint("data", "latents"),
         "shards": files.fingerprint([job.source for job in jobs]),
-        "autoencoder_hash": autoencoder.hash,
+        "autoencoder_hash": autoencoder.codes_hash,
     }
     if experiment.data.names:
         fingerprint["class_names"] = list(experiment.data.names)
@@ -115,7 +115,7 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
         if not stage.done:
             listed = {file.file: file for file in _listed(folder)}
             jobs = [job._replace(listed=listed.get(job.file)) for job in jobs]
-            manifest = _empty_manifest(experiment, autoencoder.hash)
+            manifest = _empty_manifest(experiment, autoencoder.codes_hash)
             manifest = replace(manifest, files=_encode(stage, jobs, manifest))
             manifest_url = stage.url(MANIFEST)
             write_record(manifest_url, manifest.to_json())
@@ -202,10 +202,10 @@ class Encoder:
         self.experiment = experiment
         self.identity = manifest.identity()
         trained = load_autoencoder(experiment.folder, experiment.cluster.device)
-        if trained.record.hash != manifest.autoencoder_hash:
+        if trained.record.codes_hash != manifest.autoencoder_hash:
             raise UserError(
-                f"the autoencoder in {experiment.folder!r} is {trained.record.hash[:12]}, but this job began with "
-                f"{manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
+                f"the autoencoder in {experiment.folder!r} is {trained.record.codes_hash[:12]}, but this job began "
+                f"with {manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
                 stages=("latents",),
             )
         self.autoencoder, precision = trained.network, experiment.latents.precision

@@ -19,7 +19,7 @@ from mlflow.models import Model
 
 from bld_core.errors import UserError
 from bld_core.storage import files
-from bld_core.trained import AUTOENCODER, PRIOR
+from bld_core.trained import AUTOENCODER, PRIOR, autoencoder_place
 from bld_core.training.checkpoint import CONFIG, WEIGHTS, check_model
 from cluster.config.artifacts import open_pair
 from cluster.config.experiment import Experiment
@@ -127,18 +127,21 @@ def _make_version(
     client: MlflowClient, name: str, experiment: Experiment, report: dict[str, Any], tags: dict[str, str]
 ) -> ModelVersion:
     """Log the pair and its evaluation to a run of their own, and make a version of it."""
-    for part in (AUTOENCODER, PRIOR):
-        check_model(files.join(experiment.folder, part))
+    models = {autoencoder_place(experiment.folder): AUTOENCODER, PRIOR: PRIOR}
+    for place in models:
+        check_model(files.join(experiment.folder, place))
     run = replace(start_run(experiment, "registered", None), waiting="")  # nobody would come back to it
     how: Ending = "FAILED"
     try:
         run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})
         run.metrics(report["figures"], 0)
         with tempfile.TemporaryDirectory() as folder:
-            parts = [f"{part}/{file}" for part in (AUTOENCODER, PRIOR) for file in (WEIGHTS, CONFIG)]
-            evaluation = [file for file in _EVALUATION if files.exists(files.join(experiment.folder, file))]
-            for file in (*parts, *evaluation):
-                local = Path(folder, file)
+            kept = {
+                f"{place}/{file}": f"{there}/{file}" for place, there in models.items() for file in (WEIGHTS, CONFIG)
+            }
+            kept |= {file: file for file in _EVALUATION if files.exists(files.join(experiment.folder, file))}
+            for file, there in kept.items():
+                local = Path(folder, there)
                 local.parent.mkdir(parents=True, exist_ok=True)
                 local.write_bytes(files.read_bytes(files.join(experiment.folder, file)))
             model = Model(run_id=run.run_id)

@@ -32,12 +32,12 @@ from cluster.tracking.runs import STARTS, find_run
 from cluster.tracking.store import open_client, patiently
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_STAGES = ("autoencoder", "latents", "prior", "evaluation")
+_STAGES = ("autoencoder", "decoder", "latents", "prior", "evaluation")
 _PANEL = 3.6, 2.4  # inches of a drawing that has a third of the page
 _HALF = 5.4, 2.7  # inches of a drawing that has half of the page
 _WIDEST = 1600  # pixels of a picture in the page
 _TILES = ("psnr", "ssim", "dead_bits", "bound", "fid", "class_accuracy")
-_TRAINED = ("autoencoder", "prior")
+_TRAINED = ("autoencoder", "decoder", "prior")
 _NOT_LOSSES = tuple(
     f"train_{name}"
     for name in ("gradient_norm", "learning_rate", "skipped", "skipped_images", "adaptive", "adversarial", "critic")

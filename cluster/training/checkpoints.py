@@ -174,7 +174,7 @@ def _checkpoint_faults(folder: str) -> list[Fault]:
     return found
 
 
-def verify_training(experiment: Experiment, stage: Literal["autoencoder", "prior"]) -> str:
+def verify_training(experiment: Experiment, stage: Literal["autoencoder", "decoder", "prior"]) -> str:
     """Read a finished stage of training again, model and checkpoints; returns what was found, as a line of text.
 
     Raises:

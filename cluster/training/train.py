@@ -86,7 +86,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
     """
     shards = check_data(experiment).train
     check_feed(shards, experiment.cluster.replicas)
-    _check_losses(experiment)
+    check_losses(experiment)
     fingerprint = {
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
@@ -121,7 +121,7 @@ def unsure_bits(experiment: Experiment, trained: AutoencoderRecord) -> str:
     )
 
 
-def _check_losses(experiment: Experiment) -> None:
+def check_losses(experiment: Experiment) -> None:
     """Find what the losses need, and try the critic on one image without content, before anything is started."""
     loss, data = experiment.loss, experiment.data
     if loss.perceptual:
@@ -165,7 +165,7 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
                 "prior": asdict(experiment.prior),
                 "diffusion": asdict(experiment.diffusion),
                 "sampling": asdict(experiment.sampling),
-                "autoencoder_hash": autoencoder.hash,
+                "autoencoder_hash": autoencoder.codes_hash,
                 "latents_hash": latents.hash,
                 **({"class_names": names} if names else {}),
             }

@@ -20,13 +20,14 @@ from bld_core.noise import uniform
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import ModelName, PriorConfig
 from bld_core.storage.records import write_record
+from bld_core.trained import AUTOENCODER, DECODER
 from bld_core.training.checkpoint import save_model
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
 
 CLASSES = 3
 
 
-def save_autoencoder(folder: Path, seed: int = 0) -> str:
+def save_autoencoder(folder: Path, seed: int = 0, place: str = AUTOENCODER, codes_of: str = "") -> str:
     """A tiny autoencoder of 8 x 8 grey images, as cluster/train.py saves it; its hash."""
     config = {
         "autoencoder": asdict(TINY_AUTOENCODER),
@@ -35,9 +36,10 @@ def save_autoencoder(folder: Path, seed: int = 0) -> str:
         "channels": 1,
         "run": "",
         "metrics": {},
+        **({"codes_of": codes_of} if codes_of else {}),
     }
     autoencoder = tiny_autoencoder(seed)
-    return save_model(str(folder / "autoencoder" / "final"), autoencoder.state_dict(), config)
+    return save_model(str(folder / place), autoencoder.state_dict(), config)
 
 
 def save_prior(
@@ -70,6 +72,23 @@ def save_prior(
 def generator(tmp_path: Path) -> Generator:
     save_prior(tmp_path, save_autoencoder(tmp_path))
     return bld_core.load(str(tmp_path))
+
+
+def test_a_fine_tuned_decoder_is_taken_and_one_for_other_codes_is_refused(tmp_path: Path) -> None:
+    made_by = save_autoencoder(tmp_path)
+    save_prior(tmp_path, made_by)
+    bits = torch.zeros(1, 2, 2, 8)
+    before = bld_core.load(str(tmp_path))
+    save_autoencoder(tmp_path, seed=1, place=DECODER, codes_of=made_by)
+    tuned = bld_core.load(str(tmp_path))
+    assert (tuned.autoencoder.record.codes_hash, tuned.classes) == (made_by, CLASSES)
+    assert not torch.equal(tuned.decode(bits), before.decode(bits))
+    other = save_autoencoder(tmp_path, seed=2)
+    save_prior(tmp_path, other)
+    with pytest.raises(UserError, match=f"codes of autoencoder {made_by[:12]}, but the autoencoder there is") as error:
+        bld_core.load(str(tmp_path))
+    assert other[:12] in str(error.value)
+    assert error.value.stages == ("decoder",)
 
 
 def test_images_become_bits_and_bits_images(generator: Generator) -> None:

@@ -24,6 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 import bld_core
+from bld_core.storage import files
+from bld_core.trained import AUTOENCODER, DECODER
+from bld_core.training.checkpoint import CONFIG, save_model
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.registry.registry import compare_with_champion, fetch_model, register
@@ -139,6 +142,24 @@ def test_a_version_is_its_pair_with_its_evaluation_and_without_pickle(registered
     assert run.data.metrics == {"bound": 0.5, "psnr": 20.0}
     assert run.data.tags["bld.prior_hash"] == pair.prior.record.hash
     assert run.info.status == "FINISHED"
+
+
+def test_a_version_has_the_decoder_that_was_fine_tuned(
+    tmp_path: Path, digits: dict[str, str], mlflow_server: MlflowServer
+) -> None:
+    pair = random_pair(tmp_path, digits, mlflow_server.uri)
+    first = bld_core.load(pair.folder)
+    weights = {name: weight * 1.1 for name, weight in first.autoencoder.network.state_dict().items()}
+    config = files.read_json(files.join(pair.folder, AUTOENCODER, CONFIG))
+    facts = {name: config[name] for name in ("autoencoder", "code_shape", "image_size", "channels", "data_hash")}
+    digest = save_model(files.join(pair.folder, DECODER), weights, facts | {"codes_of": config["hash"]})
+    named = replace(pair, tracking=replace(pair.tracking, model="tuned"))
+    register(report_of(named, {"figures": {"bound": 0.5}, "protocol": "p", "autoencoder_hash": digest}))
+    fetched = bld_core.load(fetch_model("models:/tuned/1", str(tmp_path / "fetched"), pair.tracking.uri))
+    assert fetched.autoencoder.record.hash == digest
+    tuned = bld_core.load(pair.folder)
+    assert torch.equal(fetched.sample(labels=[1], seed=3), tuned.sample(labels=[1], seed=3))
+    assert not torch.equal(fetched.sample(labels=[1], seed=3), first.sample(labels=[1], seed=3))
 
 
 @pytest.mark.parametrize(
