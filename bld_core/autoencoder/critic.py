@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.errors import UserError
+from bld_core.training.replicas import rank_and_world, sum_over_replicas
+
+_DECAY = 0.99  # of the averages, a step (Tseng et al. 2021)
 
 
 class PatchCritic(nn.Module):
@@ -19,7 +23,12 @@ class PatchCritic(nn.Module):
     4 x 4 convolutions with LeakyReLU(0.2): `layers` of stride 2, one of stride 1, one to the logits. GroupNorm stands
     in for BatchNorm: batch statistics would tie an image's score to the rest of its batch, and so to the number of
     workers that the batch is split over. Convolutions start at N(0, 0.02), biases at 0.
+
+    Attributes:
+        averages: with `config.lecam`, float32 (2,): moving averages of its logits of images and of reconstructions.
     """
+
+    averages: Tensor
 
     def __init__(self, config: LossConfig, image_channels: int) -> None:
         super().__init__()
@@ -42,6 +51,15 @@ class PatchCritic(nn.Module):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
+        if config.lecam:
+            self.register_buffer("averages", torch.zeros(2))
+
+    @torch.no_grad()
+    def follow(self, real_logits: Tensor, fake_logits: Tensor) -> None:
+        """Move the averages towards the means of a batch, over all replicas; not of one that is not finite."""
+        means = sum_over_replicas(torch.stack([real_logits.mean(), fake_logits.mean()])) / rank_and_world()[1]
+        means = torch.where(means.isfinite(), means, self.averages)
+        self.averages.lerp_(means, 1 - _DECAY)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """*Logits* (B, 1, H / 2^layers - 2, W / 2^layers - 2) of images (B, channels, H, W), about [-1, 1].

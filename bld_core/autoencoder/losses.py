@@ -29,9 +29,13 @@ class LossConfig:
         perceptual: weight of LPIPS (VGG16).
         vgg_weights: local file of torchvision's VGG16 ImageNet weights; empty downloads it.
         vgg_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8.
-        adversarial: weight of the generator's hinge loss, beside its adaptive weight.
-        adversarial_start: step from which the adversarial term counts; before it the weight is 0.
+        adversarial: weight of the generator's hinge loss, beside its adaptive weight: 0.5 in latent diffusion (Rombach
+            et al. 2022), 0.1 in TiTok (Yu et al. 2024), which has no adaptive one.
+        adversarial_start: step from which the adversarial term counts; before it the weight is 0. Late is usual: the
+            step 50,001 in latent diffusion.
+        adversarial_ramp: steps from there over which its weight rises from 0, while the critic is new.
         adversarial_limit: upper clamp of the adaptive weight.
+        lecam: weight of the LeCam regulariser in the critic's loss: 0.001 in TiTok.
         critic_channels: feature channels of the critic's first layer.
         critic_layers: convolutions of the critic that halve the resolution; 3 see patches of 70 x 70 pixels.
         critic_learning_rate: step size of the critic's optimizer.
@@ -46,7 +50,9 @@ class LossConfig:
     vgg_sha256: str = VGG16.sha256
     adversarial: float = 0.0
     adversarial_start: int = 0
+    adversarial_ramp: int = 0
     adversarial_limit: float = 1e4
+    lecam: float = 0.0
     critic_channels: int = 64
     critic_layers: int = 3
     critic_learning_rate: float = 2e-4
@@ -54,7 +60,10 @@ class LossConfig:
     entropy_ramp: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "mse", "perceptual", "adversarial", "adversarial_start", "entropy", "entropy_ramp"):
+        for name in (
+            *("l1", "mse", "perceptual", "adversarial", "adversarial_start", "adversarial_ramp", "lecam"),
+            *("entropy", "entropy_ramp"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"`{name}` is {getattr(self, name)}; it must be 0 or more, and finite", self)
         for name in ("adversarial_limit", "critic_learning_rate"):
@@ -82,6 +91,23 @@ def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     """Eq. 2, the adversarial term of the autoencoder: -E[fake]; a scalar."""
     return -fake_logits.mean()
+
+
+def lecam_term(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
+    """LeCam regulariser (Tseng et al. 2021): E[max(0, real - fake average)^2] + E[max(0, real average - fake)^2].
+
+    It holds the critic near what it has said on average of the other kind, which few images would drive it away from.
+
+    Args:
+        real_logits: the critic's, of images; any shape.
+        fake_logits: of reconstructions.
+        real_average: scalar, what it has said of images before, on average.
+        fake_average: of reconstructions.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    return F.relu(real_logits - fake_average).square().mean() + F.relu(real_average - fake_logits).square().mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limit: float) -> Tensor:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bld_core.autoencoder.losses import LossConfig, adaptive_weight, hinge_critic_loss, hinge_generator_loss
+from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.losses import (
+    LossConfig,
+    adaptive_weight,
+    hinge_critic_loss,
+    hinge_generator_loss,
+    lecam_term,
+)
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.perceptual import Perceptual
 from bld_core.data.images import to_float
@@ -41,7 +48,8 @@ class AutoencoderObjective:
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
         """The terms and "loss", their weighted sum; "critic" is the critic's own loss.
 
-        Terms come without their weights, except those of the bottleneck, which weighs its own.
+        Terms come without their weights, except those of the bottleneck, which weighs its own, and the critic's loss,
+        which has the LeCam term in it.
         """
         losses = self.losses
         x = to_float(batch.data)
@@ -78,7 +86,15 @@ class AutoencoderObjective:
         terms["adaptive"] = adaptive_weight(loss, terms["adversarial"], state.module.last_layer, limit)
         real, fake = critic(torch.cat([x, x_hat.detach()])).float().chunk(2)
         terms["critic"] = hinge_critic_loss(real, fake)
-        return self.losses.adversarial * terms["adaptive"] * terms["adversarial"]
+        if self.losses.lecam:
+            assert isinstance(critic.module, PatchCritic), "the critic of stage 1"
+            terms["lecam"] = lecam_term(real, fake, *critic.module.averages.clone())
+            terms["critic"] = terms["critic"] + self.losses.lecam * terms["lecam"]
+            critic.module.follow(real, fake)
+        weight = self.losses.adversarial * _ramp(
+            state.step - self.losses.adversarial_start, self.losses.adversarial_ramp
+        )
+        return weight * terms["adaptive"] * terms["adversarial"]
 
 
 def _ramp(steps: int, length: int) -> float:

@@ -40,6 +40,8 @@ BEFORE = {
     "autoencoder.decoder_channels": 0,
     "autoencoder.decoder_blocks": 0,
     "loss.entropy_ramp": 0,
+    "loss.adversarial_ramp": 0,
+    "loss.lecam": 0.0,
     "prior.group": 1,
     "prior.trunk": [],
     "diffusion.calibration": "bayes",

@@ -40,7 +40,16 @@ _TILES = ("psnr", "ssim", "dead_bits", "bound", "fid", "class_accuracy")
 _TRAINED = ("autoencoder", "decoder", "prior")
 _NOT_LOSSES = tuple(
     f"train_{name}"
-    for name in ("gradient_norm", "learning_rate", "skipped", "skipped_images", "adaptive", "adversarial", "critic")
+    for name in (
+        "gradient_norm",
+        "learning_rate",
+        "skipped",
+        "skipped_images",
+        "adaptive",
+        "adversarial",
+        "critic",
+        "lecam",
+    )
 )
 _TIME = "%Y-%m-%d %H:%M UTC"
 _CAPTIONS = {

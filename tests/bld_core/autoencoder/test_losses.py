@@ -16,7 +16,13 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from bld_core.autoencoder.critic import PatchCritic
-from bld_core.autoencoder.losses import LossConfig, adaptive_weight, hinge_critic_loss, hinge_generator_loss
+from bld_core.autoencoder.losses import (
+    LossConfig,
+    adaptive_weight,
+    hinge_critic_loss,
+    hinge_generator_loss,
+    lecam_term,
+)
 from bld_core.autoencoder.perceptual import Perceptual
 from bld_core.storage.weights import VGG16
 
@@ -330,6 +336,27 @@ def test_the_critic_learns_only_from_logits_within_the_margin() -> None:
     assert towards_real.tolist() == [-0.25] * 4  # the generator never stops learning
     assert torch.autograd.gradcheck(hinge_critic_loss, (real, fake))
     assert torch.autograd.gradcheck(hinge_generator_loss, (fake,))
+
+
+def test_the_lecam_term_by_hand() -> None:
+    real = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)  # 2.5, and below the other average
+    fake = torch.tensor([-3.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)  # 3.5, 0.5, above it
+    averages = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    term = lecam_term(real, fake, *averages)
+    assert float(term) == pytest.approx(2.5**2 / 2 + (3.5**2 + 0.5**2) / 3, rel=1e-15)
+    assert torch.autograd.gradcheck(lecam_term, (real, fake, *averages))
+
+
+def test_the_critics_averages_are_moving_means_of_what_it_has_said() -> None:
+    critic = PatchCritic(LossConfig(lecam=0.001, critic_channels=4, critic_layers=1), 1)
+    expected = torch.zeros(2)
+    for step in range(5):
+        real, fake = torch.full((2, 1, 3, 3), 1.0 + step), torch.full((2, 1, 3, 3), -2.0)
+        critic.follow(real, fake)
+        expected = 0.99 * expected + 0.01 * torch.tensor([1.0 + step, -2.0])
+        critic.follow(torch.full((2,), torch.nan), fake[:0].sum() + torch.full((2,), torch.inf))
+    torch.testing.assert_close(critic.averages, expected)
+    assert "averages" not in PatchCritic(LossConfig(), 1).state_dict()  # checkpoints of before are opened
 
 
 # --- The adaptive weight --------------------------------------------------------------------------------------------

@@ -259,13 +259,36 @@ def test_a_restart_goes_on_with_the_same_critic(channels_last: bool, tmp_path: P
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
 
 
+def test_the_adversarial_weight_rises_over_its_ramp_and_the_critics_averages_are_in_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config, loss = replace(CONFIG, steps=5), replace(ADVERSARIAL, adversarial_start=1, adversarial_ramp=2, lecam=0.1)
+    whole = new_state(config, loss)
+    shares: list[float] = []
+    for report in train(whole, batches(), objective(loss), config):
+        terms = {name: float(term) for name, term in report.terms.items()}
+        if report.step > loss.adversarial_start:
+            pull = loss.adversarial * terms["adaptive"] * terms["adversarial"]
+            shares.append((terms["loss"] - terms["l1"]) / pull)
+            assert terms["critic"] > loss.lecam * terms["lecam"] > 0
+        if report.step == 3:
+            save_state(str(tmp_path), whole, {})
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1, 1], rel=1e-3)
+    resumed = new_state(config, loss)
+    load_state(str(tmp_path), resumed)
+    list(train(resumed, batches(3), objective(loss), config))
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+    assert weights(whole)["1.averages"].abs().min() > 0
+
+
 def work(rank: int, folder: str) -> None:
     """One of two replicas: 20 steps on its half of the batches, in two parts each."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     config = replace(CONFIG, steps=20, accumulate=2)
-    state = new_state(config, ADVERSARIAL, replicas=True)
-    curve = [report.terms["l1"] for report in train(state, batches(0, rank, 2), objective(ADVERSARIAL), config)]
+    loss = replace(ADVERSARIAL, lecam=0.1)
+    state = new_state(config, loss, replicas=True)
+    curve = [report.terms["l1"] for report in train(state, batches(0, rank, 2), objective(loss), config)]
     torch.save((weights(state), torch.stack(curve)), Path(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
 
@@ -275,9 +298,10 @@ def test_two_replicas_of_both_players_stay_the_same_and_follow_one(tmp_path: Pat
     (first, curve_1), (second, curve_2) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     config = replace(CONFIG, steps=20, accumulate=2)
-    state = new_state(config, ADVERSARIAL)
+    loss = replace(ADVERSARIAL, lecam=0.1)
+    state = new_state(config, loss)
     assert first.keys() == weights(state).keys()
-    curve = torch.stack([report.terms["l1"] for report in train(state, batches(), objective(ADVERSARIAL), config)])
+    curve = torch.stack([report.terms["l1"] for report in train(state, batches(), objective(loss), config)])
     torch.testing.assert_close((curve_1 + curve_2) / 2, curve, rtol=0.02, atol=0)
 
 
