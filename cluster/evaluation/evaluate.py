@@ -107,6 +107,7 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if stage.done:
             return files.read_json(report_url)
         stage.run.tags(lineage(artifacts.autoencoder, artifacts.prior))
+        pictures: dict[str, Image.Image] = {}
         if not files.exists(measured_url):  # kept before what may wait for a server, or be interrupted in training
             report, pictures = _measured(inputs, stage)
             for name, picture in pictures.items():
@@ -118,11 +119,14 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
         if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), inputs.shards, fingerprint)
         for name in report.pop("pictures"):
-            picture = Image.open(io.BytesIO(files.read_bytes(stage.url(name))))
-            stage.run.picture(picture, name)
+            stage.run.picture(pictures[name] if name in pictures else _picture(stage.url(name)), name)
         stage.run.metrics(report["figures"], 0)
         files.write_json(report_url, report)
         return report
+
+
+def _picture(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(files.read_bytes(url)))
 
 
 def check_evaluation(experiment: Experiment) -> None:
