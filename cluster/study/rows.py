@@ -210,7 +210,7 @@ STUDIES: dict[StudyName, tuple[str, Callable[[Experiment], list[StudyRow]]]] = {
     "schedule": ("diffusion.schedule, sampling.spacing", _schedule),
     "steps": ("sampling.steps", _steps),
     "temperature": ("sampling.temperature", _temperature),
-    "sampling": ("sampling.guidance, guidance_interval, temperature", _sampling),
+    "sampling": ("sampling.guidance, sampling.guidance_interval, sampling.temperature", _sampling),
     "samplers": ("prior.model", _samplers),
     "trunk": ("prior.trunk", _trunk),
     "optimizer": ("prior_training.optimizer, learning_rate", _optimizer),

@@ -252,7 +252,10 @@ def study_table(made: dict[str, Any]) -> str:
 
 def _plot(made: dict[str, Any]) -> Image:
     """The study as diagrams beside one another."""
-    rows, column, distance = made["rows"], made["column"], made["distance"]
+    rows, distance = made["rows"], made["distance"]
+    column = made["column"]
+    if not isinstance(rows[0]["x"], str):  # of several settings the last is on the axis, the others name its lines
+        column = column.split(", ")[-1]
     doubling = made["study"] in ("steps", "groups")
     strides = [name for name in _names(made) if name.startswith("bound_")]
 
@@ -271,7 +274,7 @@ def _plot(made: dict[str, Any]) -> Image:
                 [int(name.removeprefix("bound_")) for name in strides],
                 [row[name] for name in strides],
                 [row[f"{name}_se"] for name in strides],
-                row[column],
+                row[made["column"]],
             )
             for row in rows
         ]
