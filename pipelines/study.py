@@ -15,7 +15,7 @@ from pipelines.command import Parser, command, fresh_flag
 
 def extras(made: Parser) -> None:
     fresh_flag(made)
-    made.add_argument("which", type=StudyName | Literal["code"], help="what is compared")
+    made.add_argument("which", type=Literal[StudyName, "code"], help="what is compared")
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
