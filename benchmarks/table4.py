@@ -5,7 +5,9 @@
 The images are `tiny10-64` (64 x 64, colour): the last shard is held out. For each side of the code the three latents
 have the same networks, the same steps, the same seed, the same batches and L1 alone; one field of the configuration
 differs. Binary codes have c bits, c = 32 at 8 x 8 and 128 at 4 x 4; the vector quantizer has 1,024 entries of c
-numbers; the continuous latent has c/2 channels. PSNR and SSIM are those of the averaged weights over the held-out
+numbers; the continuous latent has c/2 channels. With `--patch` the first level takes squares of pixels, in all of them;
+`--entropy` makes bits sure. `code_bits` is the size of an image's code, `code_bits_entropy` the part of it that is the
+encoder's own noise. PSNR and SSIM are those of the averaged weights over the held-out
 shard, as uint8. Prints one JSON line for each row, then the table beside the paper's.
 """
 
@@ -76,21 +78,28 @@ def reconstructed(autoencoder: Autoencoder, images: Tensor) -> ReconstructionMet
 
 
 def row(
-    side: int, latent: str, codes: str, training: TrainingConfig, images: Tensor, held_out: Tensor
+    side: int, latent: str, flags: argparse.Namespace, training: TrainingConfig, images: Tensor, held_out: Tensor
 ) -> dict[str, object]:
     """Train one autoencoder and measure it."""
+    entropy = flags.entropy if latent == "binary" else 0.0
     config = AutoencoderConfig(
         bits=BITS[side],
         latent=latent,  # pyright: ignore[reportArgumentType]  # one of the choices of the command line
-        codes=codes,  # pyright: ignore[reportArgumentType]
+        codes=flags.codes,
+        patch=flags.patch,
         channels=8,
-        multipliers=MULTIPLIERS[side],
+        multipliers=MULTIPLIERS[side][flags.patch.bit_length() - 1 :],
         blocks=1,
         attention=[],
     )
     torch.manual_seed(key_of(0, "initial weights"))
-    state = make_state(make_autoencoder(config, 3), training)
-    objective = AutoencoderObjective(LossConfig(), config.code_shape(64), seed=0)
+    state = make_state(make_autoencoder(config, 3, entropy), training)
+    objective = AutoencoderObjective(
+        LossConfig(entropy=entropy),
+        config.code_shape(64),
+        seed=0,
+        fade=training.steps if flags.codes == "fade" else 0,
+    )
     began = time.perf_counter()
     for report in train(state, batches(images, training.batch_size), objective, training):
         if report.step % 500 == 0:
@@ -100,7 +109,11 @@ def row(
     state.module.eval()
     assert isinstance(state.module, Autoencoder)
     found = reconstructed(state.module, held_out)
-    quality = found.quality
+    quality, size = found.quality, config.code_bits(64)
+    health = found.health.metrics() if latent == "binary" else {}
+    bits: dict[str, object] = {} if size is None else {"code_bits": size}
+    if size is not None and health:
+        bits["code_bits_entropy"] = round(size * health["bit_entropy"], 1)
     return {
         "name": f"table4 {side}x{side} {latent}",
         "value": quality.psnr.mean,
@@ -109,8 +122,11 @@ def row(
         "ssim": quality.ssim.mean,
         "ssim_std": quality.ssim.deviation,
         "steps": training.steps,
-        "codes": codes,
-        **(found.health.metrics() if latent == "binary" else {}),
+        "codes": flags.codes,
+        "patch": flags.patch,
+        "entropy": entropy,
+        **bits,
+        **health,
         "seconds": round(seconds),
         "peer": PAPER[side, latent],
     }
@@ -121,7 +137,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sides", type=int, nargs="+", default=[8, 4], choices=list(BITS))
-    parser.add_argument("--codes", default="sample", choices=["sample", "mode"], help="how training takes binary codes")
+    parser.add_argument("--codes", default="sample", choices=["sample", "mode", "fade"], help="how training takes them")
+    parser.add_argument("--patch", type=int, default=1, choices=[1, 2, 4])
+    parser.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy term of binary codes")
     parser.add_argument("--latents", nargs="+", default=["binary", "vector", "continuous"])
     flags = parser.parse_args()
     images, held_out = load_images(os.environ["BLD_REAL_DATA"])
@@ -130,7 +148,7 @@ def main() -> None:
     )
     rows: list[dict[str, object]] = []
     for side, latent in itertools.product(flags.sides, flags.latents):
-        rows.append(row(side, latent, flags.codes, training, images, held_out))
+        rows.append(row(side, latent, flags, training, images, held_out))
         print(json.dumps(rows[-1]), flush=True)
     print("latent                      PSNR   SSIM    the paper's (LSUN Bedrooms 256x256)")
     for line in rows:

@@ -124,14 +124,21 @@ class Evaluator(Sampler):
         experiment: finished; stage 1 alone, too.
         spaces: in whose features images are compared.
         held_out: the validation part of the latents, where there is a prior.
+        reference: whose references they are compared with; by default the experiment's own.
     """
 
-    def __init__(self, experiment: Experiment, spaces: Sequence[Space], held_out: Latents | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        spaces: Sequence[Space],
+        held_out: Latents | None = None,
+        reference: Experiment | None = None,
+    ) -> None:
         super().__init__(experiment, held_out)
         self.perceptual = (
             load_perceptual(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         )
-        self.extractors = {space: load_extractor(experiment, space) for space in spaces}
+        self.extractors = {space: load_extractor(reference or experiment, space) for space in spaces}
         self._for_prior, self._for_features = (
             ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in range(2)
         )

@@ -181,6 +181,7 @@ class StudyConfig:
         codes: held-out codes that each bound is measured on, at most.
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
             neither evaluation.frechet nor evaluation.efficientnet_lite0 is set.
+        entropies: values of loss.entropy of the study code.
         vlb_weights: values of diffusion.vlb_weight of the study lambda.
         steps: numbers of sampling steps of the studies steps and groups; those above T are left out.
         temperatures: values of sampling.temperature of the studies temperature and sampling.
@@ -193,6 +194,7 @@ class StudyConfig:
     samples: int = 5000
     codes: int = 1024
     classifier_steps: int = 600
+    entropies: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.02, 0.05])
     vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.1, 1.0])
     steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256])
     temperatures: list[float] = field(default_factory=lambda: [0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
@@ -208,7 +210,7 @@ class StudyConfig:
         for name in ("samples", "codes"):
             if getattr(self, name) < 2:
                 raise UserError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")
-        for name in ("vlb_weights", "steps", "temperatures", "guidances", "learning_rates"):
+        for name in ("entropies", "vlb_weights", "steps", "temperatures", "guidances", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"study.{name} is {values}; it must name at least one value, and none twice")

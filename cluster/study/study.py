@@ -68,7 +68,7 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
     codes = open_encoded(experiment).codes
     assert codes is not None, "`open_encoded` opens them"
-    [reference] = make_references(experiment, [_space(experiment)])
+    [reference] = make_references(experiment, [study_space(experiment)])
     variants = {row.experiment.folder: row.experiment for row in rows}
     trained = {
         folder: _trained_hash(variant, fresh and folder != experiment.folder, experiment.folder)
@@ -121,7 +121,7 @@ def _trained_hash(variant: Experiment, fresh: bool, source: str) -> str:
     return read_prior(variant.folder).hash
 
 
-def _space(experiment: Experiment) -> Space:
+def study_space(experiment: Experiment) -> Space:
     """Where a study compares images: Inception's or EfficientNet-lite0's features, or else a classifier's."""
     config = experiment.evaluation
     if config.frechet:
