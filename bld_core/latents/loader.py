@@ -20,7 +20,7 @@ from torch import Tensor
 from bld_core.latents.bits import unpack_bits
 from bld_core.latents.reader import Indices, Latents, PackedCodes
 from bld_core.noise import permutation
-from bld_core.training.loop import Batch, TrainingConfig, worker_share
+from bld_core.training.loop import Batch, TrainingConfig, to_device, worker_share
 
 
 def latent_batches(
@@ -96,7 +96,7 @@ class _Feed:
         self._codes: PackedCodes | None = None
         self._on_device: Tensor | None = None
         self._visit = _Visit([], np.empty(0, np.int64), 0)
-        self._labels = self._index = np.empty(0, np.int64)  # of the visit's rows, in their order
+        self._labels = self._order = torch.empty(0, dtype=torch.int64)  # of the visit's rows, in their order
 
     def batch(self, first: int, count: int) -> Batch:
         """`count` rows from the index `first` on. Every microsecond here is one of each training step."""
@@ -106,10 +106,9 @@ class _Feed:
             return self._batch_across(first, count)
         codes, rows = self._codes, self._visit.order[begin:end]
         assert codes is not None, "a window is in use"
-        labels, index = torch.from_numpy(self._labels[begin:end]), torch.from_numpy(self._index[begin:end])
-        if self._on_host:
-            return Batch(codes.codes(rows), labels, index, _Keys(codes.keys, rows))
-        return Batch(self._codes_on_device(codes, rows), labels, index, _Keys(codes.keys, rows)).to(self._device)
+        data = codes.codes(rows) if self._on_host else self._codes_on_device(codes, begin, end)
+        index = torch.arange(first, first + count, device=self._device)
+        return Batch(data, self._labels[begin:end], index, _Keys(codes.keys, rows))
 
     def _batch_across(self, first: int, count: int) -> Batch:
         """The same where not all rows lie in the visit at hand."""
@@ -122,12 +121,13 @@ class _Feed:
         data, labels, index = (torch.cat(pair) for pair in zip(batch[:3], more[:3], strict=True))
         return Batch(data, labels, index, [*batch.keys, *more.keys])
 
-    def _codes_on_device(self, codes: PackedCodes, rows: Indices) -> Tensor:
+    def _codes_on_device(self, codes: PackedCodes, begin: int, end: int) -> Tensor:
         """Bits travel packed, and are unpacked where they are used."""
         if self._on_device is not None:
-            packed = self._on_device[torch.from_numpy(rows).to(self._device)]
+            packed = self._on_device[self._order[begin:end]]
         else:
-            packed = torch.from_numpy(codes.packed.take(rows, axis=0)).to(self._device)
+            packed = codes.packed.take(self._visit.order[begin:end], axis=0)
+            packed = to_device(torch.from_numpy(packed), self._device)
         h, w, c = codes.shape
         return unpack_bits(packed, (h * w, c))
 
@@ -146,8 +146,9 @@ class _Feed:
         elif self._on_device is None and _has_room(self._device, self._codes):
             self._on_device = torch.from_numpy(self._codes.packed).to(self._device)
             self._codes = replace(self._codes, packed=self._codes.packed[:0].copy())
-        self._visit, self._labels = visit, self._codes.labels[visit.order]
-        self._index = np.arange(visit.start, visit.start + len(visit.order))
+        self._visit = visit
+        self._labels = to_device(torch.from_numpy(self._codes.labels[visit.order]), self._device)
+        self._order = to_device(torch.from_numpy(visit.order), self._device)
 
     def _find(self, index: int) -> _Visit:
         epoch, offset = divmod(index, len(self._latents))

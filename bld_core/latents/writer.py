@@ -28,6 +28,7 @@ from bld_core.noise import key_of, uniform
 from bld_core.precision import Precision, autocast, ieee_float32
 from bld_core.storage import files
 from bld_core.storage.records import Part
+from bld_core.training.loop import to_device
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -95,8 +96,9 @@ def encode_images(
     rows = LatentRows([], [], [], [], torch.empty(0))
     packed: list[Tensor] = []
     for batch in _batches(images, config.batch_size):
+        pixels = _padded(batch, config.batch_size)
         with turn or nullcontext():
-            for view, draw, bits in _encode_batch(autoencoder, batch, config, seed):
+            for view, draw, bits in _encode_batch(autoencoder, pixels, batch, config, seed):
                 packed.append(bits)
                 rows.key += [image.key for image in batch]
                 rows.label += [image.label for image in batch]
@@ -109,14 +111,12 @@ def encode_images(
 
 @torch.no_grad()
 def _encode_batch(
-    autoencoder: Autoencoder, batch: list[LabelledImage], config: LatentConfig, seed: int
+    autoencoder: Autoencoder, pixels: Tensor, batch: list[LabelledImage], config: LatentConfig, seed: int
 ) -> list[tuple[int, int, Tensor]]:
-    """(view, draw, packed bits) of a batch, for each view and draw."""
+    """(view, draw, packed bits) of a batch, for each view and draw; `pixels` are those of its images, padded."""
     device = next(autoencoder.parameters()).device
-    pixels = stack(batch)
-    padding = pixels[-1:].expand(config.batch_size - len(batch), -1, -1, -1)
-    x = to_float(torch.cat([pixels, padding]).to(device))
-    index = torch.tensor([key_of(image.key) for image in batch], device=device)
+    x = to_float(to_device(pixels, device))
+    index = to_device(torch.tensor([key_of(image.key) for image in batch]), device)
     found: list[tuple[int, int, Tensor]] = []
     for view in (0, 1) if config.mirror else (0,):
         with ieee_float32(), autocast(config.precision, device):
@@ -126,6 +126,12 @@ def _encode_batch(
             z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
             found.append((view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()))
     return found
+
+
+def _padded(batch: list[LabelledImage], size: int) -> Tensor:
+    """The pixels of a batch, its last image again and again behind it: uint8 (size, H, W, channels)."""
+    pixels = stack(batch)
+    return torch.cat([pixels, pixels[-1:].expand(size - len(batch), -1, -1, -1)])
 
 
 def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:

@@ -140,7 +140,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        return Batch(self.data.to(device), self.labels.to(device), self.sample_index.to(device), self.keys)
+        data, labels, index = (to_device(x, device) for x in self[:3])
+        return Batch(data, labels, index, self.keys)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the host does not wait until it is there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 @dataclass
