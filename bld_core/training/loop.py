@@ -18,7 +18,7 @@ from bld_core.errors import NonFiniteError, UserError
 from bld_core.precision import TrainingPrecision, autocast, training_arithmetic
 from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
 from bld_core.training.gate import Later, step_unless
-from bld_core.training.layers import Layers
+from bld_core.training.layers import Layers, compile_layers
 from bld_core.training.replicas import gradients_laid_out_as_weights
 
 _SNAPSHOTS = 16
@@ -54,7 +54,7 @@ class TrainingConfig:
             step and count it.
         precision: of products and convolutions; weights, sums and losses are float32 in any case. "tf32" is faster
             than "float32" on a GPU, and the same on a CPU; "bfloat16" is faster still.
-        compile: compile the network with torch.compile; the first steps take minutes, the others less.
+        compile: compile the blocks of the network with torch.compile; the first step takes minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
         log_every: steps between two reports.
@@ -155,7 +155,7 @@ class TrainState:
 
     Attributes:
         module: the network.
-        replica: what is called in the forward pass: the network itself, compiled or in its DistributedDataParallel.
+        replica: what is called in the forward pass: the network itself, or its DistributedDataParallel.
         optimizers: each over some of the network's parameters, all of them together.
         averages: averaged weights, one for each decay; then those that averages of other lengths are made of.
         step: optimizer steps taken.
@@ -210,7 +210,7 @@ def make_state(
     """A fresh state around a network.
 
     Args:
-        module: changed in place by `checkpointing` and `channels_last`.
+        module: changed in place by `checkpointing`, `channels_last` and `compile`.
         config: of the stage.
         wrap: makes the replica, for example moves the network to a GPU and into its DistributedDataParallel.
     """
@@ -220,9 +220,9 @@ def make_state(
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch types leave it out
     gradients_laid_out_as_weights(module)
-    compiled = torch.compile(module) if config.compile else module
-    assert isinstance(compiled, nn.Module), "a compiled network is one, too"
-    replica = wrap(compiled)
+    if config.compile:
+        compile_layers(module)
+    replica = wrap(module)
     averages = [Ema(module, decay) for decay in config.ema_decays]
     if config.ema_lengths:
         averages += [PowerEma(module, length) for length in SNAPSHOT_LENGTHS]
@@ -359,9 +359,10 @@ def _blame(state: TrainState, taken: _Taken, objective: Objective) -> str:
     alone = replace(state, replica=state.module, critic=None)
     state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
     found = [f"batch: {wrong}"] if (wrong := _not_finite(taken.terms)) else []
-    for i, key in enumerate(taken.batch.keys):
-        if wrong := _not_finite(objective(alone, taken.batch.slice(i, i + 1))):
-            found.append(f"sample {key!r}: {wrong}")
+    with torch.compiler.set_stance("force_eager"):  # a batch of one would be compiled anew
+        for i, key in enumerate(taken.batch.keys):
+            if wrong := _not_finite(objective(alone, taken.batch.slice(i, i + 1))):
+                found.append(f"sample {key!r}: {wrong}")
     state.module.train()
     who = "; ".join(found) or "every term and every sample of this worker is finite by itself"
     return (

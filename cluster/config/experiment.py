@@ -125,11 +125,6 @@ class Experiment:
                 f"loss.entropy is {self.loss.entropy} with autoencoder.latent {self.autoencoder.latent}, which has no "
                 "bits: set it to 0"
             )
-        if self.loss.adversarial and self.autoencoder_training.compile:
-            raise UserError(
-                "autoencoder_training.compile is on with loss.adversarial above 0: a compiled network goes backwards "
-                "as a whole, and the adaptive weight would do so twice more; set compile to false"
-            )
         if self.autoencoder_training.ema_lengths:
             raise UserError(
                 f"autoencoder_training.ema_lengths is {self.autoencoder_training.ema_lengths}, but averages are chosen "
