@@ -19,6 +19,9 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        self._of: nn.Module | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._averages: list[Tensor] = []
 
     def decay_at(self, step: int) -> float:
         """The decay of an update."""
@@ -27,17 +30,14 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move every average towards the current weights; `step` counts from 1."""
-        decay = self.decay_at(step)
-        current, parameters = module.state_dict(), dict(module.named_parameters())
-        averages: list[Tensor] = []
-        targets: list[Tensor] = []
-        for name, average in self.weights.items():
-            if name in parameters:
-                averages.append(average)
-                targets.append(current[name])
-            else:
-                average.copy_(current[name])
-        get_ema_multi_avg_fn(decay)(averages, targets, step)  # one fused pass over all tensors
+        if self._of is not module:  # to look its weights up takes longer than to average them
+            self._of, self._parameters = module, dict(module.named_parameters())
+            self._averages = [self.weights[name] for name in self._parameters]
+        get_ema_multi_avg_fn(self.decay_at(step))(self._averages, [*self._parameters.values()], step)  # one fused pass
+        if len(self._averages) < len(self.weights):
+            for name, tensor in module.state_dict().items():
+                if name not in self._parameters:
+                    self.weights[name].copy_(tensor)
 
 
 SNAPSHOT_LENGTHS = (0.05, 0.1)
