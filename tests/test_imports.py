@@ -68,7 +68,7 @@ ARROWS = {
     "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",
     "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
-    "cluster.study": "plots console config runtime stages training sampling evaluation",
+    "cluster.study": "plots console data config runtime stages training sampling evaluation",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
@@ -184,8 +184,8 @@ def test_a_planted_wrong_arrow_is_found() -> None:
 BORDER = {
     "bld_core.generator": {"_settle", "_draw"},  # keywords of SamplingConfig
     "bld_core.latents.writer": {"latent_shard_bytes", "from_json"},
-    "bld_core.storage.files": {"write_json"},
-    "bld_core.storage.records": {"write_record", "_digest"},
+    "bld_core.storage.files": {"json_bytes", "write_json"},
+    "bld_core.storage.records": {"write_record", "named_faults", "_digest"},
     "bld_core.trained": {"_known"},
     "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
@@ -193,6 +193,8 @@ BORDER = {
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set
     "cluster.data.shards": {"_compare"},
     "cluster.evaluation.pieces": {"_result", "_reconstructions"},  # JSON beside tensors
+    "cluster.stages": {"_faults", "_write_record"},  # stage.json
+    "cluster.study.code": {"code_table", "_plot"},  # table.json
     "cluster.study.study": {"_best", "_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json
     "cluster.registry.serving": {"read_row"},
