@@ -102,9 +102,9 @@ def open_stage(
                     raise UserError(f"{error}: {_anew(name)}") from error
                 print(f"{name}: {error.url!r} {error.reason}: made again", flush=True)
                 outdated = True
-        if record is not None and (before := _as_of_now(_public(record["fingerprint"]), fingerprint)) != fingerprint:
+        if record is not None and (before := BEFORE | _public(record["fingerprint"])) != BEFORE | fingerprint:
             if on_change == "refuse":
-                raise UserError(_changes(folder, name, before, fingerprint))
+                raise UserError(_changes(folder, name, before, BEFORE | fingerprint))
             record, outdated = None, True
         elif record is None and not outdated and files.exists(folder) and files.listing(folder):
             raise UserError(
@@ -194,11 +194,6 @@ def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
         return without_secrets(without_query(value)) if isinstance(value, str) else value
 
     return {name: public(value) for name, value in fingerprint.items()}
-
-
-def _as_of_now(fingerprint: dict[str, object], now: Mapping[str, object]) -> dict[str, object]:
-    """A stored fingerprint, with the settings that an older version did not have yet."""
-    return {name: value for name, value in BEFORE.items() if name in now} | fingerprint
 
 
 def _anew(name: str) -> str:

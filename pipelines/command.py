@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -78,12 +79,25 @@ def command(
     made.add_class_arguments(settings)
     extras(made)
     try:
-        parsed = made.parse_args()
+        parsed = made.parse_args(_files_first(sys.argv[1:]))
     except OmegaConfBaseException as error:  # ${...} that leads nowhere
         made.error(", ".join(line.strip() for line in str(error).splitlines()[:2]))
     with user_errors_answered(parsed.as_dict()):
         flags = made.instantiate(parsed)
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
+
+
+def _files_first(words: Sequence[str]) -> list[str]:
+    """The words of a command line, settings files before all else: a flag goes above any file, wherever it stands."""
+    found: list[str] = []
+    rest: list[str] = []
+    words_left = iter(words)
+    for word in words_left:
+        if word == "--config":
+            found += [word, *itertools.islice(words_left, 1)]
+        else:
+            (found if word.startswith("--config=") else rest).append(word)
+    return found + rest
 
 
 def fresh_flag(made: Parser) -> None:

@@ -3,7 +3,6 @@
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
-from cluster.data.check import check_data
 from cluster.data.encode import encode_latents
 from cluster.evaluation.evaluate import check_evaluation, evaluate
 from cluster.report.page import write_report
@@ -14,8 +13,7 @@ from pipelines.command import command, next_command
 
 
 def main(experiment: Experiment, _: Namespace) -> None:
-    check_data(experiment)
-    check_evaluation(experiment)
+    check_evaluation(experiment)  # the first stage checks the data for all of them
     print(f"autoencoder: {train_autoencoder(experiment)}")
     print(f"latents: {encode_latents(experiment)}")
     print(f"prior: {train_prior(experiment)}")

@@ -8,10 +8,13 @@ from pipelines.command import command, fresh_flag, next_command
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
-    print(sweep_table(sweep_prior(experiment, flags.fresh)))
-    best = f"{experiment.folder}/sweep/best.yaml"
-    print(f"best: {best}")
-    next_command("stage2_prior.py", "--config", best)
+    best, *others = sweep_prior(experiment, flags.fresh)
+    print(sweep_table([best, *others]))
+    print(f"best: {experiment.folder}/sweep/best.yaml")
+    # flags, which go above those that this command was given
+    next_command(
+        "stage2_prior.py", f"--diffusion.vlb_weight={best.vlb_weight}", f"--diffusion.schedule={best.schedule}"
+    )
 
 
 if __name__ == "__main__":

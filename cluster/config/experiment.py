@@ -31,11 +31,14 @@ _FREE = (
     *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
 )
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
-# Settings that came later, and change nothing where they are empty or false.
-_LATER = ("data.label_field", "data.class_names", "evaluation.efficientnet_lite0", "evaluation.mind")
 
-# Settings that came later, and what all that was made before had: a stage of an older version is compared by them.
+# Settings that came later, and what all that was made before had. Where they still say that, no fingerprint names them:
+# a stage of an older version is compared by them.
 BEFORE = {
+    "data.label_field": "",
+    "data.class_names": "",
+    "evaluation.efficientnet_lite0": False,
+    "evaluation.mind": False,
     "autoencoder.patch": 1,
     "autoencoder.decoder_channels": 0,
     "autoencoder.decoder_blocks": 0,
@@ -187,8 +190,8 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        later = [name for name in _LATER if not chosen.get(name)]  # so that older records agree
-        return {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE and name not in later}
+        decide = {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
+        return {name: value for name, value in decide.items() if name not in BEFORE or value != BEFORE[name]}
 
 
 def _check_places(root: str, data: ImageConfig) -> None:
@@ -196,6 +199,7 @@ def _check_places(root: str, data: ImageConfig) -> None:
     if _JOBS_COPY not in os.getcwd().split(os.sep):
         return
     given = {"root": root, "data.train": data.train, "data.validation": data.validation}
+    given |= {"data.class_names": data.class_names}
     for setting, url in given.items():
         for source in files.sources(url) if url else []:
             if "://" not in source and not source.startswith(("/", "~")):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from bld_core.errors import UserError
 from bld_core.storage import files
+from cluster.evaluation.config import lower_is_better
 from cluster.secrets import has_user
 
 # What MLflow can keep runs in: a server by HTTP, Databricks, or a database.
@@ -80,6 +81,13 @@ class TrackingConfig:
             )
         if not self.patience >= 0:
             raise UserError(f"tracking.patience is {self.patience}; it must be 0 seconds or more")
+        lower = lower_is_better(self.champion_figure)
+        if lower is not None and lower != self.champion_lower:
+            raise UserError(
+                f"tracking.champion_figure is {self.champion_figure}, of which the {'lower' if lower else 'higher'} is "
+                f"the better, but tracking.champion_lower is {str(self.champion_lower).lower()}, so that the worst "
+                f"version would be champion: set it to {str(lower).lower()}"
+            )
         if not self.champion_margin >= 0:
             raise UserError(f"tracking.champion_margin is {self.champion_margin}; it must be 0 or more")
 

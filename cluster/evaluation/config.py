@@ -12,7 +12,20 @@ SPLITS = 10  # of the Inception score
 KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000  # of the kernel distance
 NEIGHBOURHOOD = 3  # of precision and recall: their k
 RESAMPLED = 20  # a Poisson(20) number of samples, as a replicate of the bootstrap has, is below 2 once in 2 * 10^7
+# Metrics by whether the lower is the better one. That of another space has its name behind; of the others, none is.
+_LOWER = ("bound", "bound_sampling", "lpips", "rfid", "rfd", "fid", "fd", "kid", "kd", "dead_bits", "bit_correlation")
+_HIGHER = ("psnr", "ssim", "inception_score", "is", "precision", "recall", "cas_top1", "cas_top5", "class_accuracy")
 SPREADS = {"_std": "sd", "_se": "se", "_sd": "sd over seeds"}  # by the end of a metric's name, what it is of another
+
+
+def lower_is_better(metric: str) -> bool | None:
+    """Whether the lower value of a metric is the better one; None where neither is, as of real images, or not known."""
+    if metric.endswith(("_held_out", "_real", *SPREADS)):
+        return None
+    for names, lower in ((_LOWER, True), (_HIGHER, False)):
+        if metric in names or metric.startswith(tuple(f"{name}_" for name in names)):
+            return lower
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

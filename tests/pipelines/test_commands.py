@@ -105,6 +105,23 @@ def test_the_next_command_has_the_flags_of_this_one_and_no_secret(
     )
 
 
+def test_a_flag_goes_above_a_settings_file_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, layers in (("a", 3), ("b", 5)):
+        (tmp_path / f"{name}.yaml").write_text(f"prior: {{layers: {layers}, width: 64}}\n")
+    a, b = ("--config", str(tmp_path / "a.yaml")), f"--config={tmp_path}/b.yaml"
+    for flags, layers in (
+        (["--prior.layers", "7", *a], 7),
+        ([*a, "--prior.layers=7", b], 7),
+        ([*a, b], 5),
+        ([b, *a], 3),
+    ):
+        assert run(monkeypatch, "stage1_ae.py", *flags, "--print_config") == 0
+        said = yaml.safe_load(capsys.readouterr().out)["prior"]
+        assert (said["layers"], said["width"]) == (layers, 64)
+
+
 def test_storage_that_cannot_be_reached_is_one_message(
     s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -251,6 +251,8 @@ def test_what_is_relative_to_a_jobs_copy_of_the_code_is_refused_and_so_is_rays_c
     experiment(tmp_path, given, given)
     with pytest.raises(UserError, match=r"data.train is 'a.tar', relative to the copy of the code that Ray has made"):
         experiment(tmp_path, f"{given}::a.tar", given)
+    with pytest.raises(UserError, match=r"data.class_names is 'names.json', relative to the copy of the code"):
+        Experiment(root=str(tmp_path), data=ImageConfig(train=given, validation=given, class_names="names.json"))
     with pytest.raises(UserError, match=r"root is 'runs', relative to the copy .*: give an absolute path or a URL"):
         Experiment()
     with pytest.raises(

@@ -24,12 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 import bld_core
+from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.trained import AUTOENCODER, DECODER
 from bld_core.training.checkpoint import CONFIG, save_model
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import CHAMPION, TrackingConfig
+from cluster.evaluation.config import lower_is_better
 from cluster.registry.registry import compare_with_champion, fetch_model, register
+from cluster.report.tables import about
 from cluster.tracking.store import open_client
 from tests.conftest import random_pair, report_of
 from tests.servers import HttpServer, MlflowServer, free_port
@@ -92,6 +95,30 @@ def test_figures_of_codes_are_compared_on_the_same_latents_alone(figure: str, of
     assert moves is not of_codes
     assert ("on the same latents" in rule, "another latents_hash, so" in rule) == (of_codes, of_codes)
     assert compare_with_champion(tracking, "2", ours | {"bld.latents_hash": "1"}, holder)[0]
+
+
+@pytest.mark.parametrize(
+    ("figure", "lower"),
+    [("psnr", False), ("fid", True), ("fd_classifier", True), ("precision_vgg16", False), ("kd_0123", True)],
+)
+def test_the_worse_of_two_is_no_champion(figure: str, lower: bool) -> None:
+    assert TrackingConfig(champion_figure=figure, champion_lower=lower)
+    with pytest.raises(UserError, match=rf"champion_figure is {figure}, .* worst .* set it to {str(lower).lower()}"):
+        TrackingConfig(champion_figure=figure, champion_lower=not lower)
+
+
+def test_of_metrics_that_nobody_knows_either_value_may_be_the_better_one() -> None:
+    for figure in ("bit_usage_mean", "class_accuracy_real", "fd_classifier_held_out", "own"):
+        for lower in (True, False):
+            TrackingConfig(champion_figure=figure, champion_lower=lower)
+
+
+def test_what_a_metric_says_of_itself_is_the_direction_that_it_is_compared_in() -> None:
+    known = ["psnr", "ssim", "lpips", "rfid", "fid", "kid", "inception_score", "precision", "fd_dinov2", "is_0123"]
+    for name in known:
+        says = re.findall("(lower|higher) is better", about(name).says)
+        assert says in ([], ["lower" if lower_is_better(name) else "higher"])
+        assert lower_is_better(name) is not None
 
 
 def test_the_higher_figure_may_be_the_better_one(
