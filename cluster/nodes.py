@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
+import re
 import signal
 import sys
 import threading
@@ -13,14 +15,21 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
+from bld_core.storage import files
+from bld_core.storage.patience import time_limit
 
 LOOK_S = 5.0
 """Seconds between two looks."""
 _SAY_S = 30.0
 _SETTLES_S = 3.0  # within which Ray counts as free what has just ended
 _TURN_S = 0.2
+_ACCESS_S = 60.0
+_ACCESS_TRIES_S = 10.0  # for which a node asks a storage that does not answer
+_OF_STORAGE = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")  # variables that clients of storage read
 
 Resources = Mapping[str, float]
 
@@ -66,6 +75,57 @@ def check_nodes(workers: int, cpus: float, gpu: bool, nodes: Sequence[Resources]
         f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(rooms)}, as no "
         "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
     )
+
+
+def check_access(urls: Sequence[str]) -> None:
+    """Have each node look for what its workers are to read and write, before the work begins.
+
+    What this process is given by variables, keys above all, its workers do not get: Ray writes down what it hands on.
+
+    Args:
+        urls: files and folders that this process can reach.
+
+    Raises:
+        UserError: a node cannot reach one of them; its message names, without values, the variables that are set here
+            and not there.
+    """
+    set_here = [name for name in os.environ if name.startswith(_OF_STORAGE)]
+    asked = {
+        _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            list(urls), set_here
+        ): node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ACCESS_S)
+    for answer in answered:
+        fault, missing = ray.get(answer)
+        if fault:
+            lacks = f"it lacks {', '.join(missing)}, which are set here: set them" if missing else "mend that"
+            raise UserError(
+                f"node {asked[answer]} cannot reach what its workers need: {fault}; {lacks} where `ray start` runs on "
+                "it, and start it again"
+            )
+
+
+@ray.remote(num_cpus=0)
+def _look(urls: list[str], names: list[str]) -> tuple[str, list[str]]:
+    """What keeps this node from the first of the URLs that it cannot reach, and which of the variables it lacks."""
+    missing = [name for name in names if name not in os.environ]
+    patience = os.environ.get("BLD_STORAGE_SECONDS")
+    os.environ["BLD_STORAGE_SECONDS"] = str(min(time_limit(), _ACCESS_TRIES_S))
+    try:
+        for url in urls:
+            if not files.exists(url) and files.is_local(url):  # an empty folder of an object store is not there
+                return f"{url!r} is not there, and must be a place that all nodes share", missing
+    except (OSError, UserError) as error:
+        return str(error), missing
+    finally:
+        if patience is None:
+            del os.environ["BLD_STORAGE_SECONDS"]
+        else:
+            os.environ["BLD_STORAGE_SECONDS"] = patience
+    return "", missing
 
 
 def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
@@ -125,6 +185,25 @@ class Watch:
             self._said = now
             _say(f"waiting: {state}; for {self._patience - (now - self._gone):.0f} s more")
         return None
+
+
+def died(who: str, times: int, error: RayActorError) -> UserError:
+    """What to tell of a worker whose process, or node, has died more often than it may.
+
+    Args:
+        who: has died.
+        times: one more than `cluster.max_failures`.
+        error: of the last time, as Ray says it.
+    """
+    said = str(error)
+    reason = re.search(r"because ([^.\n]+)", said)
+    node = re.search(r"\bip: (\S+)", said)
+    where = f" on node {node[1]}" if node else ""
+    return UserError(
+        f"{who} died {times} {'time' if times == 1 else 'times'}, at last{where}, as "
+        f"{reason[1] if reason else said.splitlines()[0]}; cluster.max_failures is {times - 1}: see whether that node "
+        "is there and has memory enough, or raise it, then run the same command again, which goes on where it stopped"
+    )
 
 
 @contextlib.contextmanager

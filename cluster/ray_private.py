@@ -18,6 +18,7 @@ import tqdm
 from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.exceptions import RayActorError
 from ray.experimental import tqdm_ray
 from ray.train.torch import TorchTrainer
 
@@ -99,6 +100,15 @@ class PlainTrainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: object) -> None:
         """Nothing."""
+
+
+def death(failure: Exception) -> RayActorError | None:
+    """What killed a training worker, of a failure that Ray Train names; None where it has raised an error.
+
+    Ray Train wraps the death of a process, and the loss of its node, in an exception of its own.
+    """
+    inner = getattr(failure, "health_check_failure", failure)
+    return inner if isinstance(inner, RayActorError) else None
 
 
 def quiet_training_worker() -> None:

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch, check_nodes, say_if_busy
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, say_if_busy
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
@@ -97,6 +97,11 @@ class ClusterConfig:
         return "cuda" if self.gpu else "cpu"
 
     @property
+    def joined(self) -> str:
+        """The address of the cluster that is there already; "" where a local one is started."""
+        return self.address or os.environ.get("RAY_ADDRESS", "")
+
+    @property
     def need(self) -> Need:
         """What all workers, and one task that decodes, reserve."""
         return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
@@ -116,8 +121,7 @@ def connect_ray(config: ClusterConfig) -> None:
     if not ray.is_initialized():
         set_environment()
         handler = signal.getsignal(signal.SIGTERM)
-        address = config.address or os.environ.get("RAY_ADDRESS")
-        if address:
+        if address := config.joined:
             replace(config, address=address)  # checks it, too
             try:
                 ray.init(address=address, logging_level=logging.WARNING)
@@ -146,7 +150,7 @@ def connect_ray(config: ClusterConfig) -> None:
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
-    if config.address or os.environ.get("RAY_ADDRESS"):  # else there are no others
+    if config.joined:  # else there are no others
         say_if_busy(need, ray.available_resources)
 
 
@@ -205,7 +209,7 @@ def finished_on_actors(
 
     Raises:
         Exception: what a call has raised, as it was raised there.
-        UserError: nodes are gone, and have not come back.
+        UserError: an actor has died too often; or nodes are gone, and have not come back.
     """
     remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(
         type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
@@ -238,8 +242,10 @@ def finished_on_actors(
             # Ray's own max_restarts and max_task_retries raise ActorUnavailableError through themselves (2.60).
             except RayActorError as error:  # it or its node has died: another one does the work again
                 deaths[position] += 1
-                if error.actor_init_failed or deaths[position] > config.max_failures:
+                if error.actor_init_failed:
                     raise
+                if deaths[position] > config.max_failures:
+                    raise died(f"the actor {actor_class.__name__}", deaths[position], error) from error
                 if actors[slot] is actor:
                     ray.kill(actor)
                     actors[slot] = start()

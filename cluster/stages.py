@@ -19,6 +19,7 @@ from bld_core.storage.addresses import without_query
 from bld_core.storage.records import Fault, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
+from cluster.nodes import check_access
 from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 
@@ -65,6 +66,7 @@ def open_stage(
     fresh: bool = False,
     on_change: Literal["refuse", "redo"] = "refuse",
     faults: Callable[[], list[Fault]] | None = None,
+    reads: Sequence[str] = (),
 ) -> Generator[Stage]:
     """Open a stage for work, or find it done.
 
@@ -77,10 +79,11 @@ def open_stage(
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
         faults: what is wrong with a finished stage by its own record: these files are set aside, and the stage is not
             done. By default, what shows in the result file itself.
+        reads: files outside of the experiment that each node must reach, some of each kind.
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
-            is too small for the work. Nothing is deleted then.
+            is too small for the work, or one of its nodes cannot reach the files. Nothing is deleted then.
     """
     # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
     from cluster.tracking.runs import Ending, known_run, start_run
@@ -120,6 +123,8 @@ def open_stage(
             return
         open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
         connect_ray(experiment.cluster)
+        if experiment.cluster.joined:
+            check_access([experiment.folder, *reads])
         run = start_run(experiment, name, record["run"] if record else None)
         if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)
@@ -138,6 +143,19 @@ def open_stage(
             raise
         finally:
             run.end(how)
+
+
+def end_killed(experiment: Experiment, name: str) -> None:
+    """Mark the run of a stage killed, where the process that worked on it was ended before it could."""
+    from cluster.tracking.runs import find_run, known_run
+
+    record = read_stage(files.join(experiment.folder, name), name)
+    if record is None:
+        return
+    tracking = experiment.tracking
+    found = find_run(tracking.resolve(experiment.root), record["run"], tracking.patience)
+    if found is not None and found.info.status == "RUNNING":
+        known_run(experiment, name, record["run"]).end("KILLED")
 
 
 def read_stage(folder: str, name: str) -> dict[str, Any] | None:

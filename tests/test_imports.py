@@ -63,7 +63,7 @@ ARROWS = {
     "cluster.runtime": "console nodes ray_private",
     "cluster.config": "secrets runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
-    "cluster.stages": "secrets console runtime config tracking",
+    "cluster.stages": "secrets console nodes runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
     "cluster.sampling": "lineage runtime config stages",

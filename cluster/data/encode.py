@@ -109,9 +109,8 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
     if experiment.data.names:
         fingerprint["class_names"] = list(experiment.data.names)
     folder = files.join(experiment.folder, LATENTS)
-    with open_stage(
-        experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=lambda: _faults(experiment, jobs, deep=mend)
-    ) as stage:
+    faults, reads = lambda: _faults(experiment, jobs, deep=mend), [jobs[0].source]
+    with open_stage(experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=faults, reads=reads) as stage:
         if not stage.done:
             listed = {file.file: file for file in _listed(folder)}
             jobs = [job._replace(listed=listed.get(job.file)) for job in jobs]

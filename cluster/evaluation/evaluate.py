@@ -102,7 +102,10 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     """
     inputs = _open(experiment)
     artifacts, fingerprint = inputs.artifacts, inputs.identity
-    with open_stage(experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo") as stage:
+    reads = inputs.shards[:1]
+    with open_stage(
+        experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo", reads=reads
+    ) as stage:
         report_url, measured_url = (stage.url(name) for name in (_REPORT, _MEASURED))
         if stage.done:
             return files.read_json(report_url)

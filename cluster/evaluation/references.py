@@ -253,7 +253,7 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
         del fingerprint["seed"]  # nothing is drawn or trained
         digest = files.sha256(json.dumps(fingerprint, sort_keys=True).encode())
         owner, name = replace(experiment, name=_SHARED), f"{space.name}-{digest[:12]}"
-    with open_stage(owner, name, fingerprint, _RESULT, on_change="redo") as stage:
+    with open_stage(owner, name, fingerprint, _RESULT, on_change="redo", reads=train[:1]) as stage:
         if not stage.done:
             _make(experiment, space, train, held_out, stage)
         made = files.read_json(stage.url(_RESULT))

@@ -18,7 +18,8 @@ from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.nodes import nodes_watched
-from cluster.runtime import connect_ray
+from cluster.runtime import connect_ray, unwrap
+from cluster.stages import end_killed
 from cluster.storage import run_storage
 from cluster.tracking.store import known_to_be_there, open_client
 from cluster.training.train import train_prior
@@ -85,9 +86,16 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
         tune_config=TuneConfig(metric="bound", mode="min", max_concurrent_trials=experiment.sweep.concurrent),
         run_config=RunConfig(name="tune", **run_storage(folder), verbose=0),
     )
-    with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
-        results = tuner.fit()
+    try:
+        with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
+            results = tuner.fit()
+    finally:
+        for trial in trials.values():
+            end_killed(trial, "prior")  # a stopped sweep ends the processes of its trials at once
     if results.errors:
+        for failure in map(unwrap, results.errors):
+            if isinstance(failure, UserError):
+                raise failure
         raise RuntimeError(f"{len(results.errors)} of {len(trials)} trials failed; the first: {results.errors[0]}")
     rows = [
         Trial(

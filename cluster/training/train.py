@@ -34,6 +34,7 @@ from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
 from bld_core.precision import ieee_float32
 from bld_core.storage import files
+from bld_core.storage.files import FullError
 from bld_core.trained import AutoencoderRecord, read_autoencoder
 from bld_core.training.checkpoint import CONFIG, save_model, save_state
 from bld_core.training.loop import Report, TrainState, make_state, train
@@ -43,8 +44,8 @@ from cluster.console import Progress, on_terminal
 from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.nodes import nodes_watched
-from cluster.ray_private import PlainTrainer, bar, quiet_training_worker
+from cluster.nodes import died, nodes_watched
+from cluster.ray_private import PlainTrainer, bar, death, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
@@ -92,7 +93,8 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
         "shards": files.fingerprint(shards),
     }
     faults = partial(training_faults, files.join(experiment.folder, "autoencoder"), mend)
-    with open_stage(experiment, "autoencoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
+    result, reads = f"{FINAL}/{CONFIG}", shards[:1]
+    with open_stage(experiment, "autoencoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(experiment.autoencoder),
@@ -204,7 +206,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
         with nodes_watched(cluster.need, cluster.patience):
             result = trainer.fit()
     except TrainingFailedError as error:
-        if (failure := _user_error(error)) is not None:
+        if (failure := _user_error(error) or _deaths(error, cluster)) is not None:
             raise failure from error
         raise
     if result.return_value is not None:
@@ -221,6 +223,15 @@ def _user_error(error: TrainingFailedError) -> UserError | None:
     failures += [error.controller_failure] if isinstance(error, ControllerError) else []
     found = [files.full(failure) or failure for failure in map(unwrap, failures)]
     return next((failure for failure in found if isinstance(failure, UserError)), None)
+
+
+def _deaths(error: TrainingFailedError, cluster: ClusterConfig) -> UserError | None:
+    """What to say of a training whose workers, or their nodes, have died too often; the others fail by that, too."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
+    deaths = [found for failure in failures if (found := death(failure)) is not None]
+    if not deaths:
+        return None
+    return died("a training worker" if len(deaths) == 1 else "training workers", cluster.max_failures + 1, deaths[0])
 
 
 @dataclass(frozen=True)
@@ -287,7 +298,9 @@ def _work(settings: dict[str, Job]) -> Exception | None:
             if due:
                 metrics = _evaluate(task, state, run, worker, job.folder)
             if due or keep or snapshot:
-                _meet(state, metrics, positions, worker, job.folder if keep else None)
+                failure = _meet(state, metrics, positions, worker, job.folder if keep else None)
+                if failure is not None:
+                    return failure
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
     finally:
@@ -349,20 +362,26 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, fo
 
 def _meet(
     state: TrainState, metrics: dict[str, float], positions: list[list[int]], worker: Worker, folder: str | None
-) -> None:
+) -> FullError | None:
     """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
 
-    The checkpoint is written by us, where an upload that fails is an error: pyarrow, which Ray would copy
-    it with, closes remote files without looking whether that went well. Ray is not told of it.
+    Returns on every rank that there is no space for it, which no restart would change. The checkpoint is written by us,
+    where an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without looking
+    whether that went well. Ray is not told of it.
     """
-    if worker.rank or folder is None:
-        ray.train.report({"step": state.step})
-        return
-    url = files.join(folder, checkpoint_name(state.step))
-    save_state(url, state, {"positions": positions, "metrics": metrics})
-    for old in checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
-        files.remove(old)
+    full = ""
+    if folder is not None and worker.rank == 0:
+        url = files.join(folder, checkpoint_name(state.step))
+        try:
+            save_state(url, state, {"positions": positions, "metrics": metrics})
+        except FullError as error:
+            full = str(error)
+        else:
+            for old in checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
+                files.remove(old)
     ray.train.report({"step": state.step})
+    full = worker.said_by_all(full) if folder is not None else ""
+    return FullError(full) if full else None
 
 
 def _gather(position: list[int], worker: Worker) -> list[list[int]]:

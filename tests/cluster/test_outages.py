@@ -22,8 +22,11 @@ import torch
 from torch import nn
 
 import cluster.training.train as cluster_train
+from bld_core.storage import files
 from bld_core.training.loop import Batch
 from cluster.console import user_errors_answered
+from cluster.nodes import check_access
+from cluster.runtime import ClusterConfig, connect_ray
 from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
 from cluster.training.train import train_autoencoder
 from tests.conftest import small_experiment, small_training
@@ -128,10 +131,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.long
-def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(digits: dict[str, str], disk: Path) -> None:
-    command = Command(disk, digits)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(
+    workers: int, digits: dict[str, str], disk: Path
+) -> None:
+    command = Command(disk, digits, workers=workers)
     command.wait_for(" left  loss")
-    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 16)))
+    with contextlib.suppress(OSError):  # a checkpoint that is under way is there before it
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 16)))
     assert command.ends() == 2, command.said()
     *_, last = command.said().splitlines()
     assert re.fullmatch(
@@ -160,9 +167,10 @@ def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: 
 class Nodes:
     """A Ray cluster of nodes of one core that are processes of this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *lacking: str) -> None:
         self.folder, self.port = folder, free_port()
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
+        self.environment = {name: os.environ[name] for name in names}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -187,6 +195,10 @@ class Nodes:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
 
+    def end(self) -> None:
+        while self.processes:
+            self.kill()
+
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
@@ -194,8 +206,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     try:
         yield made
     finally:
-        while made.processes:
-            made.kill()
+        made.end()
 
 
 @pytest.mark.long
@@ -228,3 +239,45 @@ def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
         "cluster.patience is 10 s: bring the nodes back, or lower cluster.workers, and run the same command" in message
     )
     assert command.run_status() == "FAILED"
+
+
+def look(address: str, urls: list[str]) -> None:
+    """What each stage does first on a cluster that is there already."""
+    with user_errors_answered({}):
+        connect_ray(ClusterConfig(address=address, cpus_per_worker=0.5))
+        check_access(urls)
+
+
+@pytest.mark.long
+def test_what_only_the_command_can_reach_is_said_with_the_names_of_the_variables_that_a_node_lacks(
+    s3: str, digits: dict[str, str], tmp_path: Path
+) -> None:
+    files.write_bytes(f"{s3}/access/a.tar", Path(files.expand(digits["validation"])[0]).read_bytes())
+    nodes = Nodes(tmp_path, "AWS_ACCESS_KEY_ID", "AWS_SECRET")
+    keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+
+    def said(*urls: str) -> tuple[int, str]:
+        call = "import json, sys; from tests.cluster.test_outages import look; look(*json.loads(sys.argv[1]))"
+        arguments = json.dumps([f"127.0.0.1:{nodes.port}", urls])
+        command = [sys.executable, "-c", call, arguments]
+        while True:
+            done = subprocess.run(
+                command, cwd=REPOSITORY, env=os.environ | keys, capture_output=True, text=True, check=False
+            )
+            if "no Ray cluster answers" not in done.stderr:
+                return done.returncode, done.stderr
+
+    try:
+        assert said(str(tmp_path), digits["train"].replace("{0000..0003}", "0000"))[0] == 0
+        code, error = said(str(tmp_path), f"{s3}/access/a.tar")
+        assert code == 2, error
+        assert re.search(
+            r"error: node \S+ cannot reach what its workers need: cannot look for 's3://bucket/access/a.tar': .*; it "
+            r"lacks AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, which are set here: set them where `ray start` runs",
+            error,
+        ), error
+        assert "testsecret" not in error
+        session = Path(os.path.realpath("/tmp/ray/session_latest"))
+        assert [path for path in session.rglob("*.*") if path.is_file() and b"testsecret" in path.read_bytes()] == []
+    finally:
+        nodes.end()

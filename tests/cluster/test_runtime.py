@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
 
 import cluster.nodes
 from bld_core.errors import UserError
@@ -45,7 +44,7 @@ def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> No
         finished_on_actors(Fragile, (tmp_path / str(deaths), deaths), "square", [3], config) for deaths in (1, 2)
     )
     assert list(once) == [(0, 9)]
-    with pytest.raises(RayActorError):
+    with pytest.raises(UserError, match=r"the actor Fragile died 2 times, at last on node \S+, as its worker process"):
         list(twice)
 
 

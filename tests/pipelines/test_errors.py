@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import _thread
 import ast
 import importlib.util
+import os
 import re
+import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
@@ -18,6 +25,7 @@ import yaml
 from torch import Tensor
 
 import cluster.sampling.inpainting
+import cluster.training.sweep
 import cluster.training.train
 from bld_core.errors import UserError
 from bld_core.training.loop import Batch
@@ -261,6 +269,62 @@ class FaultyTask(PriorTask):
 class RefusingTask(PriorTask):
     def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
         raise UserError(f"`batch_size` is {self.training.batch_size}; it must not be", self.training)
+
+
+class DyingTask(PriorTask):
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@pytest.mark.long
+def test_a_training_worker_that_dies_too_often_is_one_message(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machines = replace(encoded.cluster, workers=1, max_failures=1)
+    root = copy_of(encoded, tmp_path, "autoencoder", "latents")
+    flags = flags_of(replace(encoded, root=str(root), cluster=machines), tmp_path)
+    monkeypatch.setattr(cluster.training.train, "PriorTask", DyingTask)
+    assert run(monkeypatch, "stage2_prior.py", *flags) == 2
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(
+        r"error: a training worker died 2 times, at last on node \S+, as its worker process has died; "
+        r"cluster\.max_failures is 1: see whether .* memory enough, or raise it, then run the same command again, .*",
+        said,
+    )
+
+
+def refuse(trial: Experiment, source: str = "") -> str:
+    del source
+    raise UserError(f"`steps` is {trial.sampling.steps}; it must not be", trial.sampling)
+
+
+@pytest.mark.long
+def test_a_trial_of_a_sweep_tells_whose_mistake_it_is_and_one_that_is_stopped_leaves_no_open_run(
+    encoded: Experiment,
+    tmp_path: Path,
+    ctrl_c: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = copy_of(encoded, tmp_path, "autoencoder", "latents")
+    sweep = replace(encoded.sweep, vlb_weights=[0.0], schedules=["cosine"], steps=100_000)
+    experiment = replace(encoded, root=str(root), sweep=sweep)
+    flags = flags_of(experiment, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.training.sweep, "train_prior", refuse)
+        assert run(monkeypatch, "sweep_prior.py", *flags) == 2
+    assert capsys.readouterr().err.endswith("error: sampling.steps is 4; it must not be\n")
+
+    def stop() -> None:
+        while not list(root.glob("small/sweep/lambda0-cosine/prior/checkpoint-*/meta.json")):
+            time.sleep(0.1)
+        _thread.interrupt_main()
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert run(monkeypatch, "sweep_prior.py", *flags) == 130
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        assert database.execute("SELECT status FROM runs WHERE name = 'prior'").fetchall() == [("KILLED",)]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
