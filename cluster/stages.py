@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from filelock import Timeout, UnixFileLock
 from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query
-from bld_core.storage.records import Fault, read_record, set_aside, write_record
+from bld_core.storage.records import Fault, named_faults, part_of, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
 from cluster.nodes import check_access
@@ -39,12 +39,17 @@ class Stage:
         name: of the stage and of its folder.
         run: the MLflow run.
         done: the stage was finished earlier; there is nothing to do.
+        result: the file that is written last.
+        record: what the stage's record says of it.
     """
 
     experiment: Experiment
     name: str
     run: Run
     done: bool
+    result: str
+    record: Mapping[str, Any]
+    _written: dict[str, dict[str, int | str]] = field(default_factory=dict[str, dict[str, int | str]])
 
     @property
     def folder(self) -> str:
@@ -54,6 +59,13 @@ class Stage:
     def url(self, file: str) -> str:
         """Of a file or folder in the stage's folder."""
         return files.join(self.folder, file)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the stage. Its record then knows it, from the time at which the result, the last, appears."""
+        self._written[name] = part_of(data)
+        if name == self.result:
+            _write_record(self.folder, {**self.record, "files": self._written})
+        files.write_bytes(self.url(name), data)
 
 
 @contextlib.contextmanager
@@ -78,7 +90,7 @@ def open_stage(
         fresh: delete what is there and start over.
         on_change: what to do with a stage of another fingerprint: keep it safe, or make it again (cheap results).
         faults: what is wrong with a finished stage by its own record: these files are set aside, and the stage is not
-            done. By default, what shows in the result file itself.
+            done. By default, what shows in the result file itself, and in the files that `Stage.write` has written.
         reads: files outside of the experiment that each node must reach, some of each kind.
 
     Raises:
@@ -115,11 +127,11 @@ def open_stage(
                 f"--name, or delete them with {_anew(name)}"
             )
         complete = record is not None and files.exists(files.join(folder, result))
-        look = faults or partial(_result_faults, files.join(folder, result))
+        look = faults or partial(_faults, folder, result, record or {})
         wrong = look() if complete else []
         if record is not None and complete and not wrong:
             print(f"{name}: already done in {folder}", flush=True)
-            yield Stage(experiment, name, known_run(experiment, name, record["run"]), done=True)
+            yield Stage(experiment, name, known_run(experiment, name, record["run"]), True, result, record)
             return
         open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
         connect_ray(experiment.cluster)
@@ -128,15 +140,15 @@ def open_stage(
         run = start_run(experiment, name, record["run"] if record else None)
         if outdated:  # only now, when nothing else can refuse the start
             files.remove(folder)
+        started = {"stage": name, "run": run.run_id, "fingerprint": fingerprint}
         if record is None or record["run"] != run.run_id:
-            for file in (RECORD, _COPY):
-                write_record(files.join(folder, file), {"stage": name, "run": run.run_id, "fingerprint": fingerprint})
+            _write_record(folder, started)
         for url, reason in wrong:
             aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
             print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
         how: Ending = "KILLED"  # by Ctrl-C or a signal
         try:
-            yield Stage(experiment, name, run, done=False)
+            yield Stage(experiment, name, run, False, result, started)
             how = "FINISHED"
         except Exception:
             how = "FAILED"
@@ -187,15 +199,22 @@ def _of_stage(url: str, name: str) -> dict[str, Any]:
     return record
 
 
-def _result_faults(url: str) -> list[Fault]:
-    """What is wrong with a result file: whether a JSON file is one."""
-    if not url.endswith(".json"):
-        return []
-    try:
-        read_record(url)
-    except DamagedError as error:
-        return [Fault(error.url, error.reason)]
-    return []
+def _write_record(folder: str, record: Mapping[str, Any]) -> None:
+    """Write the record of a stage, and its copy."""
+    for file in (RECORD, _COPY):
+        write_record(files.join(folder, file), record)
+
+
+def _faults(folder: str, result: str, record: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with the files that a record knows, all of which are read; and with a result that is JSON."""
+    found = named_faults(folder, record, RECORD)
+    if result.endswith(".json") and not found:
+        url = files.join(folder, result)
+        try:
+            read_record(url)
+        except DamagedError as error:
+            found.append(Fault(error.url, error.reason))
+    return found
 
 
 def faulty(stage: str, folder: str, faults: Sequence[Fault]) -> UserError:

@@ -376,19 +376,23 @@ def read_json(url: str) -> dict[str, Any]:
 
 
 def write_json(url: str, data: dict[str, Any]) -> None:
-    """Write a JSON object, indented, keys in the order given, committed.
+    """Write a JSON object, committed; the errors of `json_bytes`, before anything is written."""
+    write_bytes(url, json_bytes(url, data))
+
+
+def json_bytes(url: str, data: dict[str, Any]) -> bytes:
+    """A JSON object as a file, indented, keys in the order given.
 
     Raises:
-        ValueError: NaN or infinity in it, which other programs than Python's cannot read; nothing is written.
+        ValueError: NaN or infinity in it, which other programs than Python's cannot read.
     """
     try:
-        text = json.dumps(data, indent=2, allow_nan=False)
+        return f"{json.dumps(data, indent=2, allow_nan=False)}\n".encode()
     except ValueError as error:
         raise ValueError(
             f"{url!r} cannot hold what it is to hold ({error}): a number in it has become NaN or infinite; look at the "
             "step that made it"
         ) from error
-    write_bytes(url, f"{text}\n".encode())
 
 
 def remove(url: str) -> None:

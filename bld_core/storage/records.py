@@ -6,6 +6,7 @@ size, are taken as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from bld_core.storage.patience import persist
 
 _DIGEST = "record_sha256"
 _ASIDE = ".damaged"
+_BLOCK_BYTES = 8 << 20
 
 
 class Part(NamedTuple):
@@ -82,6 +84,16 @@ def part_of(data: bytes) -> dict[str, int | str]:
     return Part(files.sha256(data), len(data))._asdict()
 
 
+def part_of_file(url: str) -> dict[str, int | str]:
+    """The same of a file that is there, read a block at a time."""
+    digest, size = hashlib.sha256(), 0
+    with files.open_read(url) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return Part(digest.hexdigest(), size)._asdict()
+
+
 def read_file(url: str, stages: tuple[str, ...] = ()) -> bytes:
     """The whole file.
 
@@ -136,6 +148,18 @@ def part_faults(
             except DamagedError as error:
                 found.append(Fault(url, error.reason))
     return found
+
+
+def named_faults(folder: str, record: Mapping[str, Any], name: str) -> list[Fault]:
+    """What is wrong with the files that a record names in `files`, all of which are read; those of `part_of`.
+
+    Args:
+        folder: of the files.
+        record: that of an early version names none.
+        name: of the record.
+    """
+    parts = {file: Part(**part) for file, part in record.get("files", {}).items()}
+    return part_faults(folder, sizes(folder), parts, name, deep=True) if parts else []
 
 
 def sizes(folder: str) -> dict[str, int | None]:

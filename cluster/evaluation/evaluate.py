@@ -15,9 +15,17 @@ from PIL import Image
 from bld_core.data.images import check_shards
 from bld_core.data.pictures import fitting, grid, png, reconstruction_grid
 from bld_core.diffusion.bound import Bound, merge_bounds
-from bld_core.errors import MissingError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage import files
-from bld_core.storage.records import read_record
+from bld_core.storage.records import (
+    Fault,
+    named_faults,
+    part_of,
+    part_of_file,
+    read_record,
+    set_aside,
+    write_record,
+)
 from bld_core.storage.weights import VGG16
 from cluster.config.artifacts import Artifacts, open_finished
 from cluster.config.experiment import Experiment
@@ -27,14 +35,15 @@ from cluster.evaluation.cas import cas_experiment, measure_cas
 from cluster.evaluation.neighbours import find_neighbours
 from cluster.evaluation.pieces import KeptPieces, Piece, Result
 from cluster.evaluation.references import Reference, Space, check_space, make_reference, spaces_of
-from cluster.evaluation.sample_metrics import SHOWN, Samples, check_references, over_seeds
+from cluster.evaluation.sample_metrics import SAMPLES, SHOWN, Samples, check_references, over_seeds
 from cluster.lineage import lineage
 from cluster.plots import bit_usage_plot, profile_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, bound_pieces, draw_pieces, drawn_labels
 from cluster.stages import Stage, open_stage
 
-_REPORT, _MEASURED, _PIECES = "report.json", "measured.json", "pieces"
+REPORT = "report.json"
+_MEASURED, _PIECES = "measured.json", "pieces"
 _PICTURE_IMAGES = 32
 # Of the work, not of what is measured: metrics are the same whatever these are.
 _NOT_MEASURED = ("batch_size", "neighbours", "export")
@@ -103,33 +112,51 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     inputs = _open(experiment)
     artifacts, fingerprint = inputs.artifacts, inputs.identity
     reads = inputs.shards[:1]
-    with open_stage(
-        experiment, "evaluation", fingerprint, _REPORT, fresh=fresh, on_change="redo", reads=reads
-    ) as stage:
-        report_url, measured_url = (stage.url(name) for name in (_REPORT, _MEASURED))
+    with open_stage(experiment, "evaluation", fingerprint, REPORT, fresh=fresh, on_change="redo", reads=reads) as stage:
+        report_url, measured_url = (stage.url(name) for name in (REPORT, _MEASURED))
         if stage.done:
-            return files.read_json(report_url)
+            return read_record(report_url)
         stage.run.tags(lineage(artifacts.autoencoder, artifacts.prior))
         pictures: dict[str, Image.Image] = {}
-        if not files.exists(measured_url):  # kept before what may wait for a server, or be interrupted in training
+        if not _is_whole(stage.folder):  # kept before what may wait for a server, or be interrupted in training
             report, pictures = _measured(inputs, stage)
+            parts: dict[str, dict[str, int | str]] = {}
             for name, picture in pictures.items():
-                files.write_bytes(stage.url(name), png(picture))
-            about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], **artifacts.identity}
-            files.write_json(measured_url, report | about)
+                data = png(picture)
+                parts[name] = part_of(data)
+                files.write_bytes(stage.url(name), data)
+            if files.exists(npz := stage.url(SAMPLES)):
+                parts[SAMPLES] = part_of_file(npz)
+            about = {"protocol": _protocol(fingerprint), "pictures": [*pictures], "files": parts}
+            write_record(measured_url, report | about | artifacts.identity)
         files.remove(stage.url(_PIECES))
-        report = files.read_json(measured_url)
+        report = read_record(measured_url)
         if inputs.has_prior and experiment.evaluation.cas_steps:
             report["figures"] |= measure_cas(cas_experiment(experiment), inputs.shards, fingerprint)
         for name in report.pop("pictures"):
             stage.run.picture(pictures[name] if name in pictures else _picture(stage.url(name)), name)
         stage.run.metrics(report["figures"], 0)
-        files.write_json(report_url, report)
+        write_record(report_url, report)
         return report
 
 
 def _picture(url: str) -> Image.Image:
     return Image.open(io.BytesIO(files.read_bytes(url)))
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether all was measured by an earlier start, and is as that has written it; what is not is set aside."""
+    url = files.join(folder, _MEASURED)
+    if not files.exists(url):
+        return False
+    try:
+        faults = named_faults(folder, read_record(url), _MEASURED)
+    except DamagedError as error:
+        faults = [Fault(error.url, error.reason)]
+    for fault in faults:
+        aside = f", and is set aside as {set_aside(fault.url)!r}" if files.exists(fault.url) else ""
+        print(f"evaluation: {fault.url!r} {fault.reason}{aside}; all is measured again", flush=True)
+    return not faults
 
 
 def check_evaluation(experiment: Experiment) -> None:
@@ -229,7 +256,7 @@ def read_report(folder: str, trained: Artifacts) -> dict[str, Any]:
         DamagedError: the report is damaged.
         UserError: it is about other weights.
     """
-    url = files.join(folder, "evaluation", _REPORT)
+    url = files.join(folder, "evaluation", REPORT)
     if not files.exists(url):
         raise MissingError(f"{url!r} is missing: evaluate first", stages=("evaluation",))
     report = read_record(url, ("evaluation",))

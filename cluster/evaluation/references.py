@@ -22,6 +22,7 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.selection import Selection
 from bld_core.precision import ieee_float32
 from bld_core.storage import files
+from bld_core.storage.records import read_record
 from bld_core.storage.weights import DINOV2, EFFICIENTNET_LITE0, INCEPTION, VGG16
 from bld_core.training.checkpoint import load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
@@ -256,7 +257,7 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
     with open_stage(owner, name, fingerprint, _RESULT, on_change="redo", reads=train[:1]) as stage:
         if not stage.done:
             _make(experiment, space, train, held_out, stage)
-        made = files.read_json(stage.url(_RESULT))
+        made = read_record(stage.url(_RESULT))
         moments, features = FeatureMoments(), torch.zeros(0)
         if space.has_moments:
             tensors = load_tensors(files.read_bytes(stage.url(_MOMENTS)))
@@ -293,19 +294,19 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
         digests.append(_save(stage, _MOMENTS, {"mean": of_train.mean, "scatter": of_train.scatter}))
         statistics = io.BytesIO()
         np.savez(statistics, mu=of_train.mean.numpy(), sigma=of_train.covariance.numpy())
-        files.write_bytes(stage.url(_STATISTICS), statistics.getvalue())
+        stage.write(_STATISTICS, statistics.getvalue())
     if kept:
         digests.append(_save(stage, _FEATURES, {"features": chosen.features}))
     stage.run.metrics(metrics, 0)
     made = {"space": space.name, "sha256": space.sha256, "hash": files.sha256("".join(digests).encode())}
     images = of_train.count if space.has_moments else len(chosen.features)
     counts = {"images": images, "held_out_images": of_held_out.count}
-    files.write_json(stage.url(_RESULT), made | counts | {"figures": metrics})
+    stage.write(_RESULT, files.json_bytes(_RESULT, made | counts | {"figures": metrics}))
 
 
 def _save(stage: Stage, name: str, tensors: dict[str, Tensor]) -> str:
     data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-    files.write_bytes(stage.url(name), data)
+    stage.write(name, data)
     return files.sha256(data)
 
 

@@ -24,6 +24,8 @@ from cluster.evaluation.export import samples_npz
 from cluster.evaluation.references import Reference
 
 SHOWN = 80  # samples of the picture
+SAMPLES = "samples.npz"
+"""What the samples are exported to."""
 _CLASSIFIER_IMAGES = 5000
 _ROWS_AT_ONCE = 1000  # of a table of distances: 200 MB for 50,000 columns
 
@@ -63,7 +65,7 @@ class Samples:
         """Write what is added to <folder>/samples.npz."""
         config, data = self.experiment.evaluation, self.experiment.data
         shape = (config.samples, data.image_size, data.image_size, data.channels)
-        with samples_npz(files.join(folder, "samples.npz"), shape, self.labels) as self._write:
+        with samples_npz(files.join(folder, SAMPLES), shape, self.labels) as self._write:
             yield
 
     def add(self, drawn: Drawn) -> None:

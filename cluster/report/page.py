@@ -17,11 +17,11 @@ from PIL import Image
 
 from bld_core.data.pictures import png
 from bld_core.storage import files
-from bld_core.storage.records import read_record
+from bld_core.storage.records import Part, read_part, read_record
 from bld_core.trained import AutoencoderRecord
 from cluster.config.artifacts import open_trained
 from cluster.config.experiment import Experiment
-from cluster.evaluation.evaluate import read_report
+from cluster.evaluation.evaluate import REPORT, read_report
 from cluster.lineage import git_commit, lineage
 from cluster.plots import Line, Panel, bit_usage_figure, panels_figure, svg
 from cluster.report.paper import PaperTable, tables_for
@@ -132,7 +132,8 @@ def _pictures(folder: str, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name in sorted(
         names, key=lambda name: (list(_CAPTIONS).index(name) if name in _CAPTIONS else len(_CAPTIONS), name)
     ):
-        data = files.read_bytes(files.join(folder, name))
+        url, part = files.join(folder, name), report.get("files", {}).get(name)
+        data = read_part(url, Part(**part), REPORT, ("evaluation",)) if part else files.read_bytes(url)
         picture = Image.open(io.BytesIO(data))
         if picture.width > _WIDEST:
             data = png(picture.resize((_WIDEST, picture.height * _WIDEST // picture.width), Image.Resampling.LANCZOS))

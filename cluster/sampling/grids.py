@@ -104,8 +104,8 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
             pictures["grid.png"] = grid(images, len(columns))
             for file, picture in pictures.items():
                 stage.run.picture(picture, file)
-                files.write_bytes(stage.url(file), png(picture))
+                stage.write(file, png(picture))
             npz = io.BytesIO()
             np.savez(npz, arr_0=images.numpy(), arr_1=np.asarray(labels))
-            files.write_bytes(stage.url("samples.npz"), npz.getvalue())
+            stage.write("samples.npz", npz.getvalue())
         return picture_url

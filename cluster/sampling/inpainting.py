@@ -168,5 +168,5 @@ def inpaint(experiment: Experiment, settings: InpaintConfig, fresh: bool = False
             rows = [torch.cat([images[i : i + 1], masked[i : i + 1], made]) for i, made in enumerate(drawn)]
             picture = grid(torch.cat(rows), 2 + settings.completions)
             stage.run.picture(picture, "inpainting.png")
-            files.write_bytes(picture_url, png(picture))
+            stage.write("inpainting.png", png(picture))
         return picture_url

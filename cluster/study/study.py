@@ -18,6 +18,7 @@ from bld_core.data.pictures import png
 from bld_core.errors import UserError
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.storage import files
+from bld_core.storage.records import read_record
 from bld_core.storage.weights import EFFICIENTNET_LITE0
 from bld_core.trained import read_prior
 from cluster.config.artifacts import Codes, open_encoded
@@ -81,7 +82,6 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         **experiment.fingerprint(),
     }
     with open_stage(experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
-        table_url = stage.url("table.json")
         if not stage.done:
             source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
@@ -109,10 +109,10 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             picture = _plot(made)
             stage.run.picture(picture, "plot.png")
             stage.run.text(study_table(made), "table.txt")
-            files.write_bytes(stage.url("plot.png"), png(picture))
-            files.write_bytes(stage.url("table.txt"), f"{study_table(made)}\n".encode())
-            files.write_json(table_url, made)
-        return files.read_json(table_url)
+            stage.write("plot.png", png(picture))
+            stage.write("table.txt", f"{study_table(made)}\n".encode())
+            stage.write("table.json", files.json_bytes("table.json", made))
+        return read_record(stage.url("table.json"))
 
 
 def _trained_hash(variant: Experiment, fresh: bool, source: str) -> str:

@@ -12,11 +12,16 @@ import pytest
 
 from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
-from bld_core.storage.records import write_record
+from bld_core.storage.records import part_of, read_record, write_record
 from bld_core.trained import load_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents, verify_latents
+from cluster.evaluation.config import EvaluationConfig, StudyConfig
+from cluster.evaluation.evaluate import evaluate
+from cluster.evaluation.references import Space, make_references
+from cluster.report.page import write_report
+from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.training.checkpoints import verify_training
 from cluster.training.train import train_prior
 from tests.conftest import copy_of
@@ -199,6 +204,66 @@ def test_a_damaged_stage_record_is_written_again_from_its_copy(
     Path(spoiled.folder, "prior/stage.copy.json").unlink()
     with pytest.raises(UserError, match=r"stage\.json' is not JSON .*pipelines/stage2_prior.py --fresh"):
         train_prior(spoiled)
+
+
+def test_a_damaged_file_of_samples_is_named_and_made_again(
+    whole: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = replace(whole, root=str(copy_of(whole, tmp_path, *STAGES)))
+    settings = GridConfig(rows=1)
+    picture = Path(draw_grid(experiment, settings))
+    before = picture.read_bytes()
+    draw_grid(experiment, settings)
+    assert "already done" in capsys.readouterr().out
+    for name, damage in (("grid.png", "deleted"), ("samples.npz", "a bit flipped")):
+        Mutation(name, damage, 3).apply(picture.parent)
+        draw_grid(experiment, settings)
+        said = capsys.readouterr().out
+        assert re.search(rf"samples/.*/{name}' .*; it is made again", said), said
+        assert picture.read_bytes() == before
+    record = read_record(str(picture.with_name("stage.json")))
+    del record["files"]  # as an early version wrote it
+    for name in ("stage.json", "stage.copy.json"):
+        write_record(str(picture.with_name(name)), record)
+    draw_grid(experiment, settings)
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_damage_to_a_reference_is_found_where_it_is_read_and_to_an_evaluation_where_it_is_shown(
+    whole: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = replace(
+        whole,
+        root=str(copy_of(whole, tmp_path, *STAGES)),
+        evaluation=EvaluationConfig(samples=20, batch_size=20, classifier=True, export="npz"),
+        study=StudyConfig(classifier_steps=2),
+    )
+    report = evaluate(experiment)
+    folder = Path(experiment.folder, "evaluation")
+    assert set(report["files"]) == {"samples.npz", *report_pictures(folder)}
+    for name, part in report["files"].items():
+        assert part == part_of((folder / name).read_bytes())
+    [reference] = make_references(experiment, [Space("classifier")])
+    for name in ("moments.safetensors", "statistics.npz", "reference.json"):
+        Mutation(name, "a bit flipped", 40).apply(Path(reference.folder))
+        capsys.readouterr()
+        [again] = make_references(experiment, [Space("classifier")])
+        assert f"{name}' has sha256" in capsys.readouterr().out
+        assert (again.hash, again.metrics) == (reference.hash, reference.metrics)
+    Mutation("samples.png", "a bit flipped", 3).apply(folder)
+    with pytest.raises(DamagedError, match=r"samples\.png' has sha256 \w+, report\.json says") as raised:
+        write_report(experiment)
+    assert raised.value.stages == ("evaluation",)
+    (folder / "report.json").unlink()  # an evaluation that was interrupted after all was measured
+    again = evaluate(experiment)
+    assert "samples.png' has sha256" in capsys.readouterr().out
+    assert again == report
+    write_report(experiment)
+
+
+def report_pictures(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.png")]
 
 
 def test_verify_of_every_stage_finds_nothing_wrong_with_what_was_just_made(whole: Experiment) -> None:

@@ -16,7 +16,10 @@ from bld_core.latents.reader import open_latents
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.data.encode import encode_latents, verify_latents
-from cluster.training.train import train_autoencoder
+from cluster.evaluation.evaluate import evaluate
+from cluster.report.page import write_report
+from cluster.sampling.grids import GridConfig, draw_grid
+from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import copy_of, small_training
 
 PLANTED = {"signature": "s1gnatureThatIsPlanted", "key": "k3yThatIsPlanted", "password": "passw0rdThatIsPlanted"}
@@ -48,7 +51,9 @@ def linked(experiment: Experiment, root: Path, web: str, signature: str) -> Expe
     query = f"?X-Amz-Credential={PLANTED['key']}%2F2026&X-Amz-Signature={signature}"
     train = "::".join(f"{web}/train-000{i}.tar{query}" for i in (0, 1))
     data = replace(experiment.data, train=train, validation=f"{web}/validation-0000.tar{query}")
-    return replace(experiment, root=str(root), data=data, autoencoder_training=small_training(2))
+    few = {"autoencoder_training": small_training(2), "prior_training": small_training(2)}
+    evaluation = replace(experiment.evaluation, samples=20, neighbours=2, export="npz")
+    return replace(experiment, root=str(root), data=data, evaluation=evaluation, **few)
 
 
 @pytest.mark.long
@@ -72,6 +77,14 @@ def test_no_signature_and_no_key_is_stored_and_a_renewed_link_is_the_same_shard(
     encode_latents(renewed)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == written
     assert verify_latents(renewed).startswith("verified 3 files")
+    train_prior(renewed)
+    draw_grid(renewed, GridConfig(rows=1))
+    evaluate(renewed)
+    page = Path(write_report(renewed))
+    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--data.train={first.data.train}"])  # as runs and page say it
+    evaluate(renewed, fresh=True)
+    assert Path(write_report(renewed)).read_text().count("?X-Amz-Credential=***") >= 2
+    assert page.stat().st_size > 10_000
     session = Path(os.path.realpath("/tmp/ray/session_latest"))
     assert list((session / "logs").iterdir())
     for secret in (*PLANTED.values(), "t0ken"):

@@ -36,7 +36,7 @@ from bld_core.metrics.reconstruction import ReconstructionQuality
 from bld_core.metrics.selection import Selection
 from bld_core.prior.transformer import ModelName
 from bld_core.storage import files
-from bld_core.storage.records import write_record
+from bld_core.storage.records import read_record, write_record
 from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import average_name, load_weights, read_model_config, save_model
 from cluster.config.artifacts import open_codes
@@ -364,9 +364,9 @@ def _check_interrupted(experiment: Experiment, report: dict[str, Any]) -> None:
     """An evaluation that was interrupted after all was measured goes on from there."""
     folder = Path(experiment.folder, "evaluation")
     (folder / "report.json").unlink()
-    measured = files.read_json(f"{folder}/measured.json")
+    measured = read_record(f"{folder}/measured.json")
     measured["figures"]["psnr"] = 1234.0
-    files.write_json(f"{folder}/measured.json", measured)
+    write_record(f"{folder}/measured.json", measured)
     assert evaluate(experiment)["figures"] == report["figures"] | {"psnr": 1234.0}
     assert files.read_json(f"{folder}/report.json")["figures"]["cas_top1"] == report["figures"]["cas_top1"]
 
