@@ -161,13 +161,11 @@ def end_killed(experiment: Experiment, name: str) -> None:
     """Mark the run of a stage killed, where the process that worked on it was ended before it could."""
     from cluster.tracking.runs import find_run, known_run
 
-    record = read_stage(files.join(experiment.folder, name), name)
-    if record is None:
-        return
-    tracking = experiment.tracking
-    found = find_run(tracking.resolve(experiment.root), record["run"], tracking.patience)
-    if found is not None and found.info.status == "RUNNING":
-        known_run(experiment, name, record["run"]).end("KILLED")
+    with contextlib.suppress(UserError):  # nothing is worth waiting for by who was stopped
+        record = read_stage(files.join(experiment.folder, name), name)
+        found = find_run(experiment.tracking.resolve(experiment.root), record["run"], 0.0) if record else None
+        if record and found is not None and found.info.status == "RUNNING":
+            known_run(experiment, name, record["run"]).end("KILLED")
 
 
 def read_stage(folder: str, name: str) -> dict[str, Any] | None:
