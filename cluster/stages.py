@@ -48,7 +48,7 @@ class Stage:
     run: Run
     done: bool
     result: str
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
     _written: dict[str, dict[str, int | str]] = field(default_factory=dict[str, dict[str, int | str]])
 
     @property
@@ -197,13 +197,13 @@ def _of_stage(url: str, name: str) -> dict[str, Any]:
     return record
 
 
-def _write_record(folder: str, record: Mapping[str, Any]) -> None:
+def _write_record(folder: str, record: Mapping[str, object]) -> None:
     """Write the record of a stage, and its copy."""
     for file in (RECORD, _COPY):
         write_record(files.join(folder, file), record)
 
 
-def _faults(folder: str, result: str, record: Mapping[str, Any]) -> list[Fault]:
+def _faults(folder: str, result: str, record: Mapping[str, object]) -> list[Fault]:
     """What is wrong with the files that a record knows, all of which are read; and with a result that is JSON."""
     found = named_faults(folder, record, RECORD)
     if result.endswith(".json") and not found:

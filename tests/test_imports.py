@@ -184,8 +184,8 @@ def test_a_planted_wrong_arrow_is_found() -> None:
 BORDER = {
     "bld_core.generator": {"_settle", "_draw"},  # keywords of SamplingConfig
     "bld_core.latents.writer": {"latent_shard_bytes", "from_json"},
-    "bld_core.storage.files": {"write_json"},
-    "bld_core.storage.records": {"write_record", "_digest"},
+    "bld_core.storage.files": {"write_json", "json_bytes"},
+    "bld_core.storage.records": {"write_record", "_digest", "named_faults"},
     "bld_core.trained": {"_known"},
     "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
