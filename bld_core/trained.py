@@ -102,6 +102,12 @@ class PriorRecord:
     class_names: Sequence[str] = ()
     single_step: bool = False
 
+    def headings(self, labels: Sequence[int]) -> list[str]:
+        """The names of classes, "" for none; empty where there are no names that say more than the numbers."""
+        if not any(name != str(number) for number, name in enumerate(self.class_names)):
+            return []
+        return [self.class_names[label] if 0 <= label < len(self.class_names) else "" for label in labels]
+
     def label(self, named: int | str) -> int:
         """The number of a class that is named, or given as its number, which is not checked.
 

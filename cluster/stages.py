@@ -48,7 +48,7 @@ class Stage:
     run: Run
     done: bool
     result: str
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
     _written: dict[str, dict[str, int | str]] = field(default_factory=dict[str, dict[str, int | str]])
 
     @property
@@ -161,13 +161,11 @@ def end_killed(experiment: Experiment, name: str) -> None:
     """Mark the run of a stage killed, where the process that worked on it was ended before it could."""
     from cluster.tracking.runs import find_run, known_run
 
-    record = read_stage(files.join(experiment.folder, name), name)
-    if record is None:
-        return
-    tracking = experiment.tracking
-    found = find_run(tracking.resolve(experiment.root), record["run"], tracking.patience)
-    if found is not None and found.info.status == "RUNNING":
-        known_run(experiment, name, record["run"]).end("KILLED")
+    with contextlib.suppress(UserError):  # nothing is worth waiting for by who was stopped
+        record = read_stage(files.join(experiment.folder, name), name)
+        found = find_run(experiment.tracking.resolve(experiment.root), record["run"], 0.0) if record else None
+        if record and found is not None and found.info.status == "RUNNING":
+            known_run(experiment, name, record["run"]).end("KILLED")
 
 
 def read_stage(folder: str, name: str) -> dict[str, Any] | None:
@@ -199,13 +197,13 @@ def _of_stage(url: str, name: str) -> dict[str, Any]:
     return record
 
 
-def _write_record(folder: str, record: Mapping[str, Any]) -> None:
+def _write_record(folder: str, record: Mapping[str, object]) -> None:
     """Write the record of a stage, and its copy."""
     for file in (RECORD, _COPY):
         write_record(files.join(folder, file), record)
 
 
-def _faults(folder: str, result: str, record: Mapping[str, Any]) -> list[Fault]:
+def _faults(folder: str, result: str, record: Mapping[str, object]) -> list[Fault]:
     """What is wrong with the files that a record knows, all of which are read; and with a result that is JSON."""
     found = named_faults(folder, record, RECORD)
     if result.endswith(".json") and not found:

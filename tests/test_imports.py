@@ -184,8 +184,8 @@ def test_a_planted_wrong_arrow_is_found() -> None:
 BORDER = {
     "bld_core.generator": {"_settle", "_draw"},  # keywords of SamplingConfig
     "bld_core.latents.writer": {"latent_shard_bytes", "from_json"},
-    "bld_core.storage.files": {"json_bytes", "write_json"},
-    "bld_core.storage.records": {"write_record", "named_faults", "_digest"},
+    "bld_core.storage.files": {"write_json", "json_bytes"},
+    "bld_core.storage.records": {"write_record", "_digest", "named_faults"},
     "bld_core.trained": {"_known"},
     "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
@@ -193,7 +193,6 @@ BORDER = {
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set
     "cluster.data.shards": {"_compare"},
     "cluster.evaluation.pieces": {"_result", "_reconstructions"},  # JSON beside tensors
-    "cluster.stages": {"_faults", "_write_record"},  # stage.json
     "cluster.study.code": {"code_table", "_plot"},  # table.json
     "cluster.study.study": {"_best", "_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json

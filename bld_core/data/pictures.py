@@ -7,22 +7,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bld_core.errors import UserError
 
 _GAP = 2
 _MIN_SIDE = 64
+_HEADING = 14  # pixels
 _MOST_PIXELS = 1 << 23
 
 
-def grid(images: Tensor, columns: int) -> Image.Image:
+def grid(images: Tensor, columns: int, names: Sequence[str] = ()) -> Image.Image:
     """Images, row after row, with a thin gap; small images are enlarged by a whole factor to be visible.
 
     Args:
         images: uint8 (B, H, W, channels), 1 or 3 channels.
         columns: images a row.
+        names: a heading for each column, cut to its width; none makes no room for them.
     """
     scale = max(1, _MIN_SIDE // images.shape[1])
     images = images.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -32,7 +34,18 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     for i in range(count):
         top, left = _GAP + i // columns * (height + _GAP), _GAP + i % columns * (width + _GAP)
         canvas[top : top + height, left : left + width] = images[i]
-    return picture(canvas)
+    return _headed(picture(canvas), names, width) if names else picture(canvas)
+
+
+def _headed(shown: Image.Image, names: Sequence[str], width: int) -> Image.Image:
+    """A grid of columns of this width beneath a heading for each."""
+    found = Image.new(shown.mode, (shown.width, shown.height + _HEADING), "white")
+    found.paste(shown, (0, _HEADING))
+    for number, name in enumerate(names):
+        heading = Image.new(shown.mode, (width, _HEADING), "white")
+        ImageDraw.Draw(heading).text((0, 0), name, fill="black", font=ImageFont.load_default(_HEADING - 4))
+        found.paste(heading, (_GAP + number * (width + _GAP), 0))
+    return found
 
 
 def fitting(image_size: int, most: int, times: int = 1) -> int:

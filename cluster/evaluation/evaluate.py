@@ -232,7 +232,10 @@ def _measured(inputs: Inputs, stage: Stage) -> tuple[dict[str, Any], dict[str, I
     metrics |= {"bound_sampling": sampled.bits_per_bit, "bound_sampling_se": sampled.standard_error}
     metrics |= over_seeds([samples.metrics() for samples in found.samples])
     pictures["bound-profile.png"] = profile_plot(bound.profile)
-    pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], inputs.artifacts.classes or 10)
+    columns = inputs.artifacts.classes or 10
+    prior, balanced = inputs.artifacts.prior, config.labels == "balanced"
+    names = prior.headings(range(columns)) if prior is not None and balanced else []
+    pictures["samples.png"] = grid(shown[: fitting(size, len(shown))], columns, names)
     report |= {"bound_profile": bound.profile, "samples": config.samples}
     steps = inputs.artifacts.model.steps(experiment.sampling)
     report["sampling"] = {**asdict(experiment.sampling), "steps": steps}

@@ -101,7 +101,7 @@ def draw_grid(experiment: Experiment, settings: GridConfig, fresh: bool = False)
                 states = made.pop()
                 pictures["process.png"] = grid(states.flatten(0, 1), states.shape[1])
             images = torch.cat(made)
-            pictures["grid.png"] = grid(images, len(columns))
+            pictures["grid.png"] = grid(images, len(columns), found.prior.headings(columns))
             for file, picture in pictures.items():
                 stage.run.picture(picture, file)
                 stage.write(file, png(picture))

@@ -65,7 +65,8 @@ def finetune_decoder(experiment: Experiment, fresh: bool = False, mend: bool = F
         "drawn": experiment.latents.draws > 0,
     }
     faults = partial(training_faults, files.join(experiment.folder, "decoder"), mend)
-    with open_stage(experiment, "decoder", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
+    result, reads = f"{FINAL}/{CONFIG}", shards[:1]
+    with open_stage(experiment, "decoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(trained.autoencoder),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from PIL import Image
 
 from bld_core.data.images import stack
 from bld_core.data.pictures import grid, png, read_picture, reconstruction_grid
+from bld_core.diffusion.process import DiffusionConfig
+from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import UserError
+from bld_core.prior.transformer import PriorConfig
+from bld_core.trained import PriorRecord
 from tests.bld_core.toys import toy_images
 
 
@@ -24,6 +29,28 @@ def test_a_grid_holds_every_image_in_reading_order_and_survives_as_png() -> None
             np.testing.assert_array_equal(back[top : top + 64, left : left + 64], images[i].numpy())
         assert (back[:2] == 255).all()
         assert (back[68:, 134:] == 255).all()  # the empty place
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_columns_may_have_headings_above_the_same_grid(channels: int) -> None:
+    images = stack(toy_images(3, size=64, channels=channels))
+    plain, headed = (
+        np.asarray(grid(images, 3, names)) for names in ([], ["cat", "", "Füchse und mehr als hier Platz hat"])
+    )
+    above = headed.shape[0] - plain.shape[0]
+    assert above > 0
+    np.testing.assert_array_equal(headed[above:], plain)
+    written = [(headed[:above, left : left + 64] < 255).any() for left in (2, 68, 134)]
+    assert written == [True, False, True]
+    assert (headed[:above, 64:68] == 255).all()
+    assert (headed[:above, 198:] == 255).all(), "it is cut to its column"
+
+
+def test_names_that_are_the_numbers_of_their_classes_are_no_headings() -> None:
+    record = PriorRecord(hash="", prior=PriorConfig(), diffusion=DiffusionConfig(), sampling=SamplingConfig())
+    assert record.headings([0, 1]) == []
+    assert replace(record, class_names=["0", "1"]).headings([0, 1]) == []
+    assert replace(record, class_names=["cat", "dog"]).headings([1, -1, 0, 5]) == ["dog", "", "cat", ""]
 
 
 def test_small_images_are_enlarged_by_a_whole_factor() -> None:

@@ -79,12 +79,9 @@ def test_no_signature_and_no_key_is_stored_and_a_renewed_link_is_the_same_shard(
     assert verify_latents(renewed).startswith("verified 3 files")
     train_prior(renewed)
     draw_grid(renewed, GridConfig(rows=1))
+    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--data.train={first.data.train}"])  # runs and page say it
     evaluate(renewed)
-    page = Path(write_report(renewed))
-    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--data.train={first.data.train}"])  # as runs and page say it
-    evaluate(renewed, fresh=True)
     assert Path(write_report(renewed)).read_text().count("?X-Amz-Credential=***") >= 2
-    assert page.stat().st_size > 10_000
     session = Path(os.path.realpath("/tmp/ray/session_latest"))
     assert list((session / "logs").iterdir())
     for secret in (*PLANTED.values(), "t0ken"):
