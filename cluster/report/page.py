@@ -121,6 +121,8 @@ def _summary(autoencoder: AutoencoderRecord, report: Mapping[str, Any]) -> list[
         sampling = report["sampling"]
         steps = len(sampling["grid"]) - 1 if sampling["grid"] else sampling["steps"]
         settings = f"temperature {sampling['temperature']:g}, guidance {sampling['guidance']:g}"
+        low, high = sampling.get("guidance_interval", (0.0, 1.0))  # reports of early versions have none
+        settings += f" at t/T of {low:g} to {high:g}" if sampling["guidance"] and high - low < 1 else ""
         lines.append(f"{report['samples']:,} samples of {steps} steps, {settings}")
     return lines
 
