@@ -61,7 +61,7 @@ ARROWS = {
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
     "cluster.runtime": "console nodes ray_private",
-    "cluster.config": "secrets runtime evaluation.config training.config",
+    "cluster.config": "secrets console runtime evaluation.config training.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console nodes runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",

@@ -74,6 +74,20 @@ class Perceptual(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    @classmethod
+    def without_weights(cls) -> Perceptual:
+        """The network with weights of any value and no file read: to count what it costs."""
+        from torchvision.models.vgg import cfgs, make_layers
+
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.trunk = make_layers(cfgs["D"])[: _TAPS[-1] + 1]
+        made.heads = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in (64, 128, 256, 512, 512))
+        made.register_buffer("shift", torch.zeros(1, 3, 1, 1))
+        made.register_buffer("scale", torch.ones(1, 3, 1, 1))
+        made.requires_grad_(False)
+        return made.eval()
+
     def train(self, mode: bool = True) -> Perceptual:
         """Stays in evaluation mode, whatever the mode asked for."""
         return super().train(False)

@@ -218,6 +218,7 @@ REAL = {
         r"^table and plot: .*/small/study/steps/table.json, plot.png$",
         ["study/steps/table.json", "study/steps/plot.png"],
     ),
+    "plan.py": Real([], ["--gpu", "l4", "--fit"], r"^stage 1 is bounded by: ", []),
     "evaluate.py": Real(
         TRAINED,
         ["--evaluation.class_accuracy", "false"],

@@ -23,6 +23,7 @@ from bld_core.data.images import ImageConfig
 from bld_core.diffusion.process import output_size
 from bld_core.prior.transformer import Prior, PriorConfig
 from cluster.config.experiment import Experiment
+from cluster.config.plan import network_sizes
 from pipelines.command import command
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).parents[2].glob("configs/*.yaml"))}
@@ -180,6 +181,13 @@ def test_comments_name_the_counted_sizes(name: str, monkeypatch: pytest.MonkeyPa
     assert said.keys() == counted.keys()
     for part, size in counted.items():
         assert said[part] == pytest.approx(size, rel=0.01), part
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_a_plan_counts_the_same_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = read(monkeypatch, name)
+    found = {part: Size(p / 1e6, work / 2e9) for part, (p, work) in network_sizes(experiment).items()}
+    assert found == {part: size for part, (size, _) in networks(experiment).items()}
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)

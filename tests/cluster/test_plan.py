@@ -1,0 +1,62 @@
+"""A plan says what the tables beside it say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config.experiment import Experiment
+from cluster.config.plan import PlanConfig, advice, make_plan
+
+TABLE = (Path(__file__).parents[2] / "benchmarks/README.md").read_text().split("## At scale")[1]
+
+
+def small() -> Experiment:
+    """A small experiment with the paper's encoder, and images of its size."""
+    experiment = Experiment()
+    paper = {"channels": 128, "multipliers": [1, 1, 2, 2, 4], "blocks": 2, "attention": [16], "bits": 32}
+    autoencoder = replace(experiment.autoencoder, **paper)
+    data = replace(experiment.data, image_size=256, channels=3)
+    latents = replace(experiment.latents, draws=1, mirror=False)
+    training = replace(experiment.autoencoder_training, batch_size=1)
+    prior = replace(experiment.prior, layers=1, width=32, heads=2)
+    return replace(
+        experiment, prior=prior, data=data, autoencoder=autoencoder, latents=latents, autoencoder_training=training
+    )
+
+
+def number(text: str) -> float:
+    value, unit = re.match(r"([\d,.]+) ?([MGT]?)", text.strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return float(value.replace(",", "")) * {"": 1, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
+
+
+@pytest.mark.parametrize("name", ["ImageNet", "a web-scale set"])
+def test_the_table_at_scale_is_the_plan_s(name: str) -> None:
+    (row,) = re.findall(rf"^\| {name} \| (.*) \|$", TABLE, re.M)
+    images, shards, requests, latents, core_hours, gpu_hours, _ = row.split(" | ")
+    plan = PlanConfig(images=int(number(images)))
+    _, encode, _ = make_plan(small(), plan)
+    assert number(shards.split(", ")[1].replace("TB", "T")) == pytest.approx(encode.read, rel=0.01)
+    assert number(requests) == pytest.approx(encode.requests, rel=0.01)
+    assert number(latents) == pytest.approx(encode.written, rel=0.05)
+    assert number(core_hours) == pytest.approx(encode.cores * encode.hours, rel=0.02)
+    assert number(gpu_hours) == pytest.approx(8 * encode.hours, rel=0.05)
+    said = re.search(r"encodes ([\d,]+) images a second, and (\d+) cores", TABLE)
+    assert said is not None
+    assert number(said[1]) == pytest.approx(encode.rate / 8, rel=0.02)
+    assert number(said[2]) == pytest.approx(encode.cores / 8, rel=0.05)
+
+
+def test_the_bottleneck_is_named() -> None:
+    experiment, plan = small(), PlanConfig(gpu="l4", gpus=1, fit=True)
+    first, _, _ = make_plan(experiment, plan)
+    assert "arithmetic" in advice(first, experiment, plan)
+    assert first.largest is not None
+    assert first.largest > 1
+    assert first.memory is not None
+    huge = first._replace(memory=first.memory._replace(activations=10**11))
+    assert "accumulate" in advice(huge, experiment, plan)
+    assert "cluster.decode_tasks to 3" in advice(first._replace(cores=2.5), experiment, plan)
