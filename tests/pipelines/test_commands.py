@@ -132,7 +132,7 @@ def test_storage_that_cannot_be_reached_is_one_message(
     assert run(monkeypatch, "encode_latents.py", "--config", demo, "--root", s3) == 2
     S3FileSystem.clear_instance_cache()
     error = capsys.readouterr().err
-    assert "error: cannot look for 's3://bucket/demo/autoencoder/final/config.json': tried" in error
+    assert "error: cannot look for 's3://bucket/demo/decoder/final/config.json': tried" in error
     assert "Traceback" not in error
 
 
