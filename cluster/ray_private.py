@@ -21,6 +21,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayActorError
 from ray.experimental import tqdm_ray
 from ray.train.torch import TorchTrainer
+from ray.tune.execution import class_cache
 
 from bld_core.errors import UserError
 
@@ -50,6 +51,14 @@ def set_environment() -> None:
     """Set up Ray's processes that start from here on, unless the user has."""
     for name, value in _EVERYWHERE.items():
         os.environ.setdefault(name, value)
+
+
+def keep_keys_from_tune() -> None:
+    """Ray Tune hands AWS_* of a command to its trials in a runtime environment, which Ray writes into its logs.
+
+    Without it trials have the keys of their node, as all other work has.
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update({name for name in os.environ if name.startswith("AWS_")})
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ _FORMS = (
     r"\w+: already done in \S+",
     r"Reconstruction|Health of the code|Prior and samples( \([\d,]+ of \d+ steps\))?",  # the table of figures
     rf"  \w+ +{_NUMBER}( dB| bits|%)?( +(sd|se) {_NUMBER}(, se {_NUMBER})?)?( +\S.*)?",
+    rf"autoencoder: its bits are unsure, with an entropy of {_NUMBER} bits each: .*",  # after a short training
     r"next: python pipelines/\w+\.py .*",
     r"(BLD_ROOT=\S+ )?python pipelines/\w+\.py .*",  # make says what it runs
 )

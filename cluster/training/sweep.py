@@ -18,6 +18,7 @@ from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.nodes import nodes_watched
+from cluster.ray_private import keep_keys_from_tune
 from cluster.runtime import connect_ray, unwrap
 from cluster.stages import end_killed
 from cluster.storage import run_storage
@@ -69,6 +70,7 @@ def sweep_prior(experiment: Experiment, fresh: bool = False) -> list[Trial]:
     uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
     open_client(uri, patience)  # asked, and a database made, before any trial
     connect_ray(experiment.cluster)
+    keep_keys_from_tune()
 
     def run_trial(config: dict[str, Any]) -> None:
         known_to_be_there(uri)
