@@ -34,7 +34,7 @@ from tests.servers import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-SOON_S = 60
+SOON_S = 30
 
 
 def work(root: str, digits: dict[str, str], machines: dict[str, object]) -> None:
@@ -137,8 +137,10 @@ def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(
 ) -> None:
     command = Command(disk, digits, workers=workers)
     command.wait_for(" left  loss")
+    other = disk / "other"
     with contextlib.suppress(OSError):  # a checkpoint that is under way is there before it
-        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 16)))
+        other.write_bytes(bytes(shutil.disk_usage(disk).free))
+    os.truncate(other, other.stat().st_size - (1 << 16))  # some for the database, which is on this disk, too
     assert command.ends() == 2, command.said()
     *_, last = command.said().splitlines()
     assert re.fullmatch(
@@ -148,7 +150,7 @@ def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(
         last,
     ), command.said()
     assert "Traceback" not in command.said()
-    assert command.run_status() in ("FAILED", "RUNNING")  # the database is on the full disk, too
+    assert command.run_status() == "FAILED"
 
 
 @pytest.mark.long
@@ -267,11 +269,6 @@ def test_what_only_the_command_can_reach_is_said_with_the_names_of_the_variables
             if "no Ray cluster answers" not in done.stderr:
                 return done.returncode, done.stderr
 
-    def with_the_key() -> set[Path]:
-        session = Path(os.path.realpath("/tmp/ray/session_latest"))
-        return {path for path in session.rglob("*.*") if path.is_file() and b"testsecret" in path.read_bytes()}
-
-    before = with_the_key()
     try:
         assert said(str(tmp_path), digits["train"].replace("{0000..0003}", "0000"))[0] == 0
         code, error = said(str(tmp_path), f"{s3}/access/a.tar")
@@ -282,6 +279,7 @@ def test_what_only_the_command_can_reach_is_said_with_the_names_of_the_variables
             error,
         ), error
         assert "testsecret" not in error
-        assert with_the_key() <= before
+        session = Path(os.path.realpath("/tmp/ray/session_latest"))
+        assert [path for path in session.rglob("*.*") if path.is_file() and b"testsecret" in path.read_bytes()] == []
     finally:
         nodes.end()
