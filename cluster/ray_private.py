@@ -44,6 +44,8 @@ _LOCAL = {
     # leave on two, its two streams get none each on paper, and still decode. After a minute it takes that for a job
     # that "may hang forever". That there are cores enough for all is what `connect_ray` checks.
     "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
+    # Ray warns of four processes for each that may start at once; two trainings side by side have as many.
+    "RAY_worker_maximum_startup_concurrency": str(2 * (os.cpu_count() or 1)),
 }
 
 
