@@ -19,8 +19,8 @@ def samples_npz(
     """Open an npz in ADM's layout: arr_0, uint8 (N, H, W, channels), and arr_1, int64 (N,), where there are classes.
 
     What the block is given writes the next images, uint8 (B, H, W, channels); they go straight to the file, which takes
-    its name only if the block ends without an error. Nothing is compressed, and no
-    time is written: the same images are the same bytes.
+    its name only if the block ends without an error. Nothing is compressed, and
+    no time is written: the same images are the same bytes.
 
     Args:
         url: the file.
