@@ -26,7 +26,7 @@ from tests.conftest import copy_of
 from tests.pipelines.test_commands import run
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/commands.md", "docs/operating.md", "benchmarks/README.md"]
+PAGES = ["README.md", "docs/commands.md", "docs/operating.md", "benchmarks/README.md", "cluster/manifests/README.md"]
 TEXT = {page: (REPOSITORY / page).read_text() for page in PAGES}
 SHELL = "\n".join(block for text in TEXT.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S))
 MAKE = re.findall(r"^make (\w[\w-]*)", SHELL, re.M)
