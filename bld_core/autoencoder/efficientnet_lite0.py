@@ -54,6 +54,7 @@ class _Block(nn.Module):
         super().__init__()
         width = expansion * inputs
         self.skips = stride == 1 and inputs == outputs
+        self.stride = stride
         self.expands = expansion > 1
         if self.expands:
             self._expand_conv = _Conv(inputs, width)
@@ -88,10 +89,20 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images, float32 (B, 3, H, W), (grey level - 127) / 128, best of 224 x 224 pixels -> features (B, 1280)."""
+        return self.maps(x_BCHW)[-1].mean((2, 3))
+
+    def maps(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Such images of any size -> what the network makes of them at 1/2, 1/4, 1/8, 1/16 and 1/32 of it, before each
+        halving and at the end: (B, 16, ...), (B, 24, ...), (B, 40, ...), (B, 112, ...), (B, 1280, ...).
+        """
         h = F.relu6(self._bn0(self._conv_stem(x_BCHW)))
+        found: list[Tensor] = []
         for block in self._blocks:
+            assert isinstance(block, _Block)
+            if block.stride > 1:
+                found.append(h)
             h = block(h)
-        return F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))
+        return [*found, F.relu6(self._bn1(self._conv_head(h)))]
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, 1280) -> logits of the classes of ImageNet, (B, 1000)."""

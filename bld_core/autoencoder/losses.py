@@ -1,14 +1,13 @@
-"""The terms of Eq. 2 beside plain reconstruction error: perceptual, adversarial, and the adaptive weight between them.
+"""The weights of Eq. 2, its adversarial term, and the adaptive weight; perceptual terms have files of their own.
 
 Shapes: x_BCHW images, y_BCHW reconstructions, both in [-1, 1] (y only about); a critic's map is (B, 1, h, w) of logits.
-
-The perceptual term needs the packages lpips and torchvision, which are imported only when it is built.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ from bld_core.errors import UserError
 from bld_core.storage.weights import VGG16
 from bld_core.training.replicas import rank_and_world, sum_over_replicas
 
+PerceptualNetwork = Literal["vgg16", "efficientnet_lite0"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -26,7 +27,9 @@ class LossConfig:
     Args:
         l1: weight of the mean absolute error.
         mse: weight of the mean squared error.
-        perceptual: weight of LPIPS (VGG16).
+        perceptual: weight of the perceptual term.
+        perceptual_network: LPIPS by "vgg16", the paper's, which needs its weights and the extra losses; or the plain
+            distance in features of "efficientnet_lite0", whose weights come with the extra features.
         vgg_weights: local file of torchvision's VGG16 ImageNet weights; empty downloads it.
         vgg_sha256: sha256 of that file in lower-case hex, or its first digits, at least 8.
         adversarial: weight of the generator's hinge loss, beside its adaptive weight: 0.5 in latent diffusion (Rombach
@@ -46,6 +49,7 @@ class LossConfig:
     l1: float = 1.0
     mse: float = 0.0
     perceptual: float = 0.0
+    perceptual_network: PerceptualNetwork = "vgg16"
     vgg_weights: str = ""
     vgg_sha256: str = VGG16.sha256
     adversarial: float = 0.0
@@ -75,12 +79,6 @@ class LossConfig:
         if self.l1 == self.mse == 0:
             raise UserError("`l1` and `mse` are both 0; one must be above 0, or nothing ties pixels to the image", self)
         VGG16.check_settings(self.vgg_weights, self.vgg_sha256)
-
-
-# --- The perceptual term --------------------------------------------------------------------------------------------
-
-
-# --- The adversarial term -------------------------------------------------------------------------------------------
 
 
 def hinge_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.feature_distance import FeatureDistance
 from bld_core.autoencoder.losses import (
     LossConfig,
     adaptive_weight,
@@ -31,7 +32,7 @@ class AutoencoderObjective:
         losses: LossConfig,
         code_shape: tuple[int, int, int],
         seed: int,
-        perceptual: Perceptual | None = None,
+        perceptual: Perceptual | FeatureDistance | None = None,
         *,
         fade: int = 0,
     ) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_core.autoencoder.feature_distance import FeatureDistance, load_feature_distance
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.errors import UserError
 from bld_core.storage.weights import VGG16
@@ -151,9 +152,14 @@ class Perceptual(nn.Module):
             return torch.stack(layers).sum(0)
 
 
-def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual:
+def load_lpips(config: LossConfig, device: torch.device) -> Perceptual:
     """LPIPS on a device, with the weights that `config` names. See `PublishedWeights.find` for the errors."""
     return Perceptual(VGG16.find(config.vgg_weights, config.vgg_sha256), config.vgg_sha256).to(device)
+
+
+def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual | FeatureDistance:
+    """The perceptual term that `config` names; see `load_lpips` and `load_feature_distance` for the errors."""
+    return load_feature_distance(device) if config.perceptual_network != "vgg16" else load_lpips(config, device)
 
 
 def lpips_name(sha256: str) -> str:

@@ -45,6 +45,7 @@ BEFORE = {
     "loss.entropy_ramp": 0,
     "loss.adversarial_ramp": 0,
     "loss.lecam": 0.0,
+    "loss.perceptual_network": "vgg16",
     "prior.group": 1,
     "prior.trunk": [],
     "diffusion.calibration": "bayes",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
+from bld_core.autoencoder.efficientnet_lite0 import EfficientNetLite0
+from bld_core.autoencoder.feature_distance import FeatureDistance
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
 from bld_core.autoencoder.perceptual import Perceptual
@@ -140,7 +142,10 @@ def stage_1_cost(experiment: Experiment, count: int) -> StepCost:
         state = make_state(make_autoencoder(experiment.autoencoder, data.channels, loss.entropy), training)
         if loss.adversarial:
             state.critic = make_state(PatchCritic(loss, data.channels), training)
-        perceptual = Perceptual.without_weights() if loss.perceptual else None
+        perceptual = None
+        if loss.perceptual:
+            plain = loss.perceptual_network == "vgg16"
+            perceptual = Perceptual.without_weights() if plain else FeatureDistance(EfficientNetLite0())
         return state, AutoencoderObjective(loss, experiment.code_shape, 0, perceptual)
 
     shape = (count, data.image_size, data.image_size, data.channels)

@@ -13,17 +13,19 @@ from bld_core.storage import files
 from cluster.data.shards import ShardSet
 
 DEMO = "configs/demo.yaml"
-"""The experiment whose networks are small enough for any machine: what a first one starts from."""
+"""The experiment of the smallest networks: what a first one on small or grey images starts from."""
 
-_SIZES = (32, 64)  # pixels, that these networks take in minutes
+_PHOTOGRAPHS = "configs/photos64.yaml"  # colour at 64 x 64
+_SIZES = (32, 64)  # pixels, that the networks of either take on two CPU cores
 _PROBED_BYTES = 16 << 20
 _PROBED = 64
+_GUIDANCE = 1.0  # of a prior with classes, as the demo's
 _MISSING = "NAME_YOUR_SHARDS"
 _OF_CLASSES = ("classifier", "class_accuracy", "precision_recall")  # what the demo measures by a classifier's features
 
 
 def first_flags(made: ShardSet, name: str) -> list[str]:
-    """The flags of run_all.py: the demo's networks on these shards.
+    """The flags of run_all.py on these shards: as photographs, or, of small or grey images, by the demo's networks.
 
     Args:
         made: the shards.
@@ -33,10 +35,15 @@ def first_flags(made: ShardSet, name: str) -> list[str]:
     shards = files.expand(next(iter(made.patterns.values())))
     size, channels = _form(read_shard(shards[0], EXTENSIONS, _PROBED_BYTES))
     classes = made.classes if made.classes > 1 else 0
-    flags = ["--config", DEMO, "--name", name, *(f"--data.{split}={pattern}" for split, pattern in given.items())]
-    flags += [f"--data.image_size={size}", f"--data.channels={channels}", f"--data.extensions=[{','.join(EXTENSIONS)}]"]
-    flags += [f"--prior.classes={classes}"]
-    if not classes:
+    photographs = (size, channels) == (64, 3)
+    config = _PHOTOGRAPHS if photographs else DEMO
+    flags = ["--config", config, "--name", name, *(f"--data.{split}={pattern}" for split, pattern in given.items())]
+    if not photographs:
+        flags += [f"--data.image_size={size}", f"--data.channels={channels}"]
+    flags += [f"--data.extensions=[{','.join(EXTENSIONS)}]", f"--prior.classes={classes}"]
+    if photographs and classes:
+        flags += [f"--sampling.guidance={_GUIDANCE}"]
+    if not photographs and not classes:
         flags += [f"--evaluation.{metric}=false" for metric in _OF_CLASSES]
     if len(shards) < 2:
         flags += ["--cluster.workers=1"]  # each streams shards of its own

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.autoencoder.perceptual import load_perceptual
+from bld_core.autoencoder.perceptual import load_lpips
 from bld_core.data.images import read_batches, stack
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
@@ -135,9 +135,7 @@ class Evaluator(Sampler):
         reference: Experiment | None = None,
     ) -> None:
         super().__init__(experiment, held_out)
-        self.perceptual = (
-            load_perceptual(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
-        )
+        self.perceptual = load_lpips(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         self.extractors = {space: load_extractor(reference or experiment, space) for space in spaces}
         self._for_prior, self._for_features = (
             ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in range(2)

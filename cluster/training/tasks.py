@@ -147,7 +147,7 @@ class AutoencoderTask(ImageTask):
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
         self._held_out: Tensor | None = None
-        self._perceptual: Perceptual | None = None
+        self._lpips: Perceptual | None = None
 
     def network(self) -> nn.Module:
         experiment = self.experiment
@@ -164,12 +164,10 @@ class AutoencoderTask(ImageTask):
 
     def objective(self, worker: Worker) -> Objective:
         experiment = self.experiment
-        if experiment.loss.perceptual:
-            self._perceptual = load_perceptual(experiment.loss, worker.device)
+        perceptual = load_perceptual(experiment.loss, worker.device) if experiment.loss.perceptual else None
+        self._lpips = perceptual if isinstance(perceptual, Perceptual) else None  # what trains by it measures it
         fade = self.training.steps if experiment.autoencoder.codes == "fade" else 0
-        return AutoencoderObjective(
-            experiment.loss, experiment.code_shape, experiment.seed, self._perceptual, fade=fade
-        )
+        return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, perceptual, fade=fade)
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
         assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
@@ -178,7 +176,7 @@ class AutoencoderTask(ImageTask):
             self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
         found, outputs = ReconstructionMetrics(), list[Tensor]()
         for images in self._held_out.split(self.experiment.latents.batch_size):
-            outputs.append(found.update(network, images.to(device), self._perceptual).cpu())
+            outputs.append(found.update(network, images.to(device), self._lpips).cpu())
         found_metrics = found.metrics(self.experiment.loss.vgg_sha256)
         metrics = {name: value for name, value in found_metrics.items() if not name.endswith("_std")}
         if isinstance(network.bottleneck, VectorBottleneck):

@@ -28,7 +28,7 @@ from ray.train.torch import TorchConfig
 from torch import Tensor
 
 from bld_core.autoencoder.critic import PatchCritic
-from bld_core.autoencoder.perceptual import load_perceptual
+from bld_core.autoencoder.perceptual import Perceptual, load_perceptual
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
 from bld_core.noise import key_of
@@ -129,7 +129,8 @@ def check_losses(experiment: Experiment) -> None:
     if loss.perceptual:
         perceptual = load_perceptual(loss, torch.device("cpu"))
         image = torch.zeros(1, data.channels, data.image_size, data.image_size)
-        perceptual(image[..., :_SMALL, :_SMALL], image[..., :_SMALL, :_SMALL])
+        if isinstance(perceptual, Perceptual):
+            perceptual(image[..., :_SMALL, :_SMALL], image[..., :_SMALL, :_SMALL])
     if loss.adversarial:
         with torch.device("meta"):
             PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))

@@ -116,6 +116,7 @@ def test_the_next_command_that_is_printed_is_whole(
     (experiment,) = read
     assert (experiment.name, experiment.data.image_size, experiment.data.channels) == ("mine", size, 3)
     assert experiment.prior.classes == classes
+    assert experiment.evaluation.efficientnet_lite0 == (size == 64), "photographs have an experiment of their own"
     shards = check_data(experiment)
     assert len(shards.train) == len(list((tmp_path / "data/mine").glob("train-*")))
 
