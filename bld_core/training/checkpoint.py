@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage import files
@@ -26,6 +26,7 @@ from bld_core.storage.records import (
     write_record,
 )
 from bld_core.training.loop import TrainState
+from bld_core.training.replicas import rank_and_world
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -45,10 +46,11 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
         state: what is saved.
         extra: JSON values that the caller wants back, for example the position in the data.
     """
-    parts: dict[str, dict[str, int | str]] = {}
-    if state.critic is not None:
-        save_state(files.join(folder, _CRITIC), state.critic, {})
-        parts[f"{_CRITIC}/{META}"] = part_of(files.read_bytes(files.join(folder, _CRITIC, META)))
+    snapshot(state, extra).write(folder)
+
+
+def snapshot(state: TrainState, extra: dict[str, Any]) -> SavedState:
+    """A copy of the state in host memory, which training does not change: what `save_state` writes."""
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
     for optimizer in state.optimizers:
@@ -57,18 +59,20 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
                 moments[f"{names[parameter]}|{kind}"] = value
     tables = {"model": state.module.state_dict(), "optimizer": moments}
     tables |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
-    for name, tensors in tables.items():
-        file = f"{name}{_TENSORS}"
-        data = save_tensors({key: tensor.detach().contiguous() for key, tensor in tensors.items()})
-        files.write_bytes(files.join(folder, file), data)
-        parts[file] = part_of(data)
-    progress = {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped, "parts": parts}
-    write_record(files.join(folder, META), progress | extra)
+    return SavedState(
+        {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped} | extra,
+        {part: {name: _on_host(tensor) for name, tensor in tensors.items()} for part, tensors in tables.items()},
+        None if state.critic is None else snapshot(state.critic, {}),
+    )
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint in memory, every file of it as meta.json says.
+    """A checkpoint in memory: read, every file of it as meta.json says, or about to be written.
 
     Attributes:
         meta: its meta.json.
@@ -79,6 +83,22 @@ class SavedState:
     meta: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
     critic: SavedState | None
+
+    def write(self, folder: str) -> None:
+        """Write it, meta.json last: a folder without one was never finished.
+
+        Raises:
+            FullError: no space for it.
+        """
+        parts: dict[str, dict[str, int | str]] = {}
+        if self.critic is not None:
+            self.critic.write(files.join(folder, _CRITIC))
+            parts[f"{_CRITIC}/{META}"] = part_of(files.read_bytes(files.join(folder, _CRITIC, META)))
+        for part, tensors in self.tensors.items():
+            file, data = f"{part}{_TENSORS}", save_tensors({**tensors})
+            files.write_bytes(files.join(folder, file), data)
+            parts[file] = part_of(data)
+        write_record(files.join(folder, META), {**self.meta, "parts": parts})
 
     def restore(self, state: TrainState) -> None:
         """Put it into a state of the same shape.
@@ -127,6 +147,43 @@ def read_state(folder: str, averages: int, *, critic: bool = False) -> SavedStat
         return SavedState(meta, tensors, None)
     _read(folder, meta, f"{_CRITIC}/{META}")
     return SavedState(meta, tensors, read_state(files.join(folder, _CRITIC), averages))
+
+
+def said_by_first(saved: SavedState | None, device: torch.device) -> SavedState | None:
+    """What the first of all replicas has read, in the host memory of each: storage is asked once, by that one.
+
+    Args:
+        saved: the first replica's; what the others pass does not count.
+        device: of this replica, through which the tensors come, one at a time.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return saved
+    box: list[_Outline | None] = [None if saved is None else _outline(saved)]
+    distributed.broadcast_object_list(box, device=device)
+    if (outline := box[0]) is None:
+        return None
+    meta, shapes, critic = outline
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for part, table in shapes.items():
+        for name, (shape, dtype) in table.items():
+            mine = torch.empty(shape, dtype=dtype) if rank or saved is None else saved.tensors[part][name]
+            data = mine.flatten().view(torch.uint8).to(device)  # bytes: not every backend knows every type
+            distributed.broadcast(data, 0)
+            tensors.setdefault(part, {})[name] = data.cpu().view(dtype).view(shape)
+    return SavedState(meta, tensors, said_by_first(saved.critic if saved else None, device) if critic else None)
+
+
+_Outline = tuple[Mapping[str, Any], dict[str, dict[str, tuple[torch.Size, torch.dtype]]], bool]
+
+
+def _outline(saved: SavedState) -> _Outline:
+    """A checkpoint without its values: meta.json, shapes and types, and whether there is a critic."""
+    shapes = {
+        part: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        for part, tensors in saved.tensors.items()
+    }
+    return saved.meta, shapes, saved.critic is not None
 
 
 def read_meta(folder: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Checkpoints and snapshots of a stage of training: gone on from, chosen from, checked. Its folder is what counts."""
+"""Checkpoints and snapshots of a training: written, gone on from, chosen from, checked. Its folder is what counts."""
 
 from __future__ import annotations
 
 import re
 import sys
+import threading
 from typing import Any, Literal
 
 from torch import Tensor
@@ -23,7 +24,9 @@ from bld_core.training.checkpoint import (
     read_state,
     read_tensors,
     read_weights,
+    said_by_first,
     save_model,
+    snapshot,
 )
 from bld_core.training.loop import TrainingConfig, TrainState
 from cluster.config.experiment import Experiment
@@ -32,6 +35,8 @@ from cluster.training.tasks import Worker
 
 FINAL, SNAPSHOTS = "final", "snapshots"
 _CHECKPOINT = "checkpoint-"
+_CHECKPOINTS_KEPT = 2
+_HURRY_S = 10.0
 
 
 def checkpoint_name(step: int) -> str:
@@ -52,28 +57,87 @@ def _step_of(url: str) -> int:
     return int(files.name(url).removeprefix(_CHECKPOINT))
 
 
+class Keeper:
+    """Writes the checkpoints of a stage beside its training, one at a time, and keeps the two newest.
+
+    Training waits for the copy into host memory, and for the write before it where that is still under way. A process
+    that is killed meanwhile leaves the checkpoint before. An object of this class is a context: at its end the last
+    write is waited for, of somebody who is in a hurry (Ctrl-C, a signal) only some seconds.
+
+    Args:
+        folder: of the stage.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join(None if kind is None or issubclass(kind, Exception) else _HURRY_S)
+
+    def keep(self, state: TrainState, extra: dict[str, Any]) -> None:
+        """Copy the state, and begin to write it.
+
+        Raises:
+            FullError: no space for the checkpoint before; or another reason why it was not written.
+        """
+        self.wait()
+        arguments = files.join(self._folder, checkpoint_name(state.step)), snapshot(state, extra)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write that is under way; its errors are those of `keep`."""
+        if self._thread is not None:
+            self._thread.join()
+        self.look()
+
+    def look(self) -> None:
+        """Raise what has kept the last checkpoint from being written, if that is known by now."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(self, url: str, saved: SavedState) -> None:
+        try:
+            saved.write(url)
+            for old in checkpoints(self._folder)[:-_CHECKPOINTS_KEPT]:
+                files.remove(old)
+        except Exception as error:  # it is raised where training looks for it
+            self._failure = error
+
+
 def resume(label: str, folder: str, state: TrainState, worker: Worker) -> list[list[int]]:
     """Put the newest checkpoint that is good into the state; returns the workers' positions in the data.
 
-    A damaged one is named, set aside by rank 0, and the one before is taken. What is good is decided by all together.
+    Rank 0 reads it, and hands it to the others. A damaged one is named and set aside, and the one before is taken.
     """
-    mine = checkpoints(folder, whole=False) if worker.rank == 0 else []
-    there = worker.said_by_first(mine)
+    saved = said_by_first(_newest(label, folder, state) if worker.rank == 0 else None, worker.device)
+    if saved is None:
+        return []
+    saved.restore(state)
+    return saved.meta["positions"]
+
+
+def _newest(label: str, folder: str, state: TrainState) -> SavedState | None:
+    """The newest checkpoint that is good, and a line for each that is not, and for what is lost by that."""
+    there = checkpoints(folder, whole=False)
     last, saved = (_step_of(there[-1]) if there else 0), None
     while there and saved is None:
         url = there.pop()
         saved, fault = _read(url, state)
-        if faults := worker.said_by_all(fault):
-            saved = None
-            _give_up(label, url, faults, worker)
-    if saved is not None:
-        saved.restore(state)
-    if worker.rank == 0 and state.step < last:
+        if fault:
+            _give_up(label, url, fault)
+    step = 0 if saved is None else saved.meta["step"]
+    if step < last:
         sys.stderr.write(
-            f"{label}: going on from step {state.step}; the {last - state.step} steps up to {last} are lost and "
-            "taken again\n"
+            f"{label}: going on from step {step}; the {last - step} steps up to {last} are lost and taken again\n"
         )
-    return [] if saved is None else saved.meta["positions"]
+    return saved
 
 
 def _read(url: str, state: TrainState) -> tuple[SavedState | None, str]:
@@ -89,13 +153,11 @@ def _read(url: str, state: TrainState) -> tuple[SavedState | None, str]:
     return saved, ""
 
 
-def _give_up(label: str, url: str, faults: str, worker: Worker) -> None:
+def _give_up(label: str, url: str, fault: str) -> None:
     """Name a checkpoint that cannot be used, and set it aside; one that was never finished is written anew later."""
-    if worker.rank:
-        return
     unfinished = files.name(url) not in sizes(url.rpartition("/")[0]) and not files.exists(files.join(url, META))
     aside = "" if unfinished else f"; set aside as {set_aside(url)!r}"
-    sys.stderr.write(f"{label}: {faults}{aside}\n")
+    sys.stderr.write(f"{label}: {fault}{aside}\n")
 
 
 def keep_snapshot(folder: str, state: TrainState) -> None:

@@ -56,13 +56,6 @@ class Worker(NamedTuple):
             torch.distributed.all_gather_object(everyone, message)
         return "\n".join(dict.fromkeys(said for said in everyone if said))
 
-    def said_by_first(self, names: list[str]) -> list[str]:
-        """What rank 0 says."""
-        box = [names]
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(box)
-        return box[0]
-
 
 class Evaluation(NamedTuple):
     """What an evaluation in the middle of training has to show: metrics, and pictures by name."""

@@ -36,7 +36,7 @@ from bld_core.precision import ieee_float32
 from bld_core.storage import files
 from bld_core.storage.files import FullError
 from bld_core.trained import AutoencoderRecord, read_autoencoder
-from bld_core.training.checkpoint import CONFIG, save_model, save_state
+from bld_core.training.checkpoint import CONFIG, save_model
 from bld_core.training.loop import Report, TrainState, make_state, train
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
@@ -53,9 +53,8 @@ from cluster.tracking.load import SystemLoad
 from cluster.tracking.runs import Run
 from cluster.training.checkpoints import (
     FINAL,
+    Keeper,
     candidates,
-    checkpoint_name,
-    checkpoints,
     chosen_weights,
     keep_snapshot,
     resume,
@@ -63,7 +62,6 @@ from cluster.training.checkpoints import (
 )
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
-_CHECKPOINTS_KEPT = 2
 _LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
 _SURE = 0.2  # bits of entropy a bit of a code, above which stage 1 ends with a warning
@@ -278,30 +276,31 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     batches = task.batches(state.step, positions, worker)
     metrics: dict[str, float] = {}
     try:
-        for report in train(state, batches, task.objective(worker), training):
-            last = report.step == training.steps
-            if last or report.step % training.log_every == 0:
-                terms = _logged(report, state, task, worker)
-                if run is not None and load is not None and progress is not None:
-                    named = {f"train_{name}": value for name, value in terms.items()}
-                    run.metrics(named | load.metrics(), report.step)
-                    progress.update(report.step, terms)
-                if _too_many(task, report.step, terms):
-                    return UserError(
-                        f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
-                    )
-            due = last or report.step % training.evaluate_every == 0
-            keep = last or report.step % training.checkpoint_every == 0
-            positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
-            snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
-            if snapshot and worker.rank == 0:
-                keep_snapshot(job.folder, state)
-            if due:
-                metrics = _evaluate(task, state, run, worker, job.folder)
-            if due or keep or snapshot:
-                failure = _meet(state, metrics, positions, worker, job.folder if keep else None)
-                if failure is not None:
-                    return failure
+        with Keeper(job.folder) as keeper:
+            for report in train(state, batches, task.objective(worker), training):
+                last = report.step == training.steps
+                if last or report.step % training.log_every == 0:
+                    terms = _logged(report, state, task, worker)
+                    if run is not None and load is not None and progress is not None:
+                        named = {f"train_{name}": value for name, value in terms.items()}
+                        run.metrics(named | load.metrics(), report.step)
+                        progress.update(report.step, terms)
+                    if _too_many(task, report.step, terms):
+                        return UserError(
+                            f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
+                        )
+                due = last or report.step % training.evaluate_every == 0
+                keep = last or report.step % training.checkpoint_every == 0
+                positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
+                snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
+                if snapshot and worker.rank == 0:
+                    keep_snapshot(job.folder, state)
+                if due:
+                    metrics = _evaluate(task, state, run, worker, job.folder)
+                if due or keep or snapshot:
+                    failure = _meet(state, metrics, positions, worker, keeper, last)
+                    if failure is not None:
+                        return failure
     except NonFiniteError as error:  # on every worker at once
         return NonFiniteError(worker.said_by_all(str(error)), *error.settings)
     finally:
@@ -362,26 +361,27 @@ def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, fo
 
 
 def _meet(
-    state: TrainState, metrics: dict[str, float], positions: list[list[int]], worker: Worker, folder: str | None
+    state: TrainState, metrics: dict[str, float], positions: list[list[int]], worker: Worker, keeper: Keeper, last: bool
 ) -> FullError | None:
-    """All ranks wait for rank 0 in Ray's report, which has no time limit; with a stage's folder, it keeps a checkpoint.
+    """All ranks wait for rank 0 in Ray's report, which has no time limit; given positions, it keeps a checkpoint.
 
-    Returns on every rank that there is no space for it, which no restart would change. The checkpoint is written by us,
-    where an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without looking
-    whether that went well. Ray is not told of it.
+    Returns on every rank that there is no space for one, which no restart would change; of a checkpoint that is being
+    written beside training that is known a meeting later, and after the last step at once. It is written by us, where
+    an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without looking whether
+    that went well. Ray is not told of it.
     """
     full = ""
-    if folder is not None and worker.rank == 0:
-        url = files.join(folder, checkpoint_name(state.step))
+    if worker.rank == 0:
         try:
-            save_state(url, state, {"positions": positions, "metrics": metrics})
+            keeper.look()
+            if positions:
+                keeper.keep(state, {"positions": positions, "metrics": metrics})
+            if last:
+                keeper.wait()
         except FullError as error:
             full = str(error)
-        else:
-            for old in checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
-                files.remove(old)
     ray.train.report({"step": state.step})
-    full = worker.said_by_all(full) if folder is not None else ""
+    full = worker.said_by_all(full)
     return FullError(full) if full else None
 
 

@@ -15,7 +15,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.latents.loader import latent_batches
 from bld_core.prior.binary import PriorObjective
 from bld_core.prior.transformer import PriorConfig
-from bld_core.training.checkpoint import load_state, save_state
+from bld_core.training.checkpoint import read_state, said_by_first, save_state
 from bld_core.training.loop import TrainingConfig, TrainState, make_state, train
 from tests.bld_core.toys import random_latents, tiny_prior
 
@@ -49,7 +49,11 @@ def one_worker(rank: int, folder: Path) -> None:
     if rank == 0:
         save_state(f"{folder}/checkpoint", first, {})
     distributed.barrier()
-    load_state(f"{folder}/checkpoint", second)
+    device = torch.device("cpu")
+    saved = said_by_first(read_state(f"{folder}/checkpoint", 1) if rank == 0 else None, device)
+    assert saved is not None
+    assert said_by_first(saved if rank else None, device) is None
+    saved.restore(second)
     steps(second, rank, 2, 3)
     torch.save([everything(state) for state in (whole, second)], f"{folder}/{rank}.pt")
     distributed.barrier()

@@ -1,0 +1,84 @@
+"""Checkpoints that are written beside training: what they hold, and what a kill or a failed write leaves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from bld_core.prior.transformer import Prior, PriorConfig
+from bld_core.storage import files
+from bld_core.training.checkpoint import load_state, save_state
+from bld_core.training.loop import TrainingConfig, TrainState, make_state
+from cluster.training.checkpoints import Keeper, checkpoints, resume
+from cluster.training.tasks import Worker
+from tests.bld_core.toys import perturb, tiny_prior
+
+CONFIG = TrainingConfig(steps=9, batch_size=4)
+ALONE = Worker(0, 1, torch.device("cpu"))
+
+
+def at_step(state: TrainState, step: int) -> TrainState:
+    """The state after some training."""
+    state.step = step
+    perturb(state.module)
+    state.averages[0].update(state.module, step)
+    return state
+
+
+def test_what_is_written_is_the_state_of_its_step_while_training_goes_on(tmp_path: Path) -> None:
+    state, folder = make_state(tiny_prior(), CONFIG), str(tmp_path / "stage")
+    with Keeper(folder) as keeper:
+        for step in (1, 2, 3, 4):
+            at_step(state, step)
+            save_state(str(tmp_path / f"whole-{step}"), state, {"positions": [[step]]})
+            keeper.keep(state, {"positions": [[step]]})
+            for weight in state.module.parameters():
+                weight.data.fill_(torch.nan)
+    assert [files.name(url) for url in checkpoints(folder)] == ["checkpoint-0000003", "checkpoint-0000004"]
+    for step in (3, 4):
+        whole = tmp_path / f"whole-{step}"
+        written = {path.name: path.read_bytes() for path in Path(folder, f"checkpoint-{step:07d}").iterdir()}
+        assert written == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_to_training(tmp_path: Path) -> None:
+    state, folder = make_state(tiny_prior(), CONFIG), str(tmp_path / "stage")
+    Path(folder).write_text("a file in its place")
+    with Keeper(folder) as keeper:
+        keeper.keep(at_step(state, 1), {})
+        with pytest.raises(OSError, match="stage"):
+            keeper.keep(at_step(state, 2), {})
+        with pytest.raises(OSError, match="stage"):
+            keeper.look()
+
+
+def keep_and_die(folder: str) -> None:
+    prior = Prior(PriorConfig(layers=4, width=512, heads=2), 4, 8)  # some 0.1 s to write
+    with Keeper(folder) as keeper:
+        state = at_step(make_state(prior, CONFIG), 3)
+        keeper.keep(state, {"positions": []})
+        keeper.wait()
+        keeper.keep(at_step(state, 5), {"positions": []})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_before_the_commit_leaves_the_checkpoint_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "stage")
+    process = multiprocessing.get_context("fork").Process(target=keep_and_die, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [files.name(url) for url in checkpoints(folder)] == ["checkpoint-0000003"]
+    state = make_state(Prior(PriorConfig(layers=4, width=512, heads=2), 4, 8), CONFIG)
+    resume("prior", folder, state, ALONE)
+    assert state.step == 3
+    load_state(checkpoints(folder)[0], make_state(state.module, CONFIG))
+    if checkpoints(folder, whole=False) != checkpoints(folder):
+        assert "the 2 steps up to 5 are lost and taken again" in capsys.readouterr().err
