@@ -187,7 +187,7 @@ BORDER = {
     "bld_core.storage.files": {"write_json", "json_bytes"},
     "bld_core.storage.records": {"write_record", "_digest", "named_faults"},
     "bld_core.trained": {"_known"},
-    "bld_core.training.checkpoint": {"save_state", "save_model", "read_tensors", "_read"},
+    "bld_core.training.checkpoint": {"save_state", "snapshot", "save_model", "read_tensors", "_read"},
     "cluster.config.experiment": {"_flatten"},
     "cluster.console": {"user_errors_answered", "_told"},  # the command line, parsed
     "cluster.data.ingest": {"_execute"},  # rows of a Ray data set

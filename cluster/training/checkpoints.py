@@ -80,15 +80,16 @@ class Keeper:
         if self._thread is not None:
             self._thread.join(None if kind is None or issubclass(kind, Exception) else _HURRY_S)
 
-    def keep(self, state: TrainState, extra: dict[str, Any]) -> None:
-        """Copy the state, and begin to write it.
+    def keep(self, state: TrainState, positions: list[list[int]], metrics: dict[str, float]) -> None:
+        """Copy the state, and begin to write it, with the workers' positions in the data and the last metrics.
 
         Raises:
             FullError: no space for the checkpoint before; or another reason why it was not written.
         """
         self.wait()
-        arguments = files.join(self._folder, checkpoint_name(state.step)), snapshot(state, extra)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        url = files.join(self._folder, checkpoint_name(state.step))
+        saved = snapshot(state, {"positions": positions, "metrics": metrics})
+        self._thread = threading.Thread(target=self._write, args=(url, saved), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

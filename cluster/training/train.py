@@ -375,7 +375,7 @@ def _meet(
         try:
             keeper.look()
             if positions:
-                keeper.keep(state, {"positions": positions, "metrics": metrics})
+                keeper.keep(state, positions, metrics)
             if last:
                 keeper.wait()
         except FullError as error:

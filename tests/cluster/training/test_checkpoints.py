@@ -35,8 +35,8 @@ def test_what_is_written_is_the_state_of_its_step_while_training_goes_on(tmp_pat
     with Keeper(folder) as keeper:
         for step in (1, 2, 3, 4):
             at_step(state, step)
-            save_state(str(tmp_path / f"whole-{step}"), state, {"positions": [[step]]})
-            keeper.keep(state, {"positions": [[step]]})
+            save_state(str(tmp_path / f"whole-{step}"), state, {"positions": [[step]], "metrics": {"x": 0.5}})
+            keeper.keep(state, [[step]], {"x": 0.5})
             for weight in state.module.parameters():
                 weight.data.fill_(torch.nan)
     assert [files.name(url) for url in checkpoints(folder)] == ["checkpoint-0000003", "checkpoint-0000004"]
@@ -50,9 +50,9 @@ def test_a_checkpoint_that_could_not_be_written_is_told_to_training(tmp_path: Pa
     state, folder = make_state(tiny_prior(), CONFIG), str(tmp_path / "stage")
     Path(folder).write_text("a file in its place")
     with Keeper(folder) as keeper:
-        keeper.keep(at_step(state, 1), {})
+        keeper.keep(at_step(state, 1), [], {})
         with pytest.raises(OSError, match="stage"):
-            keeper.keep(at_step(state, 2), {})
+            keeper.keep(at_step(state, 2), [], {})
         with pytest.raises(OSError, match="stage"):
             keeper.look()
 
@@ -61,9 +61,9 @@ def keep_and_die(folder: str) -> None:
     prior = Prior(PriorConfig(layers=4, width=512, heads=2), 4, 8)  # some 0.1 s to write
     with Keeper(folder) as keeper:
         state = at_step(make_state(prior, CONFIG), 3)
-        keeper.keep(state, {"positions": []})
+        keeper.keep(state, [], {})
         keeper.wait()
-        keeper.keep(at_step(state, 5), {"positions": []})
+        keeper.keep(at_step(state, 5), [], {})
         os.kill(os.getpid(), signal.SIGKILL)
 
 
