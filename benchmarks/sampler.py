@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from timing import in_turns  # pyright: ignore[reportImplicitRelativeImport]  # a script imports what lies beside it
+from torch import nn
 
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
@@ -34,22 +35,29 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def paper_size(device: str) -> Generator:
-    """An untrained pair of the paper's size."""
+def untrained(autoencoder: AutoencoderConfig, prior: PriorConfig, image_size: int, device: str) -> Generator:
+    """An untrained pair."""
     torch.manual_seed(0)
-    autoencoder, prior, diffusion = AutoencoderConfig(), PriorConfig(), DiffusionConfig()
-    shape = autoencoder.code_shape(256)
+    diffusion, shape = DiffusionConfig(), autoencoder.code_shape(image_size)
     model = make_model(prior, diffusion, shape[0] * shape[1], shape[2])
-    first = AutoencoderRecord(hash="", autoencoder=autoencoder, code_shape=shape, image_size=256, channels=3)
+    first = AutoencoderRecord(hash="", autoencoder=autoencoder, code_shape=shape, image_size=image_size, channels=3)
     second = PriorRecord(hash="", prior=prior, diffusion=diffusion, sampling=SamplingConfig())
     pair = TrainedAutoencoder(make_autoencoder(autoencoder, 3).to(device).eval(), first)
-    return Generator(pair, TrainedPrior(model.network().to(device).eval(), second, model), device)
+    return Generator(pair, TrainedPrior(stirred(model.network()).to(device).eval(), second, model), device)
 
 
 @torch.no_grad()
-def measure(generator: Generator, mode: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
+def stirred(network: nn.Module) -> nn.Module:
+    """A new network with noise on its weights: the last of them are 0, and would make all that it says so."""
+    for weights in network.parameters():
+        weights.add_(0.05 * torch.randn_like(weights))
+    return network
+
+
+@torch.no_grad()
+def measure(generator: Generator, settings: dict[str, Any], steps: int, batch: int, repeats: int) -> dict[str, Any]:
     """Seconds of drawing a batch, of its bare passes, and of drawing it in plain float32."""
-    device, settings = generator.device, MODES[mode]
+    device = generator.device
     assert generator.prior is not None
     prior, autoencoder = generator._networks(  # pyright: ignore[reportPrivateUsage]  # the very copies that draw
         generator.prior, SamplingConfig(**settings)
@@ -58,7 +66,7 @@ def measure(generator: Generator, mode: str, steps: int, batch: int, repeats: in
     z, time = torch.zeros(batch, h * w, c, device=device), torch.full((batch,), 0.5, device=device)
 
     def passes() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled="precision" in settings):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.get("precision") == "bfloat16"):
             for _ in range(steps):
                 prior.network(z, time, None)
             autoencoder.decode(z.view(batch, h, w, c))
@@ -69,11 +77,10 @@ def measure(generator: Generator, mode: str, steps: int, batch: int, repeats: in
     def draw_plain() -> None:
         generator.sample(batch, steps=steps, batch_size=batch)
 
-    works = [draw, passes] if mode == "float32" else [draw, passes, draw_plain]
+    works = [draw, passes, draw_plain] if settings else [draw, passes]
     generator.sample(batch, steps=2, batch_size=batch, **settings)  # compiles, and warms the caches
     value, peer, *plain = in_turns(works, repeats, device.type)
     return {
-        "name": f"sampler {mode} {steps} steps, batch {batch}",
         "value": value / batch,
         "unit": "s/sample",
         "peer": peer / batch,
@@ -91,7 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     flags = parser.parse_args()
-    generator = paper_size(flags.device)
+    generator = untrained(AutoencoderConfig(), PriorConfig(), 256, flags.device)
     for mode in flags.modes:
         for batch in flags.batch_size:
             for steps in flags.steps:

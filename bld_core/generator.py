@@ -258,15 +258,16 @@ class Generator:
         prior, config = self._settle(labels, settings)
         prior, autoencoder = self._networks(prior, config)
         parts: list[Tensor] = []
-        for start in range(0, len(index), batch_size):
-            some = slice(start, start + batch_size)
-            chosen = None if labels is None else torch.tensor(labels[some], device=self.device)
-            given = None if known is None else Known(known.z[some], known.mask[some])
-            samples = SampleSpec(index[some].to(self.device), chosen, seed)
+        for rows in _batches(len(index), batch_size, alike=config.compile):
+            chosen = (
+                None if labels is None else torch.tensor([labels[row] for row in rows.tolist()], device=self.device)
+            )
+            given = None if known is None else Known(*(part[rows.to(self.device)] for part in known))
+            samples = SampleSpec(index[rows].to(self.device), chosen, seed)
             with ieee_float32(), autocast(config.precision, self.device):
                 z = prior.model.sample(prior.network, samples, config, given)
                 parts.append(self._images(autoencoder, z))
-        return torch.cat(parts)
+        return torch.cat(parts)[: len(index)]
 
     def _images(self, autoencoder: TrainedAutoencoder, z_BNC: Tensor) -> Tensor:
         """Codes as tokens -> images, on the CPU."""
@@ -285,6 +286,15 @@ class Generator:
                 replace(self.autoencoder, network=autoencoder),
             )
         return self._copies[key]
+
+
+def _batches(count: int, size: int, *, alike: bool) -> Sequence[Tensor]:
+    """The rows 0..count-1 by batches; alike, a last one that is smaller is filled up with its last row.
+
+    Each size that a compiled network meets is compiled anew. Fewer rows than one batch stay as few as they are.
+    """
+    filled = -count % size if alike and count > size else 0
+    return torch.arange(count + filled).clamp(max=count - 1).split(size)
 
 
 def known_tokens(mask_BHW: Tensor, h: int, w: int) -> Tensor:

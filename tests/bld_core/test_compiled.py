@@ -25,6 +25,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import PriorConfig
 from bld_core.training.loop import Batch, Objective, TrainingConfig, TrainState, make_state, train
+from tests.bld_core.test_precision import trained_pair
 from tests.bld_core.toys import TINY_AUTOENCODER
 
 STEPS = 20
@@ -86,6 +87,16 @@ def test_every_block_is_one_graph_made_once_and_losses_are_those_of_plain_traini
 def test_blocks_that_are_alike_are_compiled_once(traced: None) -> None:
     losses(stage_2, replace(TRAINING, steps=1, compile=True))
     assert counters["stats"]["unique_graphs"] == 1, "of three blocks"
+
+
+def test_a_smaller_last_batch_of_samples_is_filled_up_and_compiles_nothing_anew(traced: None) -> None:
+    generator = trained_pair()
+    plain = generator.sample(labels=[0, 1, 2, 0, 1], batch_size=3)
+    generator.sample(labels=[0, 1, 2], batch_size=3, compile=True)
+    made = counters["stats"]["unique_graphs"]
+    drawn = generator.sample(labels=[0, 1, 2, 0, 1], batch_size=3, compile=True)
+    assert 0 < made == counters["stats"]["unique_graphs"]
+    assert torch.equal(drawn, plain)
 
 
 def test_a_graph_break_that_is_planted_is_found(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
