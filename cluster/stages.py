@@ -107,7 +107,7 @@ def open_stage(
         files.check_writable(experiment.folder)
     except UserError as error:
         raise UserError(f"root is {experiment.root!r}: {error}") from error
-    with _lock(folder):
+    with locked(folder):
         record, outdated = None, fresh
         if not fresh:
             try:
@@ -250,8 +250,8 @@ def _changes(folder: str, name: str, before: Mapping[str, object], now: Mapping[
 
 
 @contextlib.contextmanager
-def _lock(folder: str) -> Generator[None]:
-    """Hold the stage's lock; the operating system lets go of it when this process ends, however it ends.
+def locked(folder: str) -> Generator[None]:
+    """Hold the lock of a stage or a sweep; the operating system lets go of it when this process ends, however it ends.
 
     Object stores have no locks. Two encoders of one folder there do no harm: each writes the same bytes under the same
     names, whole files only, and deletes nothing that it did not find outdated when it began.

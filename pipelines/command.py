@@ -123,9 +123,9 @@ def next_command(script: str, *more: str) -> None:
     for word in words:
         if word in ("--fresh", "--mend"):
             continue
-        if word.startswith(("--grid.", "--finetune")):
-            if "=" not in word:
-                next(words, None)
+        if not word.startswith("--"):  # what a sweep is of
             continue
-        kept.append(word)
+        value = [] if "=" in word else [*itertools.islice(words, 1)]
+        if not word.startswith(("--grid.", "--finetune", "--sweep.")):
+            kept += [word, *value]
     print(f"next: {command_line(f'pipelines/{script}', *kept, *more)}")

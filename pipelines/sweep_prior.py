@@ -1,20 +1,14 @@
-"""Sweep lambda and schedule of the prior over the cached latents; the best by the likelihood bound comes first."""
+"""Sweep settings of the prior, lambda and schedule by default, over the cached latents: `sweep.py prior` for short."""
 
 from argparse import Namespace
 
 from cluster.config.experiment import Experiment
-from cluster.training.sweep import sweep_prior, sweep_table
-from pipelines.command import command, fresh_flag, next_command
+from pipelines.command import command, fresh_flag
+from pipelines.sweep import sweep_and_say
 
 
 def main(experiment: Experiment, flags: Namespace) -> None:
-    best, *others = sweep_prior(experiment, flags.fresh)
-    print(sweep_table([best, *others]))
-    print(f"best: {experiment.folder}/sweep/best.yaml")
-    # flags, which go above those that this command was given
-    next_command(
-        "stage2_prior.py", f"--diffusion.vlb_weight={best.vlb_weight}", f"--diffusion.schedule={best.schedule}"
-    )
+    sweep_and_say(experiment, "prior", flags.fresh)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
 from cluster.evaluation.config import EvaluationConfig
 from cluster.runtime import ClusterConfig
-from cluster.training.config import SweepConfig
+from cluster.sweep.config import SweepConfig
 from cluster.training.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
 

@@ -29,6 +29,7 @@ CLUSTER = CORE | {
     "pandas",
     "pydantic",
     "sqlalchemy",
+    "optuna",
 }
 PIPELINES = {"pipelines", "cluster", "jsonargparse", "omegaconf", "yaml"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
@@ -57,15 +58,16 @@ ARROWS = {
     "cluster.plots": "",
     "cluster.storage": "",
     "cluster.evaluation.config": "",
-    "cluster.training.config": "",
+    "cluster.sweep.config": "",
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
     "cluster.runtime": "console nodes ray_private",
-    "cluster.config": "secrets console runtime evaluation.config training.config",
+    "cluster.config": "secrets console runtime evaluation.config sweep.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console nodes runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
+    "cluster.sweep": "nodes console ray_private runtime storage config tracking stages data training sweep.config",
     "cluster.sampling": "lineage runtime config stages",
     "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
     "cluster.study": "plots console data config runtime stages training sampling evaluation",
@@ -199,7 +201,9 @@ BORDER = {
     "cluster.registry.serving": {"read_row"},
     "cluster.report.page": {"_summary", "_pictures"},
     "cluster.report.tables": {"report_table"},
-    "cluster.training.sweep": {"run_trial"},  # Tune's
+    "cluster.sweep.board": {"on_trial_result"},  # Tune's
+    "cluster.sweep.run": {"_run", "_tuner", "run_trial", "after_report"},  # the space, Tune's
+    "cluster.sweep.search": {"domains", "values_of", "optuna_search"},
 }
 
 

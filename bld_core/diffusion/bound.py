@@ -30,12 +30,15 @@ class Bound:
         profile: what each step of the chain adds to the bound, the step that ends in the code first. Over all T steps,
             profile[t - 1] is the mean L_vlb(t) in bits a bit. The entries sum to the bound, to float64 rounding. Each
             is a mean over the codes that met its step alone: where the steps are many, add up neighbours.
+        per_code: what each code pays, in bits a bit, in their order: for differences between two networks, which meet
+            the same codes and noise.
     """
 
     codes: int
     bits_per_bit: float
     standard_error: float
     profile: tuple[float, ...]
+    per_code: tuple[float, ...] = ()
 
 
 def merge_bounds(parts: Sequence[Bound]) -> Bound:
@@ -47,7 +50,9 @@ def merge_bounds(parts: Sequence[Bound]) -> Bound:
     )
     profiles = torch.tensor([part.profile for part in parts], dtype=torch.float64)
     weights = torch.tensor([part.codes / codes for part in parts], dtype=torch.float64)
-    return Bound(codes, mean, math.sqrt(squares / (codes - 1) / codes), tuple((weights @ profiles).tolist()))
+    error = math.sqrt(squares / (codes - 1) / codes)
+    per_code = tuple(bits for part in parts for bits in part.per_code)
+    return Bound(codes, mean, error, tuple((weights @ profiles).tolist()), per_code)
 
 
 def likelihood_bound(
@@ -128,4 +133,4 @@ def estimate_bound(
     profile = torch.bincount(step.flatten(), bits.flatten(), steps) / bits.numel()
     # Codes meet different steps, so the spread over codes covers the choice of data and that of steps.
     error = float(per_code.std() / math.sqrt(len(codes)))
-    return Bound(len(codes), float(per_code.mean()), error, tuple(profile.tolist()))
+    return Bound(len(codes), float(per_code.mean()), error, tuple(profile.tolist()), tuple(per_code.tolist()))

@@ -22,7 +22,7 @@ from cluster.config.tracking import TrackingConfig
 from cluster.evaluation.config import EvaluationConfig, StudyConfig
 from cluster.runtime import ClusterConfig
 from cluster.secrets import check_no_password
-from cluster.training.config import SweepConfig
+from cluster.sweep.config import SweepConfig
 
 # What does not change what a stage makes, beyond rounding: how often it reports, how it saves time and memory, what it
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
@@ -77,7 +77,7 @@ class Experiment:
         prior_training: stage 2.
         sampling: how samples are drawn.
         evaluation: what is measured.
-        sweep: the sweep over prior training.
+        sweep: the sweep over the settings of a stage.
         study: the studies.
         cluster: where and how wide the work runs.
         tracking: MLflow.

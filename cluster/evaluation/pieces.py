@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from safetensors.torch import load as load_tensors
@@ -82,7 +82,7 @@ def _parts(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A result as tensors and JSON, which holds every float exactly."""
     match result:
         case Bound():
-            return {}, asdict(result)
+            return {}, asdict(replace(result, per_code=()))  # nobody asks for it
         case Drawn():
             tensors = {f"features {space}": features for space, features in result.features.items()}
             more = {"logits": result.logits, "images": result.images}

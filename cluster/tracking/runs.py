@@ -220,9 +220,30 @@ def known_run(experiment: Experiment, stage: str, run_id: str) -> Run:
     return run
 
 
-def _waiting(experiment: Experiment, stage: str) -> str:
+def trial_run(trial: Experiment, sweep: str, values: Mapping[str, object]) -> Run:
+    """The MLflow run of a sweep's trial, a child of the sweep's run; the runs of the trial's stages hang from it.
+
+    Args:
+        trial: its configuration.
+        sweep: id of the sweep's run.
+        values: the fields in which its trials differ, the parameters of this run.
+
+    Raises:
+        UserError: as `start_run`.
+    """
+    tracking, uri = trial.tracking, trial.tracking.resolve(trial.root)
+    client = open_client(uri, tracking.patience)
+    run_id = patiently(uri, tracking.patience, lambda: _parent_run(client, trial))
+    parameters = [Param(name, str(value)[:6000]) for name, value in values.items()]
+    tags = [RunTag("mlflow.parentRunId", sweep)]
+    patiently(uri, tracking.patience, lambda: client.log_batch(run_id, params=parameters, tags=tags))
+    return Run(uri, run_id, _waiting(trial), tracking.patience)
+
+
+def _waiting(experiment: Experiment, stage: str = "") -> str:
     """Where a stage keeps what its run is to be told; "" where it rather stops than goes on untold."""
-    return files.join(experiment.folder, stage, "mlflow-waiting") if experiment.tracking.when_away == "keep" else ""
+    parts = [stage, "mlflow-waiting"] if stage else ["mlflow-waiting"]
+    return files.join(experiment.folder, *parts) if experiment.tracking.when_away == "keep" else ""
 
 
 def _reopen(run: Run, before: RecordedRun) -> None:

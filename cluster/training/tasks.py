@@ -58,10 +58,14 @@ class Worker(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation in the middle of training has to show: metrics, and pictures by name."""
+    """What an evaluation in the middle of training has to show: metrics, and pictures by name.
+
+    `per_code` is what each held-out code pays of the bound, in bits a bit.
+    """
 
     metrics: dict[str, float]
     pictures: dict[str, Image]
+    per_code: tuple[float, ...] = ()
 
 
 class Task(ABC):
@@ -225,4 +229,5 @@ class PriorTask(Task):
         images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
         metrics = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         metrics["val_bound_sampling"] = sampled.bits_per_bit
-        return Evaluation(metrics, {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)})
+        pictures = {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)}
+        return Evaluation(metrics, pictures, bound.per_code)

@@ -22,6 +22,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig
@@ -60,6 +61,7 @@ from cluster.training.checkpoints import (
     resume,
     training_faults,
 )
+from cluster.training.history import Evaluated, keep_evaluation
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
@@ -69,13 +71,16 @@ _ENTROPY_WEIGHT = 0.02  # of the entropy term, to begin with
 _SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
-def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = False) -> str:
+def train_autoencoder(
+    experiment: Experiment, fresh: bool = False, mend: bool = False, told: UserCallback | None = None
+) -> str:
     """Stage 1: image shards -> <folder>/autoencoder/final.
 
     Args:
         experiment: its configuration.
         fresh: start over, deleting what the stage made before.
         mend: read all that it made before, and make again what is damaged.
+        told: hears of each evaluation, which is then also kept in the stage's folder: see `read_history`.
 
     Returns:
         The folder of the finished model.
@@ -102,7 +107,7 @@ def train_autoencoder(experiment: Experiment, fresh: bool = False, mend: bool = 
                 "data_hash": fingerprint["shards"],
             }
             stage.run.tags({"bld.data_hash": fingerprint["shards"]})
-            fit(stage, AutoencoderTask(experiment), config)
+            fit(stage, AutoencoderTask(experiment), config, told)
             sys.stderr.write(unsure_bits(experiment, read_autoencoder(experiment.folder)))
         return stage.url(FINAL)
 
@@ -134,7 +139,13 @@ def check_losses(experiment: Experiment) -> None:
             PatchCritic(loss, data.channels)(torch.empty(1, data.channels, data.image_size, data.image_size))
 
 
-def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", mend: bool = False) -> str:
+def train_prior(
+    experiment: Experiment,
+    fresh: bool = False,
+    source: str = "",
+    mend: bool = False,
+    told: UserCallback | None = None,
+) -> str:
     """Stage 2: cached latents -> <folder>/prior/final.
 
     Args:
@@ -142,6 +153,7 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
         fresh: start over, deleting what the stage made before.
         source: experiment folder of the latents and their autoencoder; by default the experiment's own.
         mend: read all that it made before, and make again what is damaged.
+        told: as in `train_autoencoder`.
 
     Returns:
         The folder of the finished model.
@@ -171,24 +183,25 @@ def train_prior(experiment: Experiment, fresh: bool = False, source: str = "", m
                 **({"class_names": names} if names else {}),
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
-            fit(stage, PriorTask(experiment, source, found.codes), config)
+            fit(stage, PriorTask(experiment, source, found.codes), config, told)
         return stage.url(FINAL)
 
 
-def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
+def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallback | None = None) -> None:
     """Train, resuming where a checkpoint lies in the stage's folder, and write final/ from the averaged weights.
 
     Args:
         stage: open.
         task: what is trained.
         facts: what config.json is to say beside run and metrics; JSON values.
+        told: hears of each evaluation, which is then also kept in the stage's folder.
     """
     cluster = stage.experiment.cluster
     # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
     files.remove(stage.url(_RAYS_LIST))
     trainer = PlainTrainer(
         _work,
-        train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal())},
+        train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal(), told is not None)},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
         ),
@@ -197,6 +210,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object]) -> None:
             **run_storage(stage.experiment.folder),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[told] if told else [],
         ),
         # Rank 0 waits for MLflow between two collectives, in which the others wait for it.
         torch_config=TorchConfig(timeout_s=_LONGEST_COLLECTIVE + ceil(min(stage.experiment.tracking.patience, _DAY))),
@@ -243,6 +257,7 @@ class Job:
         folder: of the stage.
         run: the MLflow run.
         bar: whether a person watches the command.
+        told: whether somebody hears of its evaluations, and reads them.
     """
 
     task: Task
@@ -250,6 +265,7 @@ class Job:
     folder: str
     run: Run
     bar: bool
+    told: bool = False
 
 
 def _work(settings: dict[str, Job]) -> Exception | None:
@@ -296,9 +312,9 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 if snapshot and worker.rank == 0:
                     keep_snapshot(job.folder, state)
                 if due:
-                    metrics = _evaluate(task, state, run, worker, job.folder)
+                    metrics = _evaluate(job, state, worker)
                 if due or keep or snapshot:
-                    failure = _meet(state, metrics, positions, worker, keeper, last)
+                    failure = _meet(state, metrics, positions, worker, keeper, last=last, tell=job.told and due)
                     if failure is not None:
                         return failure
     except NonFiniteError as error:  # on every worker at once
@@ -338,30 +354,40 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(task: Task, state: TrainState, run: Run | None, worker: Worker, folder: str) -> dict[str, float]:
+def _evaluate(job: Job, state: TrainState, worker: Worker) -> dict[str, float]:
     """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do.
 
     After the last step those that are made of the snapshots in the stage's folder are among them.
     """
-    if run is None:
+    if worker.rank:
         return {}
-    averages = candidates(state, folder, task.training)
+    task, run = job.task, job.run
+    averages = candidates(state, job.folder, task.training)
     networks = [copy.deepcopy(state.module).eval() for _ in averages]
     for network, (_, _, weights) in zip(networks, averages, strict=True):
         network.load_state_dict(weights)
     with torch.no_grad(), ieee_float32():
         best = task.choose(networks, worker.device) if len(networks) > 1 else 0
-        metrics, pictures = task.evaluate(networks[best], worker.device)
+        metrics, pictures, per_code = task.evaluate(networks[best], worker.device)
     name, value, _ = averages[best]
     metrics[name] = value
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")
+    if job.told:
+        keep_evaluation(job.folder, Evaluated(state.step, metrics, per_code))
     return metrics
 
 
 def _meet(
-    state: TrainState, metrics: dict[str, float], positions: list[list[int]], worker: Worker, keeper: Keeper, last: bool
+    state: TrainState,
+    metrics: dict[str, float],
+    positions: list[list[int]],
+    worker: Worker,
+    keeper: Keeper,
+    *,
+    last: bool,
+    tell: bool,
 ) -> FullError | None:
     """All ranks wait for rank 0 in Ray's report, which has no time limit; given positions, it keeps a checkpoint.
 
@@ -380,7 +406,7 @@ def _meet(
                 keeper.wait()
         except FullError as error:
             full = str(error)
-    ray.train.report({"step": state.step})
+    ray.train.report({"step": state.step} | (metrics if tell else {}))
     full = worker.said_by_all(full)
     return FullError(full) if full else None
 

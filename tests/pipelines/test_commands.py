@@ -167,6 +167,7 @@ class Real(NamedTuple):
 
 
 TRAINED = ["autoencoder", "latents", "prior"]
+SPACE = ["--sweep.space", "{prior.width: [32, 33]}"]
 REAL = {
     "make_shards.py": Real(
         [], ["--images_per_shard", "900"], r"^shards: .*/small$", ["train-0000.tar", "shards.json", "classes.json"]
@@ -190,11 +191,11 @@ REAL = {
     "inpaint.py": Real(
         TRAINED, ["--inpaint.samples", "[0]"], r"^image, what is known of it, completions: .*png$", ["samples/*/*.png"]
     ),
-    "sweep_prior.py": Real(
+    "sweep.py": Real(
         ["autoencoder", "latents"],
-        ["--sweep.vlb_weights", "[0.1]", "--sweep.schedules", "[cosine]"],
+        ["prior", *SPACE, "--sweep.early_stopping", "asha"],
         r"^best: .*/small/sweep/best.yaml$",
-        ["sweep/best.yaml"],
+        ["sweep/best.yaml", "sweep/width32/prior/final/model.safetensors"],
     ),
     "reference.py": Real(
         [],
@@ -226,11 +227,11 @@ REAL = {
         ["evaluation/report.json", "evaluation/report.html"],
     ),
 }
-"""Every command but those of WHOLE, which `test_the_whole_order_of_work` runs."""
+"""Every command but those of WHOLE, which `test_the_whole_order_of_work` runs, and sweep_prior.py, after sweep.py."""
 WHOLE = {"run_all.py", "register.py"}
 
 
-@pytest.mark.parametrize("script", sorted({*COMMANDS} - WHOLE))
+@pytest.mark.parametrize("script", sorted({*COMMANDS} - WHOLE - {"sweep_prior.py"}))
 def test_every_command_does_its_work(
     script: str,
     finished: Experiment,
@@ -252,6 +253,10 @@ def test_every_command_does_its_work(
     if script == "encode_latents.py":
         assert run(monkeypatch, script, *place, "--verify") == 0
         assert capsys.readouterr().out.startswith("verified 5 files, 1797 rows, ")
+    if script == "sweep.py":  # the short name, and trials that are there already
+        assert re.search(r"^33 .* refused: prior.width is 33", said, re.M), said
+        assert run(monkeypatch, "sweep_prior.py", *place, *SPACE) == 0
+        assert capsys.readouterr().out == said
 
 
 def check_the_whole_order(

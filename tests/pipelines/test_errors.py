@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 import cluster.sampling.inpainting
-import cluster.training.sweep
+import cluster.sweep.run
 import cluster.training.train
 from bld_core.errors import UserError
 from bld_core.training.loop import Batch
@@ -294,8 +294,8 @@ def test_a_training_worker_that_dies_too_often_is_one_message(
     )
 
 
-def refuse(trial: Experiment, source: str = "") -> str:
-    del source
+def refuse(trial: Experiment, source: str = "", told: object = None) -> str:
+    del source, told
     raise UserError(f"`steps` is {trial.sampling.steps}; it must not be", trial.sampling)
 
 
@@ -312,7 +312,7 @@ def test_a_trial_of_a_sweep_tells_whose_mistake_it_is_and_one_that_is_stopped_le
     experiment = replace(encoded, root=str(root), sweep=sweep)
     flags = flags_of(experiment, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cluster.training.sweep, "train_prior", refuse)
+        patch.setattr(cluster.sweep.run, "train_prior", refuse)
         assert run(monkeypatch, "sweep_prior.py", *flags) == 2
     assert capsys.readouterr().err.endswith("error: sampling.steps is 4; it must not be\n")
 

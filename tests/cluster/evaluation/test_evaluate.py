@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -14,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from ray._private import worker as ray_worker
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import vgg16
@@ -54,13 +51,12 @@ from cluster.report.tables import report_table
 from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.sampling.inpainting import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sampling.sampler import Draw, drawn_labels
-from cluster.training.sweep import sweep_prior, sweep_table
+from cluster.sweep.run import sweep
 from cluster.training.tasks import PriorTask
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
 from tests.cluster.evaluation.test_exactness import small_file
 from tests.conftest import copy_of
-from tests.console import unknown
 
 
 def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Experiment) -> None:
@@ -489,25 +485,7 @@ def test_a_comparator_goes_the_same_way_by_one_field(encoded: Experiment, tmp_pa
     with pytest.raises(ValueError, match=rf"grid.process is 4, but prior.model is {model}"):
         draw_grid(experiment, GridConfig(process=4))
     with pytest.raises(ValueError, match=rf"prior.model is {model}.*sweep with prior.model binary"):
-        sweep_prior(experiment)
+        sweep(experiment)
     if model == "autoregressive":
         with pytest.raises(ValueError, match=r"cannot complete an image"):
             inpaint(experiment, InpaintConfig(samples=[0]))
-
-
-@pytest.mark.long
-def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
-    experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
-    rows = sweep_prior(experiment)
-    assert unknown(capsys.readouterr().out) == []
-    assert sorted((row.vlb_weight, row.schedule) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
-    assert rows[0].bound < rows[1].bound
-    best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
-    assert best == {"diffusion": {"vlb_weight": rows[0].vlb_weight, "schedule": "cosine"}}
-    assert f"{rows[0].bound:.4f}" in sweep_table(rows)
-    # Ray Tune would hand the keys of S3, which are in this process's environment, to its trials by way of Ray's logs.
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "testsecret"
-    node = ray_worker._global_node  # pyright: ignore[reportPrivateUsage]
-    assert node is not None
-    logs = Path(node.get_logs_dir_path())
-    assert [path for path in logs.glob("runtime_env*") if b"testsecret" in path.read_bytes()] == []

@@ -1,0 +1,1 @@
+"""Sweeps: many short trainings, the trials, each with other settings, compared."""

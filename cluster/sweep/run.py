@@ -1,0 +1,220 @@
+"""Ray Tune: a sweep of one stage, each trial an experiment of its own, which goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.tune
+import yaml
+from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from bld_core.errors import UserError
+from bld_core.storage import files
+from bld_core.storage.records import read_record, write_record
+from cluster.config.artifacts import open_encoded
+from cluster.config.experiment import Experiment
+from cluster.data.check import check_data
+from cluster.nodes import nodes_watched
+from cluster.ray_private import keep_keys_from_tune
+from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
+from cluster.stages import end_killed, locked
+from cluster.storage import run_storage
+from cluster.sweep.board import Board, was_stopped
+from cluster.sweep.search import STEP, optuna_search, planned, scheduler, values_of
+from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, nested, planned_values, space_of
+from cluster.sweep.table import Row, finished, ranked, read_row, sweep_table, table_json
+from cluster.tracking.runs import Ending, Run, start_run, trial_run
+from cluster.tracking.store import known_to_be_there, open_client
+from cluster.training.history import read_history
+from cluster.training.train import train_autoencoder, train_prior
+
+_RECORD = "sweep.json"
+_TRIES = 1  # more of a trial that has failed, from its checkpoint
+
+
+class Told(TuneReportCallback):
+    """Tells Tune of each evaluation but the last, which the trial tells itself, once its model is written."""
+
+    def __init__(self, metric: str, steps: int) -> None:
+        super().__init__()
+        self._metric, self._steps = metric, steps
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called by Ray Train's controller."""
+        if self._metric in metrics[0] and metrics[0][STEP] < self._steps:
+            super().after_report(run_context, [{name: metrics[0][name] for name in (STEP, self._metric)}], checkpoint)
+
+
+def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = False) -> list[Row]:
+    """Train a short stage for every trial; <folder>/sweep/table.json, table.txt and best.yaml.
+
+    Each trial is an experiment of its own in <folder>/sweep/<trial>, so a sweep that is run again goes on: finished
+    trials stay, others continue from their checkpoints, and all tell again what they told before.
+
+    Args:
+        experiment: its configuration.
+        stage: that is trained. Trials of stage 1 lie in <folder>/sweep-autoencoder.
+        fresh: start over, deleting the trials that were made before.
+
+    Returns:
+        The trials, the best first.
+
+    Raises:
+        MissingError: a sweep of the prior, and no encoded data set yet.
+        UserError: bad input, before anything is started; or no trial has succeeded, for the reason of the first.
+    """
+    space, goal = space_of(experiment, stage), GOALS[stage]
+    known = [make_trial(experiment, stage, values) for values in _values(experiment, stage)]
+    if known and all(trial.experiment is None for trial in known):
+        raise UserError(f"every trial of the sweep is refused; the first, {known[0].name}: {known[0].why}")
+    if stage == "prior":
+        open_encoded(experiment)
+    else:
+        check_data(experiment)
+    uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
+    open_client(uri, patience)  # asked, and a database made, before any trial
+    folder = files.join(experiment.folder, goal.folder)
+    with locked(folder):
+        if fresh:
+            files.remove(folder)
+        connect_ray(experiment.cluster)
+        run = _open_run(experiment, goal.folder, folder)
+        how: Ending = "KILLED"
+        try:
+            rows = _run(experiment, stage, space, known, run)
+            how = "FINISHED"
+        except Exception:
+            how = "FAILED"
+            raise
+        finally:
+            run.end(how)
+    return rows
+
+
+def _values(experiment: Experiment, stage: StageName) -> list[Values]:
+    """What is known of the trials before any of them begins."""
+    return [] if experiment.sweep.search == "optuna" else planned_values(experiment, stage)
+
+
+def _open_run(experiment: Experiment, name: str, folder: str) -> Run:
+    """The MLflow run of the sweep, known by its record."""
+    url = files.join(folder, _RECORD)
+    before = read_record(url)["run"] if files.exists(url) else None
+    run = start_run(experiment, name, before)
+    if run.run_id != before:
+        write_record(url, {"run": run.run_id})
+    return run
+
+
+def _run(
+    experiment: Experiment, stage: StageName, space: Mapping[str, Any], known: Sequence[Trial], run: Run
+) -> list[Row]:
+    folder = files.join(experiment.folder, GOALS[stage].folder)
+    failures: dict[str, str] = {}
+    board = Board(experiment, stage, folder, run.run_id, known)
+    replayed = experiment.sweep.search == "optuna" or experiment.sweep.early_stopping == "asha"
+    waiting = [trial for trial in known if trial.experiment and (replayed or not finished(trial, stage))]
+    if waiting or experiment.sweep.search == "optuna":
+        try:
+            with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
+                results = _tuner(experiment, stage, space, waiting, board).fit()
+        finally:
+            try:
+                board.close()
+            finally:
+                for trial in board.trials:  # a stopped sweep ends the processes of its trials at once
+                    if trial.experiment is not None:
+                        end_killed(trial.experiment, stage)
+        failures = _failures(results, experiment, stage)
+    rows = ranked([read_row(trial, stage, failures) for trial in board.trials], stage)
+    best = rows[0]
+    files.write_json(files.join(folder, "table.json"), table_json(rows, stage))
+    files.write_bytes(files.join(folder, "table.txt"), f"{sweep_table(rows, stage)}\n".encode())
+    files.write_bytes(files.join(folder, "best.yaml"), yaml.safe_dump(nested(best.values)).encode())
+    run.tags({"bld.best": best.trial})
+    board.run_of(best.trial).tags({"bld.best": "this"})
+    run.text(sweep_table(rows, stage), "table.txt")
+    return rows
+
+
+def _tuner(
+    experiment: Experiment, stage: StageName, space: Mapping[str, Any], waiting: Sequence[Trial], board: Board
+) -> Tuner:
+    keep_keys_from_tune()
+    config, goal = experiment.sweep, GOALS[stage]
+    uri, parent = experiment.tracking.resolve(experiment.root), board.parent
+
+    def run_trial(settings: dict[str, Any]) -> None:
+        known_to_be_there(uri)
+        trial = make_trial(experiment, stage, values_of(settings))
+        told, steps = trial.allowed, getattr(trial.allowed, goal.training).steps
+        trial_run(told, parent, trial.values)
+        for evaluated in read_history(files.join(told.folder, stage)):  # of an earlier start
+            if evaluated.step < steps:
+                ray.tune.report({STEP: evaluated.step, goal.metric: evaluated.metrics[goal.metric]})
+        if not was_stopped(told):
+            listener = Told(goal.metric, steps)
+            if stage == "prior":
+                train_prior(told, source=experiment.folder, told=listener)
+            else:
+                train_autoencoder(told, told=listener)
+            last = read_row(trial, stage, {})
+            ray.tune.report({STEP: steps, goal.metric: last.metrics[goal.metric]})
+
+    optuna = config.search == "optuna"
+    search = optuna_search(experiment, space, goal, board.asked) if optuna else None
+    how: dict[str, Any] = {} if optuna else {"metric": goal.metric, "mode": goal.mode}
+    return Tuner(
+        ray.tune.with_resources(run_trial, {"CPU": 0.01}),  # the training workers reserve their own
+        param_space=None if optuna else planned([trial.values for trial in waiting]),
+        tune_config=TuneConfig(
+            search_alg=search,
+            scheduler=scheduler(config),
+            num_samples=config.trials if optuna else 1,
+            max_concurrent_trials=min(config.concurrent, room(experiment, stage)),
+            **how,
+        ),
+        run_config=RunConfig(
+            name="tune",
+            **run_storage(board.folder),
+            verbose=0,
+            callbacks=[board],
+            failure_config=FailureConfig(max_failures=_TRIES),
+        ),
+    )
+
+
+def room(experiment: Experiment, stage: StageName) -> int:
+    """How many trials the cluster holds at the same time, each with all of its workers: no two wait for each other."""
+    cluster = experiment.cluster
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = sum(int(node.get("CPU", 0) / cluster.cpus_per_worker + 1e-6) for node in nodes)
+    fits = workers // cluster.replicas
+    if stage == "autoencoder":  # whose images are decoded beside its workers
+        cpus = sum(node.get("CPU", 0) for node in nodes)
+        fits = min(fits, int(cpus / (cluster.replicas * cluster.cpus_per_worker + DECODE_CPUS) + 1e-6))
+    if cluster.gpu:
+        fits = min(fits, int(sum(node.get("GPU", 0) for node in nodes)) // cluster.replicas)
+    return max(1, fits)
+
+
+def _failures(results: ResultGrid, experiment: Experiment, stage: StageName) -> dict[str, str]:
+    """Why trials have failed, by name.
+
+    Raises:
+        UserError: none has succeeded; as the first has failed.
+    """
+    failed = {
+        make_trial(experiment, stage, values_of(result.config)).name: unwrap(result.error)
+        for result in results
+        if result.error is not None and result.config is not None
+    }
+    if len(failed) == len(results):
+        for failure in failed.values():
+            if isinstance(failure, UserError):
+                raise failure
+        raise RuntimeError(f"all {len(failed)} trials failed; the first: {results.errors[0]}")
+    return {name: str(error).splitlines()[0].replace("`", "") for name, error in failed.items()}

@@ -1,0 +1,50 @@
+"""Sweeps as they run: ranked, ended early, gone on with."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from ray._private import worker as ray_worker
+
+from bld_core.storage import files
+from cluster.config.experiment import Experiment
+from cluster.sweep.run import sweep
+from cluster.sweep.table import sweep_table
+from tests.console import unknown
+
+
+@pytest.mark.long
+def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
+    rows = sweep(experiment)
+    assert unknown(capsys.readouterr().out) == []
+    assert sorted((*row.values.values(),) for row in rows) == [(0.0, "cosine"), (0.5, "cosine")]
+    bounds = [row.metrics["val_bound"] for row in rows]
+    assert bounds[0] < bounds[1]
+    assert rows[1].difference == pytest.approx(bounds[1] - bounds[0])
+    assert 0 < rows[1].difference_se < rows[1].metrics["val_bound_se"]
+    table = files.read_json(f"{encoded.folder}/sweep/table.json")
+    assert [row["bound"] for row in table["rows"]] == bounds
+    assert {row["schedule"] for row in table["rows"]} == {"cosine"}
+    best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
+    assert best == {"diffusion": {"vlb_weight": table["rows"][0]["vlb_weight"], "schedule": "cosine"}}
+    assert f"{bounds[0]:.4f}" in sweep_table(rows)
+    with closing(sqlite3.connect(f"{encoded.root}/mlflow.db")) as database:
+        found = database.execute(
+            "SELECT runs.name, runs.status, p.value, c.name FROM runs JOIN tags t ON t.run_uuid = runs.run_uuid "
+            "AND t.key = 'mlflow.parentRunId' JOIN runs c ON c.run_uuid = t.value LEFT JOIN params p ON p.run_uuid = "
+            "runs.run_uuid AND p.key = 'diffusion.vlb_weight' WHERE c.name = 'sweep' ORDER BY runs.name"
+        ).fetchall()
+    assert found == [(f"lambda{weight:g}-cosine", "FINISHED", str(weight), "sweep") for weight in (0.0, 0.5)]
+    # Ray Tune would hand the keys of S3, which are in this process's environment, to its trials by way of Ray's logs.
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "testsecret"
+    node = ray_worker._global_node  # pyright: ignore[reportPrivateUsage]
+    assert node is not None
+    logs = Path(node.get_logs_dir_path())
+    assert [path for path in logs.glob("runtime_env*") if b"testsecret" in path.read_bytes()] == []
