@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -76,12 +76,14 @@ class Line:
         y: a figure at each x.
         error: standard error of each figure; empty draws none.
         name: for the legend; empty stays out of it.
+        joined: whether a line goes from point to point.
     """
 
     x: Sequence[float] | Sequence[str]
     y: Sequence[float]
     error: Sequence[float] = ()
     name: str = ""
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def panels_figure(panels: Sequence[Panel], inches: tuple[float, float] = _PANEL_
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         for line in panel.lines:
-            joined = "none" if any(isinstance(x, str) for x in line.x) else "-"
+            joined = "-" if line.joined and not any(isinstance(x, str) for x in line.x) else "none"
             marker = "o" if len(line.x) <= _MARKED else ""
             axes.errorbar(
                 line.x,
@@ -125,6 +127,58 @@ def panels_figure(panels: Sequence[Panel], inches: tuple[float, float] = _PANEL_
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1 and any(line.name for line in panel.lines):
             axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One of several parallel axes: its name, where each line crosses it, from 0 to 1, and its ticks."""
+
+    name: str
+    positions: Sequence[float]
+    ticks: Sequence[tuple[float, str]]
+
+
+def parallel_figure(axes: Sequence[Axis], shades: Sequence[float], inches: tuple[float, float]) -> Figure:
+    """Parallel coordinates: a line for each drawn thing across all axes; the first is drawn above the others.
+
+    Args:
+        axes: from left to right.
+        shades: of the lines, from 0, the darkest, to 1.
+        inches: width and height, 100 pixels each.
+    """
+    figure = Figure(figsize=inches, dpi=100, layout="constrained")
+    drawn = figure.add_subplot()
+    colours = mpl.colormaps["viridis"]
+    for number in reversed(range(len(shades))):
+        y = [axis.positions[number] for axis in axes]
+        drawn.plot(
+            range(len(axes)),
+            y,
+            color=_DEAD if number == 0 else colours(0.9 * shades[number]),
+            linewidth=2.4 if number == 0 else 1.2,
+            alpha=1.0 if number == 0 else 0.7,
+        )
+    for number, axis in enumerate(axes):
+        drawn.axvline(number, color=_LINE, linewidth=0.8, zorder=0)
+        for y, text in axis.ticks:
+            drawn.annotate(text, (number, y), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+    drawn.set_xticks(range(len(axes)), [axis.name for axis in axes])
+    drawn.tick_params("x", length=0)
+    drawn.set_xlim(-0.1, len(axes) - 0.6)
+    drawn.set_yticks([])
+    drawn.spines[:].set_visible(False)
+    return figure
+
+
+def shares_figure(shares: Mapping[str, float], inches: tuple[float, float]) -> Figure:
+    """Shares of a whole as bars from the left, the largest on top."""
+    figure = Figure(figsize=inches, dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    names = sorted(shares, key=lambda name: shares[name])
+    axes.barh(names, [shares[name] for name in names], color=_ALIVE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("share")
     return figure
 
 

@@ -114,7 +114,12 @@ def mend_flags(made: Parser) -> None:
 
 
 def next_command(script: str, *more: str) -> None:
-    """Say which command follows: with those flags of this one that it knows too, the experiment's, and `more`.
+    """Say which command follows."""
+    print(f"next: {following(script, *more)}")
+
+
+def following(script: str, *more: str) -> str:
+    """A command with those flags of this one that it knows too, the experiment's, and `more`.
 
     It goes into logs: signatures of links in it are for the user to fill in.
     """
@@ -128,4 +133,4 @@ def next_command(script: str, *more: str) -> None:
         value = [] if "=" in word else [*itertools.islice(words, 1)]
         if not word.startswith(("--grid.", "--finetune", "--sweep.")):
             kept += [word, *value]
-    print(f"next: {command_line(f'pipelines/{script}', *kept, *more)}")
+    return command_line(f"pipelines/{script}", *kept, *more)

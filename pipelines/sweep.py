@@ -4,18 +4,21 @@ from argparse import Namespace
 from typing import Literal
 
 from cluster.config.experiment import Experiment
+from cluster.sweep.page import write_sweep_report
 from cluster.sweep.run import sweep
 from cluster.sweep.space import GOALS, StageName, flags
 from cluster.sweep.table import sweep_table
-from pipelines.command import Parser, command, fresh_flag, next_command
+from pipelines.command import Parser, command, following, fresh_flag
 
 
 def sweep_and_say(experiment: Experiment, stage: StageName, fresh: bool) -> None:
-    best, *others = sweep(experiment, stage, fresh)
-    print(sweep_table([best, *others], stage))
-    print(f"best: {experiment.folder}/{GOALS[stage].folder}/best.yaml")
+    rows = sweep(experiment, stage, fresh)
     # flags, which go above those that this command was given
-    next_command("stage2_prior.py" if stage == "prior" else "stage1_ae.py", *flags(best.values))
+    command = following("stage2_prior.py" if stage == "prior" else "stage1_ae.py", *flags(rows[0].values))
+    report = write_sweep_report(experiment, stage, rows, command)
+    print(f"{sweep_table(rows, stage)}\nreport: {report}")
+    print(f"best: {experiment.folder}/{GOALS[stage].folder}/best.yaml, which another --config takes")
+    print(f"next: {command}")
 
 
 def extras(made: Parser) -> None:

@@ -67,11 +67,12 @@ ARROWS = {
     "cluster.stages": "secrets console nodes runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
     "cluster.training": "ray_private nodes plots storage console lineage runtime config tracking stages data",
-    "cluster.sweep": "nodes console ray_private runtime storage config tracking stages data training sweep.config",
     "cluster.sampling": "lineage runtime config stages",
     "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
     "cluster.study": "plots console data config runtime stages training sampling evaluation",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
+    "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data training"
+    " report sweep.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.serving": "registry",
 }

@@ -98,10 +98,16 @@ def write_report(experiment: Experiment) -> str:
         "written": f"{datetime.now(UTC):{_TIME}}",
         "commit": git_commit(),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page_url = files.join(folder, "report.html")
-    files.write_bytes(page_url, environment.from_string(_TEMPLATE.read_text()).render(page).encode())
+    files.write_bytes(page_url, rendered(_TEMPLATE, page))
     return page_url
+
+
+def rendered(template: Path, page: Mapping[str, object]) -> bytes:
+    """A page of its template, in the style of all pages."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = Path(__file__).with_name("style.css").read_text()
+    return environment.from_string(template.read_text()).render(page, style=style).encode()
 
 
 def _runs(experiment: Experiment) -> list[RecordedRun]:

@@ -159,13 +159,18 @@ def _row_json(row: Row, stage: StageName) -> dict[str, Any]:
 
 def sweep_table(rows: Sequence[Row], stage: StageName = "prior") -> str:
     """The trials as lines of text, best first."""
+    return "\n".join(aligned(table_cells(rows, stage)))
+
+
+def table_cells(rows: Sequence[Row], stage: StageName) -> list[list[str]]:
+    """The cells of the table, its head first."""
     fields = list(rows[0].values)
     columns = ["bound (bits a bit)", "to the best"] if stage == "prior" else _columns(rows)
     lines = [[*(field if len(fields) > 3 else _title(field) for field in fields), *columns, ""]]
     for row in rows:
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values.values()]
         lines.append([*values, *(_cells(row, stage, columns) if row.metrics else ["-"] * len(columns)), _said(row)])
-    return "\n".join(aligned(lines))
+    return lines
 
 
 def _title(field: str) -> str:

@@ -194,8 +194,8 @@ REAL = {
     "sweep.py": Real(
         ["autoencoder", "latents"],
         ["prior", *SPACE, "--sweep.early_stopping", "asha"],
-        r"^best: .*/small/sweep/best.yaml$",
-        ["sweep/best.yaml", "sweep/width32/prior/final/model.safetensors"],
+        r"^best: .*/small/sweep/best.yaml, which another --config takes$",
+        ["sweep/best.yaml", "sweep/report.html", "sweep/width32/prior/final/model.safetensors"],
     ),
     "reference.py": Real(
         [],
