@@ -77,6 +77,7 @@ class Line:
         error: standard error of each figure; empty draws none.
         name: for the legend; empty stays out of it.
         joined: whether a line goes from point to point.
+        faint: whether it is there for comparison alone, in grey.
     """
 
     x: Sequence[float] | Sequence[str]
@@ -84,6 +85,7 @@ class Line:
     error: Sequence[float] = ()
     name: str = ""
     joined: bool = True
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def panels_figure(panels: Sequence[Panel], inches: tuple[float, float] = _PANEL_
                 markersize=4,
                 linewidth=1.5,
                 capsize=3,
+                **({"color": _LINE, "alpha": 0.5} if line.faint else {}),
             )
         if panel.doubling:
             axes.set_xscale("log", base=2)

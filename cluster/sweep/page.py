@@ -69,12 +69,12 @@ def write_sweep_report(experiment: Experiment, stage: StageName, rows: Sequence[
 def _curves(rows: Sequence[Row], stage: StageName) -> Panel:
     metric = GOALS[stage].metric
     lines = [
-        Line([each.step for each in row.evaluations], [each.metrics[metric] for each in row.evaluations])
+        Line([each.step for each in row.evaluations], [each.metrics[metric] for each in row.evaluations], faint=True)
         for row in rows[1:]
     ]
     best = rows[0]
     shown = [each.metrics[metric] for each in best.evaluations]
-    lines.append(Line([each.step for each in best.evaluations], shown, name=f"best: {best.trial}"))
+    lines.append(Line([each.step for each in best.evaluations], shown, name="the best"))
     return Panel("Every trial, held-out", "step", GOALS[stage].unit, lines)
 
 
@@ -89,7 +89,7 @@ def _axes(rows: Sequence[Row], stage: StageName) -> list[Axis]:
 
 
 def _axis(name: str, values: Sequence[Any]) -> Axis:
-    """An axis: numbers where they lie, by their logarithm where they span more than 20, others in order."""
+    """An axis: numbers where they lie, by their logarithm where they span a factor above 8, others in order."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numbers or len({*values}) <= 4:
         texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
@@ -97,7 +97,7 @@ def _axis(name: str, values: Sequence[Any]) -> Axis:
         place = {text: (i + 0.5) / len(order) for i, text in enumerate(order)}
         return Axis(name, [place[text] for text in texts], [(y, text) for text, y in place.items()])
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low > 20
+    logarithmic = low > 0 and high / low > 8
 
     def scale(value: float) -> float:
         return math.log(value / low) / math.log(high / low) if logarithmic else (value - low) / (high - low)
@@ -145,7 +145,7 @@ def _front(rows: Sequence[Row]) -> list[Panel]:
         for on_front, label in ((False, ""), (True, "on the front")):
             some = [row for row in rows if row.on_front == on_front]
             x, y = ([row.metrics[key] for row in some] for key in (name, "val_psnr"))
-            lines.append(Line(x, y, name=label, joined=False))
+            lines.append(Line(x, y, name=label, joined=False, faint=not on_front))
         return Panel(title, "bits an image", "PSNR, dB", [line for line in lines if line.x])
 
     return [panel("code_bits", "Stored bits"), panel("code_bits_entropy", "Of them the encoder's own noise")]

@@ -166,7 +166,7 @@ def table_cells(rows: Sequence[Row], stage: StageName) -> list[list[str]]:
     """The cells of the table, its head first."""
     fields = list(rows[0].values)
     columns = ["bound (bits a bit)", "to the best"] if stage == "prior" else _columns(rows)
-    lines = [[*(field if len(fields) > 3 else _title(field) for field in fields), *columns, ""]]
+    lines = [[*map(_title, fields), *columns, ""]]
     for row in rows:
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in row.values.values()]
         lines.append([*values, *(_cells(row, stage, columns) if row.metrics else ["-"] * len(columns)), _said(row)])

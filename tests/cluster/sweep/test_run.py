@@ -39,7 +39,8 @@ def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys
         found = database.execute(
             "SELECT runs.name, runs.status, p.value, c.name FROM runs JOIN tags t ON t.run_uuid = runs.run_uuid "
             "AND t.key = 'mlflow.parentRunId' JOIN runs c ON c.run_uuid = t.value LEFT JOIN params p ON p.run_uuid = "
-            "runs.run_uuid AND p.key = 'diffusion.vlb_weight' WHERE c.name = 'sweep' AND runs.name LIKE 'lambda%' ORDER BY 1"
+            "runs.run_uuid AND p.key = 'diffusion.vlb_weight' WHERE c.name = 'sweep' AND runs.name LIKE 'lambda%' "
+            "ORDER BY runs.name"
         ).fetchall()
     assert found == [(f"lambda{weight:g}-cosine", "FINISHED", str(weight), "sweep") for weight in (0.0, 0.5)]
     # Ray Tune would hand the keys of S3, which are in this process's environment, to its trials by way of Ray's logs.
