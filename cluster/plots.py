@@ -118,7 +118,8 @@ def panels_figure(panels: Sequence[Panel], inches: tuple[float, float] = _PANEL_
                 markersize=4,
                 linewidth=1.5,
                 capsize=3,
-                **({"color": _LINE, "alpha": 0.5} if line.faint else {}),
+                color=_LINE if line.faint else None,
+                alpha=0.5 if line.faint else None,
             )
         if panel.doubling:
             axes.set_xscale("log", base=2)
