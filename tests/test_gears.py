@@ -38,6 +38,9 @@ THROUGH = {
         "cluster/report/test_page.py::test_the_page_holds_figures_curves_the_papers_rows_and_where_they_come_from"
     ),
     "cluster.serving": "test_older_format.py::test_an_older_registry_hands_out_its_champion_and_knows_the_pair_again",
+    "cluster.sweep.board": "pipelines/test_commands.py::test_every_command_does_its_work",
+    "cluster.sweep.page": "pipelines/test_commands.py::test_every_command_does_its_work",
+    "cluster.sweep.search": "pipelines/test_commands.py::test_every_command_does_its_work",
     "cluster.tracking.outbox": (
         "cluster/tracking/test_runs.py::test_a_database_that_is_gone_stops_no_training_and_the_next_start_tells_it"
     ),
