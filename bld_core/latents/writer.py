@@ -88,22 +88,25 @@ def encode_images(
         images: of the shard, in order.
         config: draws, views and the batch size.
         seed: of the draws.
-        turn: held while a batch is encoded but not while images are waited for, where several shards take turns.
+        turn: held while a batch is encoded, but not while images are waited for, stacked or copied, where several
+            shards take turns.
 
     Returns:
         The rows; without images, none, and bits of no width.
     """
     rows = LatentRows([], [], [], [], torch.empty(0))
     packed: list[Tensor] = []
+    device = next(autoencoder.parameters()).device
     for batch in _batches(images, config.batch_size):
-        pixels = _padded(batch, config.batch_size)
+        x, index = _on_device(batch, config.batch_size, device)
         with turn or nullcontext():
-            for view, draw, bits in _encode_batch(autoencoder, pixels, batch, config, seed):
-                packed.append(bits)
-                rows.key += [image.key for image in batch]
-                rows.label += [image.label for image in batch]
-                rows.draw += [draw] * len(batch)
-                rows.view += [view] * len(batch)
+            encoded = _encode_batch(autoencoder, x, index, config, seed)
+        for view, draw, bits in encoded:
+            packed.append(bits.cpu())
+            rows.key += [image.key for image in batch]
+            rows.label += [image.label for image in batch]
+            rows.draw += [draw] * len(batch)
+            rows.view += [view] * len(batch)
     if packed:
         rows.bits = torch.cat(packed)
     return rows
@@ -111,27 +114,26 @@ def encode_images(
 
 @torch.no_grad()
 def _encode_batch(
-    autoencoder: Autoencoder, pixels: Tensor, batch: list[LabelledImage], config: LatentConfig, seed: int
+    autoencoder: Autoencoder, x: Tensor, index: Tensor, config: LatentConfig, seed: int
 ) -> list[tuple[int, int, Tensor]]:
-    """(view, draw, packed bits) of a batch, for each view and draw; `pixels` are those of its images, padded."""
-    device = next(autoencoder.parameters()).device
-    x = to_float(to_device(pixels, device))
-    index = to_device(torch.tensor([key_of(image.key) for image in batch]), device)
+    """(view, draw, packed bits) of a batch, for each view and draw; `x` are its images, padded, `index` their keys."""
     found: list[tuple[int, int, Tensor]] = []
     for view in (0, 1) if config.mirror else (0,):
-        with ieee_float32(), autocast(config.precision, device):
-            logits = autoencoder.encode(x.flip(-1) if view else x)[: len(batch)].float()
+        with ieee_float32(), autocast(config.precision, x.device):
+            logits = autoencoder.encode(x.flip(-1) if view else x)[: len(index)].float()
         for draw in range(max(1, config.draws)):
             u = uniform(seed, f"code draw {draw} view {view}", index, math.prod(logits.shape[1:]))
             z_BCHW = quantize(logits, u.view_as(logits) if config.draws else None)
-            found.append((view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1)).cpu()))
+            found.append((view, draw, pack_bits(z_BCHW.permute(0, 2, 3, 1))))
     return found
 
 
-def _padded(batch: list[LabelledImage], size: int) -> Tensor:
-    """The pixels of a batch, its last image again and again behind it: uint8 (size, H, W, channels)."""
+def _on_device(batch: list[LabelledImage], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images of a batch, the last again and again behind it, float (size, channels, H, W); and their keys."""
     pixels = stack(batch)
-    return torch.cat([pixels, pixels[-1:].expand(size - len(batch), -1, -1, -1)])
+    pixels = torch.cat([pixels, pixels[-1:].expand(size - len(batch), -1, -1, -1)])
+    index = torch.tensor([key_of(image.key) for image in batch])
+    return to_float(to_device(pixels, device)), to_device(index, device)
 
 
 def _batches(images: Iterable[LabelledImage], size: int) -> Iterator[list[LabelledImage]]:

@@ -67,3 +67,11 @@ def test_what_fails_says_so_in_its_place_and_all_else_goes_on(
     assert "AssertionError" in caught.err
     assert "time is over" in said["stage 2 bfloat16"]["error"]
     assert ended.value.code == 1
+
+
+def test_launches_are_operations_without_views(gpu: Any) -> None:
+    launches = importlib.import_module("launches")
+    with launches.Launches() as counted:
+        x = torch.ones(2, 3)
+        _ = x.t().reshape(3, 2) + x[0, 0]
+    assert counted.count == 2
