@@ -11,7 +11,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import tqdm
@@ -20,7 +20,9 @@ from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayActorError
 from ray.experimental import tqdm_ray
+from ray.train import FailureConfig, Result, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.tune.execution import class_cache
 
 from bld_core.errors import UserError
@@ -103,14 +105,50 @@ def _free_port() -> int:
 
 
 class PlainTrainer(TorchTrainer):
-    """Ray Train's trainer that leaves Ctrl-C to Python.
+    """Ray Train's trainer that counts failures as we do, and leaves Ctrl-C to Python.
 
     Its own handler asks the controller to abort, and waits for its answer: in vain for a minute where the controller
     waits itself, for a node. The handler also stays when the training has ended, and ends the process with code 0.
+
+    Args:
+        function: what each worker runs.
+        reached: the last step that a restart would not take again; asked in Ray's processes, after a failure.
+        options: of TorchTrainer.
     """
+
+    def __init__(self, function: Callable[..., Any], *, reached: Callable[[], int], **options: Any) -> None:
+        super().__init__(function, **options)
+        self._reached = reached
 
     def _register_sigint_handler(self, controller: object) -> None:
         """Nothing."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Result:
+        config = self.run_config.failure_config or FailureConfig()
+        parts["failure_policy"] = FailuresInARow(config, self._reached)
+        return super()._initialize_and_run_controller(**parts)
+
+
+class FailuresInARow(DefaultFailurePolicy):
+    """Counts against `max_failures` the failures without progress between them. Ray counts all, however long it goes.
+
+    Args:
+        config: Ray's.
+        reached: as in `PlainTrainer`.
+    """
+
+    def __init__(self, config: FailureConfig, reached: Callable[[], int]) -> None:
+        super().__init__(config)
+        self._ask, self._before = reached, -1
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Called by Ray's controller after each failure."""
+        reached = self._before
+        with contextlib.suppress(OSError, UserError):  # storage that is away tells of no progress
+            reached = self._ask()
+        if reached > self._before:
+            self._before, self._worker_group_failures = reached, 0
+        return super().make_decision(training_failed_error)
 
 
 def death(failure: Exception) -> RayActorError | None:

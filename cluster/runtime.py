@@ -42,8 +42,8 @@ class ClusterConfig:
         gpu: give each worker one GPU.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
-        max_failures: times that training restarts from its last checkpoint after a worker or node has died, and that a
-            piece of work of another job is begun again.
+        max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
+            begins the count again), and that a piece of work of another job is begun again.
         patience: seconds to wait for nodes that were there and are gone, before the command ends.
     """
 

@@ -57,6 +57,11 @@ def _step_of(url: str) -> int:
     return int(files.name(url).removeprefix(_CHECKPOINT))
 
 
+def newest_step(folder: str) -> int:
+    """The step of a stage's newest checkpoint; 0 where there is none."""
+    return max((_step_of(url) for url in checkpoints(folder)), default=0)
+
+
 class Keeper:
     """Writes the checkpoints of a stage beside its training, one at a time, and keeps the two newest.
 

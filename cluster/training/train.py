@@ -58,6 +58,7 @@ from cluster.training.checkpoints import (
     candidates,
     chosen_weights,
     keep_snapshot,
+    newest_step,
     resume,
     training_faults,
 )
@@ -201,6 +202,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
     files.remove(stage.url(_RAYS_LIST))
     trainer = PlainTrainer(
         _work,
+        reached=partial(newest_step, stage.folder),
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal(), told is not None)},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
