@@ -11,23 +11,26 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+import ray
 import tqdm
 from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayActorError
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, Result, TrainingFailedError
+from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingDecision
 from ray.tune.execution import class_cache
 
 from bld_core.errors import UserError
 
 _TURN_S = 0.05
+_ANSWER_S = 3.0
 _EVERYWHERE = {
     # Ray Train gives a group of workers 60 s to start, within which a large environment is not unpacked.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
@@ -105,7 +108,7 @@ def _free_port() -> int:
 
 
 class PlainTrainer(TorchTrainer):
-    """Ray Train's trainer that counts failures as we do, and leaves Ctrl-C to Python.
+    """Ray Train's trainer with our own policies, that leaves Ctrl-C to Python.
 
     Its own handler asks the controller to abort, and waits for its answer: in vain for a minute where the controller
     waits itself, for a node. The handler also stays when the training has ended, and ends the process with code 0.
@@ -113,12 +116,13 @@ class PlainTrainer(TorchTrainer):
     Args:
         function: what each worker runs.
         reached: the last step that a restart would not take again; asked in Ray's processes, after a failure.
+        batch: samples of a global batch, which the workers share evenly.
         options: of TorchTrainer.
     """
 
-    def __init__(self, function: Callable[..., Any], *, reached: Callable[[], int], **options: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *, reached: Callable[[], int], batch: int, **options: Any) -> None:
         super().__init__(function, **options)
-        self._reached = reached
+        self._reached, self._batch = reached, batch
 
     def _register_sigint_handler(self, controller: object) -> None:
         """Nothing."""
@@ -126,6 +130,8 @@ class PlainTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         config = self.run_config.failure_config or FailureConfig()
         parts["failure_policy"] = FailuresInARow(config, self._reached)
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = EvenWorkers(self.scaling_config, self._batch)
         return super()._initialize_and_run_controller(**parts)
 
 
@@ -149,6 +155,46 @@ class FailuresInARow(DefaultFailurePolicy):
         if reached > self._before:
             self._before, self._worker_group_failures = reached, 0
         return super().make_decision(training_failed_error)
+
+
+class EvenWorkers(ElasticScalingPolicy):
+    """As many workers as the cluster holds, of those numbers that share the global batch evenly.
+
+    A group that starts again is only counted on nodes that answer: that one is gone Ray knows after half a minute, and
+    until then it would begin to wait, for ten, for a worker there.
+
+    Args:
+        config: Ray's.
+        batch: as in `PlainTrainer`.
+    """
+
+    def __init__(self, config: ScalingConfig, batch: int) -> None:
+        super().__init__(config)
+        self._batch, self._starts = batch, False
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Called by Ray's controller before a group starts."""
+        self._starts = True
+        try:
+            return super().make_decision_for_non_running_worker_group()
+        finally:
+            self._starts = False
+
+    def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
+        answering = _answering() if self._starts else {*reserved_resources}
+        there = {node: have for node, have in reserved_resources.items() if node in answering}
+        possible = super()._count_possible_workers(there)
+        return next((count for count in range(possible, 0, -1) if self._batch % count == 0), 0)
+
+
+def _answering() -> set[str]:
+    """The nodes that take a connection now."""
+    found = set[str]()
+    for node in ray.nodes():
+        place = node["NodeManagerAddress"], node["NodeManagerPort"]
+        with contextlib.suppress(OSError), socket.create_connection(place, timeout=_ANSWER_S):
+            found.add(node["NodeID"])
+    return found
 
 
 def death(failure: Exception) -> RayActorError | None:

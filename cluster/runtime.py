@@ -36,6 +36,10 @@ class ClusterConfig:
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor.
+        min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
+            many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
+            group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
+            every step has the same samples whatever the number; stage 1 begins its epoch again, and sees some twice.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
             way, so that none of them waits for the scheduler.
@@ -49,6 +53,7 @@ class ClusterConfig:
 
     address: str = ""
     workers: int = 1
+    min_workers: int = 0
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
     gpu: bool = False
@@ -60,6 +65,11 @@ class ClusterConfig:
         if self.workers < 0:
             raise UserError(
                 f"cluster.workers is {self.workers}; it must be at least 1, or 0 to train in the command's own process"
+            )
+        if not 0 <= self.min_workers <= self.workers:
+            raise UserError(
+                f"cluster.min_workers is {self.min_workers}; it must be from 0, which is always all of them, to "
+                f"cluster.workers, which is {self.workers}"
             )
         if self.address.startswith("ray://"):
             raise UserError(
@@ -105,6 +115,16 @@ class ClusterConfig:
     def need(self) -> Need:
         """What all workers, and one task that decodes, reserve."""
         return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
+
+    @property
+    def fewest(self) -> int:
+        """Training workers without which it does not go on."""
+        return self.min_workers or self.workers
+
+    @property
+    def training_need(self) -> Need:
+        """What the fewest training workers, and one task that decodes, reserve."""
+        return replace(self, workers=self.fewest).need
 
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it."""

@@ -66,6 +66,7 @@ from cluster.training.history import Evaluated, keep_evaluation
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
+_RESIZE_S = 30.0  # between two looks for nodes that are new: each change costs the steps since the last checkpoint
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
 _SURE = 0.2  # bits of entropy a bit of a code, above which stage 1 ends with a warning
 _ENTROPY_WEIGHT = 0.02  # of the entropy term, to begin with
@@ -203,9 +204,13 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
     trainer = PlainTrainer(
         _work,
         reached=partial(newest_step, stage.folder),
+        batch=task.training.batch_size // task.training.accumulate,
         train_loop_config={"job": Job(task, stage.name, stage.folder, stage.run, on_terminal(), told is not None)},
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+            num_workers=(cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker},
+            elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
         run_config=RunConfig(
             name=stage.name,
@@ -218,7 +223,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
         torch_config=TorchConfig(timeout_s=_LONGEST_COLLECTIVE + ceil(min(stage.experiment.tracking.patience, _DAY))),
     )
     try:
-        with nodes_watched(cluster.need, cluster.patience):
+        with nodes_watched(cluster.training_need, cluster.patience):
             result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error) or _deaths(error, cluster)) is not None:
