@@ -23,7 +23,7 @@ from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
 from cluster.stages import end_killed, locked
 from cluster.storage import run_storage
 from cluster.sweep.board import Board, was_stopped
-from cluster.sweep.search import STEP, optuna_search, planned, scheduler, values_of
+from cluster.sweep.search import STEP, domains, optuna_search, planned, scheduler, values_of
 from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, nested, planned_values, space_of
 from cluster.sweep.table import Row, finished, ranked, read_row, sweep_table, table_json
 from cluster.tracking.runs import Ending, Run, start_run, trial_run
@@ -165,17 +165,17 @@ def _tuner(
             ray.tune.report({STEP: steps, goal.metric: last.metrics[goal.metric]})
 
     optuna = config.search == "optuna"
-    search = optuna_search(experiment, space, goal, board.asked) if optuna else None
-    how: dict[str, Any] = {} if optuna else {"metric": goal.metric, "mode": goal.mode}
+    search = optuna_search(experiment, space, board.asked) if optuna else None
     return Tuner(
         ray.tune.with_resources(run_trial, {"CPU": 0.01}),  # the training workers reserve their own
-        param_space=None if optuna else planned([trial.values for trial in waiting]),
+        param_space=domains(space) if optuna else planned([trial.values for trial in waiting]),
         tune_config=TuneConfig(
+            metric=goal.metric,
+            mode=goal.mode,
             search_alg=search,
             scheduler=scheduler(config),
             num_samples=config.trials if optuna else 1,
             max_concurrent_trials=min(config.concurrent, room(experiment, stage)),
-            **how,
         ),
         run_config=RunConfig(
             name="tune",

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from bld_core.noise import key_of
 from cluster.config.experiment import Experiment
 from cluster.sweep.config import SweepConfig
-from cluster.sweep.space import Goal, Values
+from cluster.sweep.space import Values
 
 STEP = "step"
 """What a trial reports beside its metric: training steps."""
@@ -55,13 +55,14 @@ def values_of(config: Mapping[str, Any]) -> Values:
     return {name: json.loads(value) if isinstance(value, str) else value for name, value in config.items()}
 
 
-def optuna_search(experiment: Experiment, space: Mapping[str, Any], goal: Goal, asked: Sequence[Values]) -> Searcher:
+def optuna_search(experiment: Experiment, space: Mapping[str, Any], asked: Sequence[Values]) -> Searcher:
     """Tune's wrapper of Optuna, which first draws again what an earlier start has drawn.
+
+    The space and the metric it has from Tune, as the scheduler has: `domains` are Tune's space.
 
     Args:
         experiment: its seed is that of the search.
         space: of the sweep.
-        goal: of the sweep.
         asked: values of the trials so far, in order: Optuna learns of them as they tell their evaluations again.
     """
     import optuna  # a second of a core
@@ -70,13 +71,9 @@ def optuna_search(experiment: Experiment, space: Mapping[str, Any], goal: Goal, 
     from cluster.sweep.sampler import SeededSampler
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    drawn = domains(space)
     choices = {name for name, among in space.items() if not isinstance(among, dict) or "choice" in among}
     points = [{name: json.dumps(v) if name in choices else v for name, v in values.items()} for values in asked]
     return OptunaSearch(
-        OptunaSearch.convert_search_space(drawn),
-        metric=goal.metric,
-        mode=goal.mode,
         sampler=SeededSampler(key_of(experiment.seed, "sweep")),
-        points_to_evaluate=[point for point in points if point.keys() == drawn.keys()],
+        points_to_evaluate=[point for point in points if point.keys() == space.keys()],
     )

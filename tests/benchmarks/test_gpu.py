@@ -35,6 +35,7 @@ def lines(text: str) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in map(json.loads, text.splitlines())}
 
 
+@pytest.mark.long
 def test_every_check_and_measurement_has_its_line(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main()

@@ -77,7 +77,7 @@ def test_a_sweep_by_optuna_that_is_killed_goes_on_to_the_table_and_weights_of_on
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(asdict(killed)))
     command = [sys.executable, "pipelines/sweep.py", "prior", "--config", str(tmp_path / "killed.yaml")]
     environment = {**os.environ, "RAY_ADDRESS": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     begun = Path(killed.folder, "sweep")
     while (
         len(list(begun.glob("*/prior/checkpoint-*/meta.json"))) < 3
