@@ -324,6 +324,7 @@ def frechet_in_numpy(u: Any, v: Any) -> float:
     return float(np.square(u.mean(0) - v.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * overlap)
 
 
+@pytest.mark.long
 def test_bits_an_image_are_those_of_the_code_the_encoder_and_the_bound(finished: Experiment, tmp_path: Path) -> None:
     for name, count in (("train", 6), ("validation", 4)):
         write_shard(f"{tmp_path}/{name}.tar", toy_samples(count, 32))
