@@ -98,7 +98,7 @@ def open_stage(
             is too small for the work, or one of its nodes cannot reach the files. Nothing is deleted then.
     """
     # MLflow takes 1.5 s of a core to import: only commands open stages, and their actors do without it.
-    from cluster.tracking.runs import Ending, known_run, start_run
+    from cluster.tracking.runs import known_run, start_run
     from cluster.tracking.store import open_client
 
     folder = files.join(experiment.folder, name)
@@ -146,15 +146,8 @@ def open_stage(
         for url, reason in wrong:
             aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
             print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
-        how: Ending = "KILLED"  # by Ctrl-C or a signal
-        try:
+        with run.until_end():
             yield Stage(experiment, name, run, False, result, started)
-            how = "FINISHED"
-        except Exception:
-            how = "FAILED"
-            raise
-        finally:
-            run.end(how)
 
 
 def end_killed(experiment: Experiment, name: str) -> None:

@@ -159,7 +159,7 @@ def load_lpips(config: LossConfig, device: torch.device) -> Perceptual:
 
 def load_perceptual(config: LossConfig, device: torch.device) -> Perceptual | FeatureDistance:
     """The perceptual term that `config` names; see `load_lpips` and `load_feature_distance` for the errors."""
-    return load_feature_distance(device) if config.perceptual_network != "vgg16" else load_lpips(config, device)
+    return load_lpips(config, device) if config.perceptual_network == "vgg16" else load_feature_distance(device)
 
 
 def lpips_name(sha256: str) -> str:

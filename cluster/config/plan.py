@@ -144,8 +144,8 @@ def stage_1_cost(experiment: Experiment, count: int) -> StepCost:
             state.critic = make_state(PatchCritic(loss, data.channels), training)
         perceptual = None
         if loss.perceptual:
-            plain = loss.perceptual_network == "vgg16"
-            perceptual = Perceptual.without_weights() if plain else FeatureDistance(EfficientNetLite0())
+            lpips = loss.perceptual_network == "vgg16"
+            perceptual = Perceptual.without_weights() if lpips else FeatureDistance(EfficientNetLite0())
         return state, AutoencoderObjective(loss, experiment.code_shape, 0, perceptual)
 
     shape = (count, data.image_size, data.image_size, data.channels)

@@ -27,7 +27,7 @@ from cluster.config.tracking import CHAMPION, TrackingConfig
 from cluster.evaluation.evaluate import read_report
 from cluster.lineage import COMMIT, git_commit, lineage
 from cluster.secrets import without_secrets
-from cluster.tracking.runs import Ending, quoted, start_run
+from cluster.tracking.runs import quoted, start_run
 from cluster.tracking.store import open_client, plain_errors
 
 _EVALUATION = ("evaluation/report.json", "evaluation/report.html")
@@ -131,8 +131,7 @@ def _make_version(
     for place in models:
         check_model(files.join(experiment.folder, place))
     run = replace(start_run(experiment, "registered", None), waiting="")  # nobody would come back to it
-    how: Ending = "FAILED"
-    try:
+    with run.until_end():
         run.tags({tag: value for tag, value in tags.items() if tag.startswith("bld.")})
         run.metrics(report["figures"], 0)
         with tempfile.TemporaryDirectory() as folder:
@@ -149,11 +148,7 @@ def _make_version(
             model.save(str(Path(folder, "MLmodel")))
             run.artifacts(folder, "model")
         source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
-        version = client.create_model_version(name, source, run.run_id, tags=tags)
-        how = "FINISHED"
-    finally:
-        run.end(how)
-    return version
+        return client.create_model_version(name, source, run.run_id, tags=tags)
 
 
 def _champion(client: MlflowClient, name: str) -> ModelVersion | None:

@@ -48,7 +48,7 @@ def write_sweep_report(experiment: Experiment, stage: StageName, rows: Sequence[
             for outcome in ("finished", "stopped", "failed", "refused")
         },
         "steps": sum(row.step for row in rows),
-        "all_steps": experiment.sweep.steps * len(rows),
+        "all_steps": experiment.sweep.steps * sum(row.outcome != "refused" for row in rows),
         "best": rows[0],
         "best_value": f"{rows[0].metrics[goal.metric]:.4f}",
         "settings": yaml.safe_dump(nested(rows[0].values)),

@@ -26,7 +26,7 @@ from cluster.sweep.board import Board, was_stopped
 from cluster.sweep.search import STEP, domains, optuna_search, planned, scheduler, values_of
 from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, nested, planned_values, space_of
 from cluster.sweep.table import Row, finished, ranked, read_row, sweep_table, table_json
-from cluster.tracking.runs import Ending, Run, start_run, trial_run
+from cluster.tracking.runs import Run, start_run, trial_run
 from cluster.tracking.store import known_to_be_there, open_client
 from cluster.training.history import read_history
 from cluster.training.train import train_autoencoder, train_prior
@@ -82,16 +82,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
             files.remove(folder)
         connect_ray(experiment.cluster)
         run = _open_run(experiment, goal.folder, folder)
-        how: Ending = "KILLED"
-        try:
-            rows = _run(experiment, stage, space, known, run)
-            how = "FINISHED"
-        except Exception:
-            how = "FAILED"
-            raise
-        finally:
-            run.end(how)
-    return rows
+        with run.until_end():
+            return _run(experiment, stage, space, known, run)
 
 
 def _values(experiment: Experiment, stage: StageName) -> list[Values]:

@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -131,6 +131,19 @@ class Run:
         if self._outbox.waits:
             where = without_secrets(self.uri)
             print(f"MLflow at {where} is away: what it is to be told waits in {self.waiting}; run the command again")
+
+    @contextlib.contextmanager
+    def until_end(self) -> Generator[None]:
+        """End the run as the block ends: finished, failed, or killed, by Ctrl-C or a signal."""
+        how: Ending = "KILLED"
+        try:
+            yield
+            how = "FINISHED"
+        except Exception:
+            how = "FAILED"
+            raise
+        finally:
+            self.end(how)
 
     def send_waiting(self) -> None:
         """Tell what an earlier start has kept.

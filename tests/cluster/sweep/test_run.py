@@ -1,4 +1,4 @@
-"""Sweeps as they run: ranked, ended early, gone on with."""
+"""A sweep as it runs: its ranks, its files, its runs in MLflow."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from cluster.config.experiment import Experiment
 from cluster.sweep.run import sweep
 from cluster.sweep.table import sweep_table
 from tests.console import unknown
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.long
