@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -9,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bld_core.errors import DamagedError
+from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
+from bld_core.storage.files import FullError
 from bld_core.storage.records import Fault, set_aside, sizes
 from bld_core.training.averages import PowerEma, combination, combined
 from bld_core.training.checkpoint import (
@@ -113,6 +115,11 @@ class Keeper:
             saved.write(url)
             for old in checkpoints(self._folder)[:-_CHECKPOINTS_KEPT]:
                 files.remove(old)
+        except FullError as error:  # an unfinished one is of no use, and others need its space: MLflow's database, say
+            if not files.exists(files.join(url, META)):
+                with contextlib.suppress(OSError, UserError):
+                    files.remove(url)
+            self._failure = error
         except Exception as error:  # it is raised where training looks for it
             self._failure = error
 

@@ -116,20 +116,6 @@ def test_a_training_that_fails_closes_its_data(
     assert raised.tb is not None, "which holds all that its frames hold"
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
-    if mount.returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(

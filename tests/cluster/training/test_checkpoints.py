@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from bld_core.prior.transformer import Prior, PriorConfig
 from bld_core.storage import files
+from bld_core.storage.files import FullError
 from bld_core.training.checkpoint import load_state, save_state
 from bld_core.training.loop import TrainingConfig, TrainState, make_state
 from cluster.training.checkpoints import Keeper, checkpoints, resume
@@ -55,6 +57,22 @@ def test_a_checkpoint_that_could_not_be_written_is_told_to_training(tmp_path: Pa
             keeper.keep(at_step(state, 2), [], {})
         with pytest.raises(OSError, match="stage"):
             keeper.look()
+
+
+def test_a_checkpoint_for_which_there_is_no_space_leaves_what_there_was_to_others(disk: Path) -> None:
+    state = make_state(Prior(PriorConfig(layers=2, width=96, heads=2), 4, 8), CONFIG)
+    folder, other = disk / "stage", disk / "other"
+    model = sum(weight.nbytes for weight in state.module.state_dict().values())
+    with Keeper(str(folder)) as keeper:
+        keeper.keep(at_step(state, 1), [], {})
+        keeper.wait()
+        other.write_bytes(bytes(shutil.disk_usage(disk).free - 3 * model // 2))  # room for one of two such files
+        free = shutil.disk_usage(disk).free
+        keeper.keep(at_step(state, 2), [], {})
+        with pytest.raises(FullError, match=r"no space for '.*checkpoint-0000002/\w+\.safetensors'"):
+            keeper.wait()
+    assert shutil.disk_usage(disk).free == free
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-0000001"]
 
 
 def keep_and_die(folder: str) -> None:
