@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,13 +56,39 @@ def full(error: BaseException, path: str = "", wanted: int = 0) -> FullError | N
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
     path = path or str(error.filename or "a file")
-    folder = next((folder for folder in Path(path).absolute().parents if folder.exists()), Path("/"))
     size = f" of {wanted:,} bytes" if wanted else ""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest(path)).free
     return FullError(
         f"no space for {path!r}{size} ({error.strerror}; {free:,} bytes are free there): free some, or choose another "
         "folder, then run the same command again, which goes on where it stopped"
     )
+
+
+def check_space(sizes: Mapping[str, int]) -> None:
+    """Look, before files are written beside other work, whether a local disk has room for them.
+
+    Args:
+        sizes: bytes of each, by its path or URL, in the order in which they will be written; all on one file system.
+
+    Raises:
+        FullError: it has not; of the first that does not fit. Object stores are not asked, nor disks that do not tell.
+    """
+    room: int | None = None
+    for url, size in sizes.items():
+        fs, path = filesystem(url)
+        if not isinstance(fs, LocalFileSystem):
+            return
+        if room is None:
+            usage = shutil.disk_usage(_nearest(path))
+            room = usage.free if usage.total else sum(sizes.values())
+        room -= size
+        if room < 0 and (error := full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path, size)) is not None:
+            raise error
+
+
+def _nearest(path: str) -> Path:
+    """The innermost folder of a path that is there."""
+    return next((folder for folder in Path(path).absolute().parents if folder.exists()), Path("/"))
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -84,6 +84,14 @@ class SavedState:
     tensors: Mapping[str, Mapping[str, Tensor]]
     critic: SavedState | None
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """About the bytes of each file that `write` would write to a folder, by its path, in that order."""
+        of_critic = {} if self.critic is None else self.critic.sizes(files.join(folder, _CRITIC))
+        return of_critic | {
+            files.join(folder, f"{part}{_TENSORS}"): sum(tensor.nbytes for tensor in tensors.values())
+            for part, tensors in self.tensors.items()
+        }
+
     def write(self, folder: str) -> None:
         """Write it, meta.json last: a folder without one was never finished.
 

@@ -91,11 +91,12 @@ class Keeper:
         """Copy the state, and begin to write it, with the workers' positions in the data and the last metrics.
 
         Raises:
-            FullError: no space for the checkpoint before; or another reason why it was not written.
+            FullError: no space for it, or for the checkpoint before; or another reason why that was not written.
         """
         self.wait()
         url = files.join(self._folder, checkpoint_name(state.step))
         saved = snapshot(state, {"positions": positions, "metrics": metrics})
+        files.check_space(saved.sizes(url))  # a full disk is told at once, not a checkpoint later
         self._thread = threading.Thread(target=self._write, args=(url, saved), daemon=True)
         self._thread.start()
 

@@ -398,10 +398,10 @@ def _meet(
 ) -> FullError | None:
     """All ranks wait for rank 0 in Ray's report, which has no time limit; given positions, it keeps a checkpoint.
 
-    Returns on every rank that there is no space for one, which no restart would change; of a checkpoint that is being
-    written beside training that is known a meeting later, and after the last step at once. It is written by us, where
-    an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without looking whether
-    that went well. Ray is not told of it.
+    Returns on every rank that there is no space for one, which no restart would change; where the disk does not tell,
+    the write beside training finds out, which is known a meeting later, and after the last step at once. It is written
+    by us, where an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without
+    looking whether that went well. Ray is not told of it.
     """
     full = ""
     if worker.rank == 0:

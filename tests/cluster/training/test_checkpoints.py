@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -59,20 +60,37 @@ def test_a_checkpoint_that_could_not_be_written_is_told_to_training(tmp_path: Pa
             keeper.look()
 
 
-def test_a_checkpoint_for_which_there_is_no_space_leaves_what_there_was_to_others(disk: Path) -> None:
+def test_a_full_disk_is_told_before_anything_is_written(disk: Path) -> None:
     state = make_state(Prior(PriorConfig(layers=2, width=96, heads=2), 4, 8), CONFIG)
-    folder, other = disk / "stage", disk / "other"
     model = sum(weight.nbytes for weight in state.module.state_dict().values())
-    with Keeper(str(folder)) as keeper:
+    with Keeper(str(disk / "stage")) as keeper:
         keeper.keep(at_step(state, 1), [], {})
         keeper.wait()
-        other.write_bytes(bytes(shutil.disk_usage(disk).free - 3 * model // 2))  # room for one of two such files
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 3 * model // 2))  # room for one of two files
         free = shutil.disk_usage(disk).free
-        keeper.keep(at_step(state, 2), [], {})
-        with pytest.raises(FullError, match=r"no space for '.*checkpoint-0000002/\w+\.safetensors'"):
-            keeper.wait()
+        with pytest.raises(FullError, match=rf"no space for '.*checkpoint-0000002/ema\.safetensors' of {model:,} "):
+            keeper.keep(at_step(state, 2), [], {})
     assert shutil.disk_usage(disk).free == free
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-0000001"]
+    assert [path.name for path in (disk / "stage").iterdir()] == ["checkpoint-0000001"]
+
+
+def test_what_could_be_written_of_a_checkpoint_is_taken_away_where_the_rest_could_not(tmp_path: Path) -> None:
+    state, folder = make_state(tiny_prior(), CONFIG), tmp_path / "stage"
+    for weight in state.module.parameters():
+        weight.grad = torch.ones_like(weight)
+    for optimizer in state.optimizers:
+        optimizer.step()  # its two moments make the larger file
+    model = sum(weight.nbytes for weight in state.module.state_dict().values())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Keeper(str(folder)) as keeper:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (7 * model // 4, before[1]))  # a limit of which no disk tells
+        try:
+            keeper.keep(at_step(state, 1), [], {})
+            with pytest.raises(FullError, match=r"no space for '.*checkpoint-0000001/optimizer\.safetensors'"):
+                keeper.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [*folder.iterdir()] == []
 
 
 def keep_and_die(folder: str) -> None:
