@@ -302,6 +302,8 @@ def _work(settings: dict[str, Job]) -> Exception | None:
         with Keeper(job.folder) as keeper:
             for report in train(state, batches, task.objective(worker), training):
                 last = report.step == training.steps
+                keep = last or report.step % training.checkpoint_every == 0
+                positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
                 if last or report.step % training.log_every == 0:
                     terms = _logged(report, state, task, worker)
                     if run is not None and load is not None and progress is not None:
@@ -313,8 +315,6 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                             f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
                         )
                 due = last or report.step % training.evaluate_every == 0
-                keep = last or report.step % training.checkpoint_every == 0
-                positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
                 snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
                 if snapshot and worker.rank == 0:
                     keep_snapshot(job.folder, state)

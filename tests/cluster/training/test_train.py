@@ -91,14 +91,14 @@ class SlowTask(PriorTask):
     """Stage 2, its evaluation on rank 0 longer than a collective of the workers may take."""
 
     def objective(self, worker: Worker) -> Objective:
-        set_timeout(timedelta(seconds=2))
+        set_timeout(timedelta(seconds=4))
         return super().objective(worker)
 
     def position(self) -> list[int]:
         return [1]
 
     def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
-        time.sleep(5)
+        time.sleep(9)
         return super().evaluate(network, device)
 
 
