@@ -177,7 +177,9 @@ class StudyConfig:
     Args:
         training_steps: training steps of each variant of the prior; 0 takes those of prior_training, and then the
             experiment's own prior is the variant with its settings.
-        samples: images drawn for each row of a table.
+        seeds: trainings of each row's prior, of the experiment's seed and those after it: metrics are then means, with
+            their deviation (n - 1) as `_sd`. The study code takes one.
+        samples: images drawn for each training.
         codes: held-out codes that each bound is measured on, at most.
         classifier_steps: training steps, 128 images each, of the classifier in whose features images are compared where
             neither evaluation.frechet nor evaluation.efficientnet_lite0 is set.
@@ -191,6 +193,7 @@ class StudyConfig:
     """
 
     training_steps: int = 0
+    seeds: int = 1
     samples: int = 5000
     codes: int = 1024
     classifier_steps: int = 600
@@ -207,6 +210,8 @@ class StudyConfig:
             raise UserError(f"study.training_steps is {self.training_steps}; it must be 0 (as prior_training) or more")
         if self.classifier_steps < 1:
             raise UserError(f"study.classifier_steps is {self.classifier_steps}; it must be at least 1")
+        if self.seeds < 1:
+            raise UserError(f"study.seeds is {self.seeds}; it must be at least 1")
         for name in ("samples", "codes"):
             if getattr(self, name) < 2:
                 raise UserError(f"study.{name} is {getattr(self, name)}; moments and errors need at least 2")

@@ -80,6 +80,15 @@ def _variant(experiment: Experiment, name: str, **changes: Any) -> Experiment:
     return experiment.variant("study/variants", name, **changes)
 
 
+def trainings(experiment: Experiment, row: StudyRow) -> list[StudyRow]:
+    """A row with the experiment's seed, then with each of the `study.seeds` - 1 that follow it."""
+    own = row.experiment.folder == experiment.folder
+    first = experiment.variant("study/variants", "own") if own else row.experiment
+    seeds = range(experiment.seed + 1, experiment.seed + experiment.study.seeds)
+    again = [replace(first, name=f"{first.name}-seed{seed}", seed=seed) for seed in seeds]
+    return [row, *(replace(row, experiment=variant) for variant in again)]
+
+
 def _lambda(experiment: Experiment) -> list[StudyRow]:
     rows: list[StudyRow] = []
     for weight in experiment.study.vlb_weights:

@@ -26,12 +26,12 @@ from cluster.config.experiment import Experiment
 from cluster.console import aligned
 from cluster.evaluation.actors import Evaluator, Reconstruct, Reconstructions, SampleFeatures
 from cluster.evaluation.references import Reference, Space, make_references
-from cluster.evaluation.sample_metrics import SampleMetrics
+from cluster.evaluation.sample_metrics import SampleMetrics, over_seeds
 from cluster.plots import Line, Panel, panels_plot
 from cluster.runtime import map_on_actors
 from cluster.sampling.sampler import MeasureBound, balanced_labels, draw_pieces
 from cluster.stages import open_stage
-from cluster.study.rows import PAPER, STUDIES, StudyName, StudyRow
+from cluster.study.rows import PAPER, STUDIES, StudyName, StudyRow, trainings
 from cluster.training.train import train_prior
 
 _RECONSTRUCTIONS = "rows/reconstructions.json"
@@ -63,9 +63,10 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
     if config.model != "binary":
         raise UserError(f"prior.model is {config.model}; studies start from binary diffusion: set it to binary")
     column, make_rows = STUDIES[name]
-    rows = make_rows(experiment)
-    if not rows:
+    compared = make_rows(experiment)
+    if not compared:
         raise UserError(f"study.steps is {study.steps}; at least one must be at most T = {experiment.diffusion.steps}")
+    rows = [training for row in compared for training in trainings(experiment, row)]
     codes = open_encoded(experiment).codes
     assert codes is not None, "`open_encoded` opens them"
     [reference] = make_references(experiment, [study_space(experiment)])
@@ -87,7 +88,8 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             found: list[dict[str, Any]] = []
             unseen = name == "sampling"
             measured = _measure(experiment, rows, stage.folder, reference, codes, unseen=unseen)
-            for row, metrics in zip(rows, measured, strict=True):
+            for row in compared:
+                metrics = over_seeds([next(measured) for _ in range(study.seeds)])
                 stage.run.metrics(metrics, len(found))
                 x = row.label if row.x is None else row.x
                 about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}
@@ -100,10 +102,11 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
                 "distance": reference.space.metric_name("fd"),
                 "reference": reference.metrics | files.read_json(stage.url(_RECONSTRUCTIONS)),
                 "samples": study.samples,
+                "seeds": study.seeds,
                 "sampling": asdict(experiment.sampling),
             }
             if unseen:
-                made["best"] = _best(experiment, rows, made)
+                made["best"] = _best(experiment, compared, made)
                 best = {"sampling": made["best"]["sampling"]}
                 files.write_bytes(stage.url(BEST), yaml.safe_dump(best).encode())
             picture = _plot(made)
@@ -172,7 +175,7 @@ def _pieces(experiment: Experiment, row: StudyRow) -> list[MeasureBound | Sample
     """What has to be done for a row: its bounds, then its samples."""
     total, batch, prior = experiment.study.samples, experiment.evaluation.batch_size, row.experiment.folder
     labels = balanced_labels(total, experiment.prior.classes)
-    drawn = draw_pieces(row.sampling, labels, total, batch, experiment.seed)
+    drawn = draw_pieces(row.sampling, labels, total, batch, row.experiment.seed)
     return [
         *(replace(bound, prior=prior) for bound in row.bounds.values()),
         *(SampleFeatures(replace(draw, prior=prior)) for draw in drawn),
@@ -207,23 +210,32 @@ def _best(experiment: Experiment, rows: Sequence[StudyRow], made: dict[str, Any]
     name = f"{made['distance']}_to_held_out"
     number = min(range(len(rows)), key=lambda row: made["rows"][row][name])
     sampling = asdict(rows[number].sampling)
-    seconds = sum(row["seconds"] for row in made["rows"]) * experiment.study.samples
+    seconds = sum(row["seconds"] for row in made["rows"]) * experiment.study.samples * experiment.study.seeds
     varied = ("temperature", "guidance", "guidance_interval")
     return {"row": number, "seconds": seconds, "sampling": {field: sampling[field] for field in varied}}
 
 
 def _names(made: dict[str, Any]) -> list[str]:
-    """The metrics of a table's rows, without their errors."""
+    """The metrics of a table's rows, without their errors and deviations."""
     about = (made["column"], "x", "line", "paper")
-    return [name for name in made["rows"][0] if name not in about and not name.endswith("_se")]
+    return [name for name in made["rows"][0] if name not in about and not name.endswith(("_se", "_sd"))]
+
+
+def _error(seeds: int) -> str:
+    """How the names end of what metrics stand with: their deviation over trainings, or the error of one."""
+    return "_sd" if seeds > 1 else "_se"
 
 
 def study_table(made: dict[str, Any]) -> str:
     """A study as lines of text, the paper's metrics beside ours."""
     names, distance = _names(made), made["distance"]
     cells = [[made["column"], *names, *([f"the paper ({made['paper']})"] if made["paper"] else [])]]
+    seeds = made.get("seeds", 1)
+    error = _error(seeds)
     for row in made["rows"]:
-        shown = [f"{row[n]:.4f} +- {row[f'{n}_se']:.4f}" if f"{n}_se" in row else f"{row[n]:.3g}" for n in names]
+        shown = [
+            f"{row[n]:.4f} +- {found:.4f}" if (found := row.get(f"{n}{error}")) else f"{row[n]:.3g}" for n in names
+        ]
         cells.append(
             [row[made["column"]], *shown, *([" / ".join(f"{x:g}" for x in row["paper"])] if made["paper"] else [])]
         )
@@ -236,6 +248,10 @@ def study_table(made: dict[str, Any]) -> str:
         lines.append(
             f"nearest to held-out images: {made['rows'][best['row']][made['column']]}; the experiment's own is {own}; "
             f"to find it took {best['seconds']:.0f} s of drawing, {len(made['rows'])} times {made['samples']} samples"
+        )
+    if seeds > 1:
+        lines.append(
+            f"each row: the mean of {seeds} trainings, of seeds one after the other; +- their deviation (n - 1)"
         )
     lines += [
         "bounds: bits a bit of held-out codes; rows share codes and noise, so their differences are surer than +- says",
@@ -252,7 +268,7 @@ def study_table(made: dict[str, Any]) -> str:
 
 def _plot(made: dict[str, Any]) -> Image:
     """The study as diagrams beside one another."""
-    rows, distance = made["rows"], made["distance"]
+    rows, distance, suffix = made["rows"], made["distance"], _error(made.get("seeds", 1))
     column = made["column"]
     if not isinstance(rows[0]["x"], str):  # of several settings the last is on the axis, the others name its lines
         column = column.split(", ")[-1]
@@ -263,7 +279,7 @@ def _plot(made: dict[str, Any]) -> Image:
         lines: list[Line] = []
         for line in dict.fromkeys(row["line"] for row in rows):
             some = [row for row in rows if row["line"] == line]
-            error = [row[f"{name}_se"] for row in some] if f"{name}_se" in some[0] else []
+            error = [row[f"{name}{suffix}"] for row in some] if f"{name}{suffix}" in some[0] else []
             lines.append(Line([row["x"] for row in some], [row[name] for row in some], error, line))
         return Panel(title, column, label, lines, doubling)
 
@@ -273,7 +289,7 @@ def _plot(made: dict[str, Any]) -> Image:
             Line(
                 [int(name.removeprefix("bound_")) for name in strides],
                 [row[name] for name in strides],
-                [row[f"{name}_se"] for name in strides],
+                [row[f"{name}{suffix}"] for name in strides],
                 row[made["column"]],
             )
             for row in rows

@@ -88,6 +88,17 @@ def test_a_study_trains_what_is_missing_and_measures_every_row(
     assert run_study(experiment, "lambda") == made
     assert "study/lambda: already done" in capsys.readouterr().out
 
+    several = run_study(replace(experiment, study=replace(SMALL, seeds=2)), "lambda")
+    variants = [path.name for path in sorted((folder / "variants").iterdir()) if path.is_dir()]
+    assert variants == ["lambda1", "lambda1-seed1", "own-seed1"]
+    rows = [json.loads((folder / f"lambda/rows/{number}.json").read_text()) for number in range(4)]
+    for row, first, second in zip(several["rows"], rows[::2], rows[1::2], strict=True):
+        assert row["bound"] == pytest.approx((first["bound"] + second["bound"]) / 2)
+        assert row["bound_sd"] == pytest.approx(abs(first["bound"] - second["bound"]) / 2**0.5)
+        assert f"{row['bound']:.4f} +- {row['bound_sd']:.4f}" in study_table(several)
+    assert [row["bound"] for row in rows[::2]] == [own["bound"], other["bound"]]  # the same codes and noise
+    assert "the mean of 2 trainings" in study_table(several)
+
 
 @pytest.mark.long
 def test_targets_and_groups_are_trained_and_measured(experiment: Experiment) -> None:
