@@ -102,7 +102,7 @@ def open_stage(
     from cluster.tracking.store import open_client
 
     folder = files.join(experiment.folder, name)
-    fingerprint = _public(json.loads(json.dumps(fingerprint)))  # as it will be read back: lists for tuples
+    fingerprint = _public(fingerprint)
     try:
         files.check_writable(experiment.folder)
     except UserError as error:
@@ -117,9 +117,9 @@ def open_stage(
                     raise UserError(f"{error}: {_anew(name)}") from error
                 print(f"{name}: {error.url!r} {error.reason}: made again", flush=True)
                 outdated = True
-        if record is not None and (before := BEFORE | _public(record["fingerprint"])) != BEFORE | fingerprint:
+        if record is not None and (changed := changed_fields(record["fingerprint"], fingerprint)):
             if on_change == "refuse":
-                raise UserError(_changes(folder, name, before, BEFORE | fingerprint))
+                raise UserError(_refused(folder, name, changed))
             record, outdated = None, True
         elif record is None and not outdated and files.exists(folder) and files.listing(folder):
             raise UserError(
@@ -216,12 +216,12 @@ def faulty(stage: str, folder: str, faults: Sequence[Fault]) -> UserError:
 
 
 def _public(fingerprint: Mapping[str, object]) -> dict[str, object]:
-    """A fingerprint without the signatures of links, which are new each time."""
+    """A fingerprint as it will be read back, lists for tuples, without the signatures of links, new each time."""
 
     def public(value: object) -> object:
         return without_secrets(without_query(value)) if isinstance(value, str) else value
 
-    return {name: public(value) for name, value in fingerprint.items()}
+    return {name: public(value) for name, value in json.loads(json.dumps(fingerprint)).items()}
 
 
 def _anew(name: str) -> str:
@@ -230,9 +230,14 @@ def _anew(name: str) -> str:
     return f"pipelines/{COMMANDS.get(stage, stage)} --fresh"
 
 
-def _changes(folder: str, name: str, before: Mapping[str, object], now: Mapping[str, object]) -> str:
+def changed_fields(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """What differs between two fingerprints of a stage, a line each: "  field: then -> now"."""
+    before, now = BEFORE | _public(before), BEFORE | _public(now)
     fields = sorted(before.keys() | now.keys())
-    changed = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
+    return [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in fields if before.get(key) != now.get(key)]
+
+
+def _refused(folder: str, name: str, changed: Sequence[str]) -> str:
     return "\n".join(
         [
             f"{folder!r} was made with other settings or from other inputs (then -> now):",

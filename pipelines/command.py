@@ -113,6 +113,16 @@ def mend_flags(made: Parser) -> None:
     made.add_argument("--mend", action="store_true", help="read all that was made, and make again what is damaged")
 
 
+def start_flag(made: Parser) -> None:
+    """--start_from, for the two trainings."""
+    made.add_argument(
+        "--start_from",
+        default="",
+        help="folder of a shorter training with the same settings, such as the best of a sweep's: its last checkpoint "
+        "that this training would come by, too, is the first of this one",
+    )
+
+
 def next_command(script: str, *more: str) -> None:
     """Say which command follows."""
     print(f"next: {following(script, *more)}")
@@ -131,6 +141,6 @@ def following(script: str, *more: str) -> str:
         if not word.startswith("--"):  # what a sweep is of
             continue
         value = [] if "=" in word else [*itertools.islice(words, 1)]
-        if not word.startswith(("--grid.", "--finetune", "--sweep.")):
+        if not word.startswith(("--grid.", "--finetune", "--start_from", "--sweep.")):
             kept += [word, *value]
     return command_line(f"pipelines/{script}", *kept, *more)

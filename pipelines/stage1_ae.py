@@ -9,12 +9,13 @@ from cluster.config.experiment import Experiment
 from cluster.training.checkpoints import verify_training
 from cluster.training.finetune import finetune_decoder
 from cluster.training.train import train_autoencoder
-from pipelines.command import Parser, command, fresh_flag, mend_flags, next_command
+from pipelines.command import Parser, command, fresh_flag, mend_flags, next_command, start_flag
 
 
 def extras(made: Parser) -> None:
     fresh_flag(made)
     mend_flags(made)
+    start_flag(made)
     made.add_argument("--finetune", choices=["decoder"], help="what of a finished autoencoder is trained on")
 
 
@@ -26,7 +27,7 @@ def main(experiment: Experiment, flags: Namespace) -> None:
         print(f"autoencoder: {finetune_decoder(experiment, flags.fresh, mend=flags.mend)}")
         next_command("evaluate.py")
         return
-    print(f"autoencoder: {train_autoencoder(experiment, flags.fresh, mend=flags.mend)}")
+    print(f"autoencoder: {train_autoencoder(experiment, flags.fresh, mend=flags.mend, start=flags.start_from)}")
     next_command("encode_latents.py")
 
 

@@ -53,6 +53,7 @@ def write_sweep_report(experiment: Experiment, stage: StageName, rows: Sequence[
         "best_value": f"{rows[0].metrics[goal.metric]:.4f}",
         "settings": yaml.safe_dump(nested(rows[0].values)),
         "command": command,
+        "goes_on": "--start_from" in command,
         "head_and_lines": table_cells(rows, stage),
         "curves": svg(panels_figure([_curves(measured, stage)], _HALF)),
         "parallel": svg(parallel_figure(_axes(measured, stage), _shades(measured, stage), _WIDE)),

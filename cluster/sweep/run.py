@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -29,6 +30,7 @@ from cluster.sweep.table import Row, finished, ranked, read_row, sweep_table, ta
 from cluster.tracking.runs import Run, start_run, trial_run
 from cluster.tracking.store import known_to_be_there, open_client
 from cluster.training.history import read_history
+from cluster.training.onward import shared_checkpoint
 from cluster.training.train import train_autoencoder, train_prior
 
 _RECORD = "sweep.json"
@@ -177,6 +179,20 @@ def _tuner(
             failure_config=FailureConfig(max_failures=_TRIES),
         ),
     )
+
+
+def start_of_full_length(experiment: Experiment, stage: StageName, values: Values) -> str:
+    """Folder of a trial from whose checkpoint a training of full length goes on; "" where it would have come by none.
+
+    Args:
+        experiment: of the sweep.
+        stage: of the sweep.
+        values: of the trial.
+    """
+    trial, training = make_trial(experiment, stage, values).allowed, GOALS[stage].training
+    steps = getattr(experiment, training).steps
+    longer = replace(trial, **{training: replace(getattr(trial, training), steps=steps)})
+    return trial.folder if shared_checkpoint(longer, stage, trial.folder, experiment.sweep.steps) else ""
 
 
 def room(experiment: Experiment, stage: StageName) -> int:

@@ -54,14 +54,14 @@ def checkpoints(folder: str, *, whole: bool = True) -> list[str]:
     return [url for url in urls if not whole or files.exists(files.join(url, META))]
 
 
-def _step_of(url: str) -> int:
+def checkpoint_step(url: str) -> int:
     """The step that a checkpoint is called after."""
     return int(files.name(url).removeprefix(_CHECKPOINT))
 
 
 def newest_step(folder: str) -> int:
     """The step of a stage's newest checkpoint; 0 where there is none."""
-    return max((_step_of(url) for url in checkpoints(folder)), default=0)
+    return max((checkpoint_step(url) for url in checkpoints(folder)), default=0)
 
 
 class Keeper:
@@ -140,7 +140,7 @@ def resume(label: str, folder: str, state: TrainState, worker: Worker) -> list[l
 def _newest(label: str, folder: str, state: TrainState) -> SavedState | None:
     """The newest checkpoint that is good, and a line for each that is not, and for what is lost by that."""
     there = checkpoints(folder, whole=False)
-    last, saved = (_step_of(there[-1]) if there else 0), None
+    last, saved = (checkpoint_step(there[-1]) if there else 0), None
     while there and saved is None:
         url = there.pop()
         saved, fault = _read(url, state)
@@ -162,7 +162,7 @@ def _read(url: str, state: TrainState) -> tuple[SavedState | None, str]:
         saved = read_state(url, len(state.averages), critic=state.critic is not None)
     except DamagedError as error:
         return None, f"{error.url!r} {error.reason}"
-    if saved.meta["step"] != _step_of(url):
+    if saved.meta["step"] != checkpoint_step(url):
         return None, f"{files.join(url, META)!r} says step {saved.meta['step']}: it belongs to another checkpoint"
     return saved, ""
 

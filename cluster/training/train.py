@@ -63,6 +63,7 @@ from cluster.training.checkpoints import (
     training_faults,
 )
 from cluster.training.history import Evaluated, keep_evaluation
+from cluster.training.onward import TrainedStage, begin_with, first_checkpoint
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
 _LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
@@ -74,7 +75,11 @@ _SMALL = 64  # pixels: enough to see whether a network takes an image
 
 
 def train_autoencoder(
-    experiment: Experiment, fresh: bool = False, mend: bool = False, told: UserCallback | None = None
+    experiment: Experiment,
+    fresh: bool = False,
+    mend: bool = False,
+    told: UserCallback | None = None,
+    start: str = "",
 ) -> str:
     """Stage 1: image shards -> <folder>/autoencoder/final.
 
@@ -83,6 +88,7 @@ def train_autoencoder(
         fresh: start over, deleting what the stage made before.
         mend: read all that it made before, and make again what is damaged.
         told: hears of each evaluation, which is then also kept in the stage's folder: see `read_history`.
+        start: experiment folder of a shorter training of the same settings, from which this one goes on.
 
     Returns:
         The folder of the finished model.
@@ -97,6 +103,7 @@ def train_autoencoder(
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
+    first = first_checkpoint(experiment, "autoencoder", fingerprint, start, fresh=fresh)
     faults = partial(training_faults, files.join(experiment.folder, "autoencoder"), mend)
     result, reads = f"{FINAL}/{CONFIG}", shards[:1]
     with open_stage(experiment, "autoencoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
@@ -109,6 +116,7 @@ def train_autoencoder(
                 "data_hash": fingerprint["shards"],
             }
             stage.run.tags({"bld.data_hash": fingerprint["shards"]})
+            _begin(stage, "autoencoder", first)
             fit(stage, AutoencoderTask(experiment), config, told)
             sys.stderr.write(unsure_bits(experiment, read_autoencoder(experiment.folder)))
         return stage.url(FINAL)
@@ -147,6 +155,7 @@ def train_prior(
     source: str = "",
     mend: bool = False,
     told: UserCallback | None = None,
+    start: str = "",
 ) -> str:
     """Stage 2: cached latents -> <folder>/prior/final.
 
@@ -156,6 +165,7 @@ def train_prior(
         source: experiment folder of the latents and their autoencoder; by default the experiment's own.
         mend: read all that it made before, and make again what is damaged.
         told: as in `train_autoencoder`.
+        start: as in `train_autoencoder`.
 
     Returns:
         The folder of the finished model.
@@ -172,6 +182,7 @@ def train_prior(
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
         fingerprint["latents_window"] = window
+    first = first_checkpoint(experiment, "prior", fingerprint, start, fresh=fresh)
     faults = partial(training_faults, files.join(experiment.folder, "prior"), mend)
     with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
         if not stage.done:
@@ -185,8 +196,16 @@ def train_prior(
                 **({"class_names": names} if names else {}),
             }
             stage.run.tags(lineage(autoencoder) | {"bld.latents_hash": latents.hash})
+            _begin(stage, "prior", first)
             fit(stage, PriorTask(experiment, source, found.codes), config, told)
         return stage.url(FINAL)
+
+
+def _begin(stage: Stage, name: TrainedStage, checkpoint: str) -> None:
+    """Let a stage go on from the checkpoint of another training, where there is one."""
+    if checkpoint:
+        begin_with(stage.experiment, name, checkpoint)
+        stage.run.tags({"bld.started_from": checkpoint})
 
 
 def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallback | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -257,6 +258,11 @@ def test_every_command_does_its_work(
         assert re.search(r"^33 .* refused: prior.width is 33", said, re.M), said
         assert run(monkeypatch, "sweep_prior.py", *place, *SPACE) == 0
         assert capsys.readouterr().out == said
+        (best,) = re.findall(r"^next: python pipelines/stage2_prior.py (.*--start_from \S+/sweep/width32)$", said, re.M)
+        assert run(monkeypatch, "stage2_prior.py", *shlex.split(best)) == 0
+        assert "prior  20/20" in (told := capsys.readouterr()).out + told.err
+        assert "next: python pipelines/sample.py --config" in told.out
+        assert "--start_from" not in told.out
 
 
 def check_the_whole_order(
