@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import re
@@ -216,28 +215,53 @@ def nodes_watched(need: Need, patience: float) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch, over, ended = Watch(need, patience), threading.Event(), list[UserError]()
+    with ended_by(Watch(need, patience).look, LOOK_S):
+        yield
+
+
+@contextlib.contextmanager
+def ended_by(look: Callable[[], UserError | None], seconds: float) -> Generator[None]:
+    """Look every so many seconds, beside the block, whether it must end: at once if the main thread is in it.
+
+    In other threads, which nothing interrupts, the block ends so when it is over.
+
+    Args:
+        look: returns why; None where it may go on.
+        seconds: between two looks.
+
+    Raises:
+        UserError: what the look has returned.
+    """
+    over, turn, ended = threading.Event(), threading.Lock(), list[UserError]()
+    here = threading.current_thread()
+    main = here is threading.main_thread()
 
     def work() -> None:
-        while not over.wait(LOOK_S):
-            if (failure := watch.look()) is not None:
+        while not over.wait(seconds):
+            if (failure := look()) is not None:
                 ended.append(failure)
-                _thread.interrupt_main(signal.SIGUSR2)
+                with turn:
+                    if main and not over.is_set():  # a real one, which ends a system call, too
+                        signal.pthread_kill(here.ident or 0, signal.SIGUSR2)
                 return
 
     # A signal of its own: a job in the background may have been told to ignore that of Ctrl-C.
-    before = signal.signal(signal.SIGUSR2, signal.default_int_handler)
+    before = signal.signal(signal.SIGUSR2, signal.default_int_handler) if main else None
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield
+        if ended:
+            raise ended[0]
     except KeyboardInterrupt:
         if ended:
             raise ended[0] from None
         raise
     finally:
-        over.set()
-        signal.signal(signal.SIGUSR2, before)
+        with turn:
+            over.set()
+        if main:
+            signal.signal(signal.SIGUSR2, before)
 
 
 def _nodes() -> dict[str, str]:

@@ -16,10 +16,11 @@ from filelock import Timeout, UnixFileLock
 from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query
+from bld_core.storage.lease import BEAT_S, BEATS, Lease
 from bld_core.storage.records import Fault, named_faults, part_of, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
-from cluster.nodes import check_access
+from cluster.nodes import check_access, ended_by
 from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 
@@ -251,11 +252,14 @@ def _refused(folder: str, name: str, changed: Sequence[str]) -> str:
 def locked(folder: str) -> Generator[None]:
     """Hold the lock of a stage or a sweep; the operating system lets go of it when this process ends, however it ends.
 
-    Object stores have no locks. Two encoders of one folder there do no harm: each writes the same bytes under the same
-    names, whole files only, and deletes nothing that it did not find outdated when it began.
+    Object stores have no locks: there it is a lease, which runs out.
+
+    Raises:
+        UserError: somebody else holds it, or has taken the lease over, as this process was not heard of for its time.
     """
     if not files.is_local(folder):
-        yield
+        with _leased(folder):
+            yield
         return
     path = Path(f"{files.filesystem(folder)[1]}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,3 +273,24 @@ def locked(folder: str) -> Generator[None]:
     with held:
         path.write_text(f"{os.getpid()} on {os.uname().nodename}")
         yield
+
+
+@contextlib.contextmanager
+def _leased(folder: str) -> Generator[None]:
+    lease = Lease(f"{folder}.lease")
+
+    def look() -> UserError | None:
+        if (owner := lease.beat()) is None:
+            return None
+        return UserError(
+            f"{folder!r} was taken over by {owner}, as nothing was heard of this process for {BEAT_S * BEATS:g} s: "
+            "leave it to that one, or stop that one and run the same command again, which goes on where it was"
+        )
+
+    try:
+        if (owner := lease.take()) is not None:
+            raise UserError(f"{folder!r} is in use by {owner}: wait for it, stop it, or choose another --name")
+        with ended_by(look, BEAT_S):
+            yield
+    finally:
+        lease.release()

@@ -69,7 +69,11 @@ def persist(what: str, attempt: Callable[..., T], *arguments: Any, **settings: A
         StorageError: the time limit is over.
         DeniedError: the user may not.
     """
-    limit = time_limit()
+    return persist_for(time_limit(), what, attempt, *arguments, **settings)
+
+
+def persist_for(limit: float, what: str, attempt: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """The same with another time limit, in seconds, for what is not worth waiting for so long."""
 
     def say(state: RetryCallState) -> None:
         if state.attempt_number == _TRIES_BEFORE_A_WORD and state.outcome:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import bld_core
+import bld_core.storage.lease
+import cluster.stages
+from bld_core.errors import UserError
 from bld_core.storage import files
+from bld_core.storage.lease import BEATS
 from bld_core.storage.patience import StorageError
 from bld_core.trained import AUTOENCODER
 from bld_core.training.checkpoint import CONFIG, WEIGHTS
@@ -22,11 +29,14 @@ from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents, verify_latents
 from cluster.evaluation.evaluate import evaluate
 from cluster.sampling.grids import GridConfig, draw_grid
+from cluster.stages import locked
 from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import STORAGE_SECONDS, small_training
 from tests.servers import S3Server
 
 OUTAGE_S = 10.0
+BEAT_S = 0.5
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +149,57 @@ def test_a_server_that_stays_away_is_one_clear_error_and_the_same_command_comple
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
 
 
-@pytest.mark.long
-def test_two_encoders_of_one_place_without_locks_end_with_the_same_bytes(
-    encoded: Experiment, on_s3: Experiment, s3_server: S3Server
+@contextlib.contextmanager
+def held_elsewhere(folder: str) -> Generator[subprocess.Popen[bytes]]:
+    """A process that holds a stage of an object store."""
+    script = (
+        "import sys, time; import bld_core.storage.lease as lease; lease.BEAT_S = float(sys.argv[2])\n"
+        "from cluster.stages import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, folder, str(BEAT_S)], cwd=REPOSITORY, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_start_is_refused_and_a_killed_one_loses_its_place(
+    s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = with_autoencoder(on_s3, "twice", encoded)
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(encode_latents, experiment) for _ in range(2)]:
-            done.result()
-    assert latent_files(s3_server.folder / "bucket/runs", "twice") == latent_files(Path(encoded.root), "small")
+    monkeypatch.setattr(bld_core.storage.lease, "BEAT_S", BEAT_S)
+    folder = f"{s3}/leases/small/prior"
+    with held_elsewhere(folder) as process:
+        refusal = (
+            rf"'{folder}' is in use by process {process.pid} on {os.uname().nodename}, since 20\S+ \S+ UTC, "
+            r"0:\d\d:\d\d ago: wait for it, stop it, or choose another --name"
+        )
+        with pytest.raises(UserError, match=refusal), locked(folder):
+            pass
+    killed = time.monotonic()
+    with locked(folder):
+        assert time.monotonic() - killed < BEAT_S * BEATS + 5
+        there = s3_server.folder / "bucket/leases/small/prior.lease"
+        assert json.loads(there.read_text())["process"] == os.getpid()
+    assert not there.exists()
+
+
+def test_who_was_taken_for_dead_ends_with_the_other_ones_name(
+    s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, ctrl_c: None
+) -> None:
+    monkeypatch.setattr(cluster.stages, "BEAT_S", 0.1)
+    folder = f"{s3}/leases/taken/prior"
+    there = s3_server.folder / "bucket/leases/taken/prior.lease"
+
+    def work() -> None:
+        with locked(folder):
+            there.write_text(json.dumps({"id": "another", "process": 7, "host": "elsewhere", "since": 0}))
+            time.sleep(60)
+
+    with pytest.raises(UserError, match=f"'{folder}' was taken over by process 7 on elsewhere, since 1970"):
+        work()
+    assert there.exists()
