@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,7 +138,6 @@ class Generator:
             UserError: no prior or an autoregressive one, an unknown class, images or a mask of another shape, or a
                 setting out of bounds.
         """
-        h, w, _ = self.autoencoder.code_shape
         if mask.dtype != torch.bool or mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
             raise UserError(
                 f"the mask is {mask.dtype} of shape {tuple(mask.shape)} for images {tuple(images.shape)}; it must be "
@@ -149,8 +149,7 @@ class Generator:
                 "ask for at least 1 completion, and give one label for each image"
             )
         mask = mask.expand(len(images), -1, -1)
-        bits = self.encode(_fill_unknown(images, mask))
-        known = Known(bits.flatten(1, 2).float(), known_tokens(mask, h, w).to(self.device))
+        known = self.known(images, mask)
         row = torch.arange(len(images)).repeat_interleave(count)
         completion = torch.arange(count).repeat(len(images))
         index = first_index + row + (completion << 32)
@@ -213,25 +212,56 @@ class Generator:
         Raises:
             UserError: as in `sample`, fewer than 2 states, or a prior that is no binary diffusion.
         """
-        prior, config = self._settle(labels, settings)
-        model = prior.model
+        config, model = self.settle(labels, settings), None if self.prior is None else self.prior.model
         if not isinstance(model, BinaryModel) or states < 2:
             raise UserError(
                 f"{states} states of the process asked for, of a prior whose model is "
-                f"{prior.record.prior.model}; ask for at least 2, of a binary one"
+                f"{self.prior and self.prior.record.prior.model}; ask for at least 2, of a binary one"
             )
         index = (first_index + torch.arange(len(labels))).to(self.device)
         chosen = torch.tensor(labels, device=self.device)
         count = model.steps(config)
         shown = torch.linspace(0, count, min(states, count + 1)).round().int().tolist()
-        prior, autoencoder = self._networks(prior, config)
-        with ieee_float32(), autocast(config.precision, self.device):
-            process = model.states(prior.network, SampleSpec(index, chosen, seed), config)
-            frames = [self._images(autoencoder, z) for n, z in enumerate(process) if n in shown]
-        return torch.stack(frames, dim=1)
+        process = enumerate(self.states(SampleSpec(index, chosen, seed), config))
+        return torch.stack([self.images(z, config) for n, z in process if n in shown], dim=1)
 
-    def _settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> tuple[TrainedPrior, SamplingConfig]:
-        """The prior, and how it is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
+    def known(self, images: Tensor, mask: Tensor) -> Known:
+        """What the known pixels of images, as those of `inpaint`, say of their codes; `mask` is bool (B, H, W)."""
+        h, w, _ = self.autoencoder.code_shape
+        bits = self.encode(_fill_unknown(images, mask))
+        return Known(bits.flatten(1, 2).float(), known_tokens(mask, h, w).to(self.device))
+
+    def states(self, samples: SampleSpec, config: SamplingConfig, known: Known | None = None) -> Iterator[Tensor]:
+        """Codes on their way from noise to samples: what `sample` and `inpaint` draw with, for who batches himself.
+
+        Args:
+            samples: which to draw, on the device of the networks.
+            config: how.
+            known: what is given of each code.
+
+        Yields:
+            float 0/1 (B, h, w, c), on the device; the last are the samples. A prior that is no binary diffusion gives
+            these alone.
+        """
+        assert self.prior is not None, "whoever has a configuration has a prior"
+        prior, autoencoder = self._networks(self.prior, config)
+        model, given = prior.model, (prior.network, samples, config, known)
+        found = model.states(*given) if isinstance(model, BinaryModel) else (model.sample(*given) for _ in range(1))
+        while True:
+            with ieee_float32(), autocast(config.precision, self.device):  # not while others have their turn
+                z = next(found, None)
+            if z is None:
+                return
+            yield z.view(-1, *autoencoder.code_shape)
+
+    def images(self, codes: Tensor, config: SamplingConfig) -> Tensor:
+        """Codes (B, h, w, c) -> images, on the CPU, in the precision of the samples."""
+        assert self.prior is not None, "whoever has a configuration has a prior"
+        with ieee_float32(), autocast(config.precision, self.device):
+            return self._networks(self.prior, config)[1].decode(codes).cpu()
+
+    def settle(self, labels: Sequence[int] | None, settings: dict[str, Any]) -> SamplingConfig:
+        """How the prior is to draw: its stored settings, changed by those given; the errors are `sample`'s."""
         if self.prior is None:
             raise MissingError(
                 "this folder holds an autoencoder but no finished prior: train one on its codes first",
@@ -243,7 +273,7 @@ class Generator:
                 raise UserError(f"class {label} asked for; the classes of this prior: {classes}")
         if settings.keys() & {"steps", "spacing"}:
             settings = {"grid": [], **settings}
-        return self.prior, replace(self.prior.record.sampling, **settings)
+        return replace(self.prior.record.sampling, **settings)
 
     def _draw(
         self,
@@ -255,8 +285,7 @@ class Generator:
         settings: dict[str, Any],
     ) -> Tensor:
         """The images of codes drawn at `index`, a batch at a time; the errors are those of `sample`."""
-        prior, config = self._settle(labels, settings)
-        prior, autoencoder = self._networks(prior, config)
+        config = self.settle(labels, settings)
         parts: list[Tensor] = []
         for rows in _batches(len(index), batch_size, alike=config.compile):
             chosen = (
@@ -264,14 +293,9 @@ class Generator:
             )
             given = None if known is None else Known(*(part[rows.to(self.device)] for part in known))
             samples = SampleSpec(index[rows].to(self.device), chosen, seed)
-            with ieee_float32(), autocast(config.precision, self.device):
-                z = prior.model.sample(prior.network, samples, config, given)
-                parts.append(self._images(autoencoder, z))
+            [z] = deque(self.states(samples, config, given), maxlen=1)
+            parts.append(self.images(z, config))
         return torch.cat(parts)[: len(index)]
-
-    def _images(self, autoencoder: TrainedAutoencoder, z_BNC: Tensor) -> Tensor:
-        """Codes as tokens -> images, on the CPU."""
-        return autoencoder.decode(z_BNC.view(-1, *autoencoder.code_shape)).cpu()
 
     def _networks(self, prior: TrainedPrior, config: SamplingConfig) -> tuple[TrainedPrior, TrainedAutoencoder]:
         """The pair that draws: itself, or a faster copy, made once."""

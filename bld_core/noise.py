@@ -9,6 +9,7 @@ splitmix64 finaliser (Steele, Lea, Flood 2014) over a 64-bit key per sample and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,19 +43,24 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def uniform(seed: int, purpose: str, index: Tensor, size: int) -> Tensor:
+def uniform(seed: int | Sequence[int], purpose: str, index: Tensor, size: int) -> Tensor:
     """Uniform numbers in [0, 1) with 24 random bits, a row for each index.
 
     Args:
-        seed: the experiment's seed.
+        seed: the experiment's seed, or one for each row.
         purpose: what the numbers are for; another purpose gives independent numbers.
         index: int64, (B,): global sample indices or keys; the rows live on its device.
         size: numbers a row.
 
     Returns:
-        float32, (B, size). Row i depends on (seed, purpose, index[i]) alone.
+        float32, (B, size). Row i depends on (seed, purpose, index[i]) alone, with its own seed where each has one.
     """
-    row_key = _mix(_mix(index + _signed(_GOLDEN)) ^ key_of(seed, purpose))
+    key = (
+        key_of(seed, purpose)
+        if isinstance(seed, int)
+        else torch.tensor([[key_of(each, purpose)] for each in seed], device=index.device)[:, 0]
+    )
+    row_key = _mix(_mix(index + _signed(_GOLDEN)) ^ key)
     counter = torch.arange(1, size + 1, dtype=torch.int64, device=index.device) * _signed(_GOLDEN)
     bits = _mix(row_key[:, None] + counter[None, :])
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24

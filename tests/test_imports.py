@@ -30,6 +30,8 @@ CLUSTER = CORE | {
     "pydantic",
     "sqlalchemy",
     "optuna",
+    "fastapi",
+    "starlette",
 }
 PIPELINES = {"pipelines", "cluster", "jsonargparse", "omegaconf", "yaml"}
 ALLOWED = {"bld_core": CORE, "cluster": CLUSTER, "pipelines": PIPELINES}
@@ -59,10 +61,11 @@ ARROWS = {
     "cluster.storage": "",
     "cluster.evaluation.config": "",
     "cluster.sweep.config": "",
+    "cluster.studio.config": "",
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
     "cluster.runtime": "console nodes ray_private",
-    "cluster.config": "secrets console runtime evaluation.config sweep.config",
+    "cluster.config": "secrets console runtime evaluation.config sweep.config studio.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console nodes runtime config tracking",
     "cluster.data": "secrets ray_private console lineage runtime config stages",
@@ -74,6 +77,7 @@ ARROWS = {
     "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data training"
     " report sweep.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
+    "cluster.studio": "registry studio.config",
     "cluster.serving": "registry",
 }
 # Within a wing: comparators are known to the seam alone.
@@ -185,7 +189,7 @@ def test_a_planted_wrong_arrow_is_found() -> None:
 
 # Parameters that are tables without a type: JSON as it is read, written or received, keywords handed on, Ray's own.
 BORDER = {
-    "bld_core.generator": {"_settle", "_draw"},  # keywords of SamplingConfig
+    "bld_core.generator": {"settle", "_draw"},  # keywords of SamplingConfig
     "bld_core.latents.writer": {"latent_shard_bytes", "from_json"},
     "bld_core.storage.files": {"write_json", "json_bytes"},
     "bld_core.storage.records": {"write_record", "_digest", "named_faults"},

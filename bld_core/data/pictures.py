@@ -85,7 +85,7 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def read_picture(data: bytes, size: int, channels: int, name: str) -> Tensor:
+def read_picture(data: bytes, size: int, channels: int, name: str, formats: Sequence[str] | None = None) -> Tensor:
     """A picture's file as an image of exactly this size, uint8 (size, size, channels).
 
     Args:
@@ -93,12 +93,13 @@ def read_picture(data: bytes, size: int, channels: int, name: str) -> Tensor:
         size: in pixels, of both sides.
         channels: 1 is grey, 3 is RGB; other pictures are converted.
         name: of the picture in messages.
+        formats: that it may have, by Pillow's names; None is all that Pillow reads.
 
     Raises:
-        UserError: it is no picture, or has another size.
+        UserError: it is no picture, or has another size, which is known before it is decoded.
     """
     try:
-        shown = Image.open(io.BytesIO(data))
+        shown = Image.open(io.BytesIO(data), formats=formats)
         if shown.size == (size, size):
             pixels = np.array(shown.convert("L" if channels == 1 else "RGB"))
             return torch.from_numpy(pixels).view(size, size, channels)

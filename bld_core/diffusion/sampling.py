@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -115,12 +115,12 @@ class SampleSpec:
     Attributes:
         index: int64 (B,): the number of each sample; the samples are drawn on its device.
         labels: int64 (B,) class indices, -1 for none; or None.
-        seed: of the noise.
+        seed: of the noise, one for all samples or one for each.
     """
 
     index: Tensor
     labels: Tensor | None = None
-    seed: int = 0
+    seed: int | Sequence[int] = 0
 
     def uniforms(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Uniform numbers in [0, 1) of a shape for each sample, (B, *shape)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from bld_core.diffusion.bound import Bound, likelihood_bound
 from bld_core.diffusion.loss import diffusion_loss
 from bld_core.diffusion.process import CodeBatch, DiffusionConfig
-from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process, sample_codes
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process
 from bld_core.errors import UserError
 from bld_core.noise import uniform
 from bld_core.prior.transformer import Prior, PriorConfig, drop_labels
@@ -98,12 +99,14 @@ class BinaryModel:
     def sample(
         self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
-        """The reverse process; the errors are those of `bld_core.diffusion.sampling.reverse_process`."""
+        """The last of `states`."""
+        return deque(self.states(network, samples, sampling, known), maxlen=1)[0]
+
+    def states(
+        self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
+    ) -> Iterator[Tensor]:
+        """The states of the reverse process; see `bld_core.diffusion.sampling.reverse_process`, also for the errors."""
         if sampling.inpainting == "auto":  # conditioned is exact, and for priors that were trained for it
             marked = isinstance(network, Prior) and network.known is not None
             sampling = replace(sampling, inpainting="conditioned" if marked else "replacement")
-        return sample_codes(network, self.process, self.shape, samples, sampling, known)
-
-    def states(self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig) -> Iterator[Tensor]:
-        """The states z_T, ..., z_0 of the reverse process that `sample` takes the last of."""
-        return reverse_process(network, self.process, self.shape, samples, sampling)
+        return reverse_process(network, self.process, self.shape, samples, sampling, known)

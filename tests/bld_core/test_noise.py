@@ -112,3 +112,9 @@ def test_a_permutation_leaves_torchs_own_generator_alone() -> None:
     before = torch.get_rng_state()
     permutation(0, "order", 0, 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_with_seeds_of_their_own_are_those_of_their_seeds() -> None:
+    index, seeds = torch.tensor([0, 3, 3]), [5, 5, 9]
+    rows = [uniform(seed, "p", index[n : n + 1], 7) for n, seed in enumerate(seeds)]
+    assert torch.equal(uniform(seeds, "p", index, 7), torch.cat(rows))

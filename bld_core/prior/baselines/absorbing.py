@@ -56,7 +56,7 @@ class AbsorbingPrior(TokenPrior):
         return self.head(self.token_features(z_BNC, masked_BN, labels), z_BNC)
 
 
-def random_order(seed: int, purpose: str, index: Tensor, tokens: int) -> Tensor:
+def random_order(seed: int | Sequence[int], purpose: str, index: Tensor, tokens: int) -> Tensor:
     """The tokens of each sample, in the order in which they are unmasked: int64 (B, tokens)."""
     return uniform(seed, purpose, index, tokens).argsort(dim=1, stable=True)
 
