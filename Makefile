@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[cluster,losses,features,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[cluster,serve,losses,features,dev]'
 	touch $@
 
 demo: .venv/ready  ## the whole pipeline on handwritten digits, a few minutes on two CPU cores

@@ -85,7 +85,7 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def read_picture(data: bytes, size: int, channels: int, name: str, formats: Sequence[str] | None = None) -> Tensor:
+def read_picture(data: bytes, size: int, channels: int, name: str, formats: tuple[str, ...] | None = None) -> Tensor:
     """A picture's file as an image of exactly this size, uint8 (size, size, channels).
 
     Args:

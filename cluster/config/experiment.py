@@ -22,6 +22,7 @@ from cluster.config.tracking import TrackingConfig
 from cluster.evaluation.config import EvaluationConfig, StudyConfig
 from cluster.runtime import ClusterConfig
 from cluster.secrets import check_no_password
+from cluster.studio.config import ServeConfig
 from cluster.sweep.config import SweepConfig
 
 # What does not change what a stage makes, beyond rounding: how often it reports, how it saves time and memory, what it
@@ -79,6 +80,7 @@ class Experiment:
         evaluation: what is measured.
         sweep: the sweep over the settings of a stage.
         study: the studies.
+        serve: the studio.
         cluster: where and how wide the work runs.
         tracking: MLflow.
     """
@@ -99,6 +101,7 @@ class Experiment:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

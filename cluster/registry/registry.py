@@ -195,6 +195,23 @@ def compare_with_champion(
     return moves, f"{rule}: {outcome}, {ours:.6g} against its {theirs:.6g}, better by {better:.6g}"
 
 
+def newest_version(model: str, uri: str) -> tuple[str, str]:
+    """Which version a model is now.
+
+    Args:
+        model: models:/<name>@<alias> or models:/<name>/<version>.
+        uri: of the tracking server, as in `TrackingConfig.resolve`.
+
+    Returns:
+        The name and the number.
+
+    Raises:
+        UserError: another form; no such model, alias or version there; or MLflow is away.
+    """
+    found = _find(model, uri)
+    return found.name, str(found.version)
+
+
 def fetch_model(model: str, folder: str, uri: str) -> str:
     """Download a registered version.
 
@@ -207,18 +224,23 @@ def fetch_model(model: str, folder: str, uri: str) -> str:
         A folder for `bld_core.load`.
 
     Raises:
-        UserError: another form; no such model, alias or version there; or MLflow is away.
+        UserError: as `newest_version`.
     """
+    found = _find(model, uri)
+    assert found.source is not None, "every version was made with a source"
+    with plain_errors(uri):
+        return mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=folder, tracking_uri=uri)
+
+
+def _find(model: str, uri: str) -> ModelVersion:
     form = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
     if form is None:
         raise UserError(f"model is {model!r}; it must be models:/<name>@<alias> or models:/<name>/<version>")
     client, (name, alias, number) = open_client(uri), form.groups()
     with plain_errors(uri):
         try:
-            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise UserError(f"{without_secrets(uri)} has no {model}: {error.message}; register.py makes one") from error
-        assert found.source is not None, "every version was made with a source"
-        return mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=folder, tracking_uri=uri)

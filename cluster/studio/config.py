@@ -1,0 +1,62 @@
+"""The settings of the studio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bld_core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The studio: the trained pair behind HTTP. The variable BLD_TOKEN, where it is set, is asked of every request.
+
+    Args:
+        host: address to listen on; 0.0.0.0 is all of this machine's, and then a token should be set.
+        port: to listen on.
+        min_replicas: fewest replicas, each of which holds the pair.
+        max_replicas: most replicas; between the two, as many as the requests under way ask for.
+        gpu_share: part of a GPU that a replica takes, where `gpu` is set: 0.5 puts two on one.
+        batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
+            image has the same bytes whoever else asks.
+        wait_ms: milliseconds that a pass waits for others to fill it.
+        queue: images that a replica takes on; who asks for more is told to come again later.
+        body_mb: largest request in MiB.
+        watch: seconds between looks for a new champion.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    min_replicas: int = 1
+    max_replicas: int = 1
+    gpu_share: float = 1.0
+    batch: int = 8
+    wait_ms: float = 5.0
+    queue: int = 256
+    body_mb: int = 8
+    watch: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 1 << 16:
+            raise UserError(f"serve.port is {self.port}; it must be from 1 to {(1 << 16) - 1}")
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise UserError(
+                f"serve.min_replicas is {self.min_replicas} and serve.max_replicas {self.max_replicas}; they must be "
+                "at least 1, and the first not above the second"
+            )
+        if not 0 < self.gpu_share <= 1:
+            raise UserError(f"serve.gpu_share is {self.gpu_share}; it must be above 0 and at most 1")
+        if self.batch < 1:
+            raise UserError(f"serve.batch is {self.batch}; it must be at least 1")
+        if not self.wait_ms >= 0:
+            raise UserError(f"serve.wait_ms is {self.wait_ms}; it must be 0 or more")
+        if self.queue < MOST_IMAGES:
+            raise UserError(f"serve.queue is {self.queue}; one request may ask for {MOST_IMAGES} images: at least that")
+        if self.body_mb < 1:
+            raise UserError(f"serve.body_mb is {self.body_mb}; it must be at least 1")
+        if not self.watch > 0:
+            raise UserError(f"serve.watch is {self.watch}; it must be above 0 seconds")
+
+
+MOST_IMAGES = 64
+"""Images that one request may ask for."""
