@@ -1,33 +1,42 @@
 """The pictures of the README, from two finished experiments: `python docs/make_pictures.py`.
 
-From runs/demo and runs/fashion_mnist: docs/images.png; with Debian's `chromium`, docs/report.png, too. Nothing is
-chosen: the first images of the validation shards, the first samples of seed 0.
+From runs/demo and runs/fashion_mnist: docs/images.png; with Debian's `chromium`, docs/report.png and docs/studio.png,
+too. Nothing is chosen: the first images of the validation shards, the first samples of seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
-import subprocess
-import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import uvicorn
 from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import Browser, sync_playwright
 from torch import Tensor
 
 import bld_core
 from bld_core.data.images import ImageConfig, first_images
 from bld_core.data.pictures import picture, png
+from cluster.studio.app import make_app
+from cluster.studio.config import ServeConfig
+from cluster.studio.engine import Engine
+from cluster.studio.pair import open_folder
 
 COLUMNS = 8
 TITLES = {"demo": "Handwritten digits", "fashion_mnist": "Fashion-MNIST"}
 SIDE, GAP, PANEL_GAP, ROW_GAP, MARGIN, LABELS, HEAD = 96, 6, 54, 26, 30, 256, 66  # pixels; shown at about half the size
-WINDOW = 1150, 900
+WINDOW, PHONE = (1150, 900), (400, 900)
+FLIPPED = f"at=5&flips={'.'.join(str(bit) for bit in range(80, 96))}"  # the sixth token, all of it
 INK = "#1f2328"
 
 
@@ -88,14 +97,39 @@ def compose(panels: list[Panel]) -> Image.Image:
     return canvas
 
 
-def screenshot(browser: str, page: Path, width: int, height: int) -> Image.Image:
-    """The top of a page as Chromium shows it."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={folder}/profile", f"--window-size={width},{height}"]
-        command += [f"--screenshot={folder}/page.png", page.absolute().as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        return Image.open(f"{folder}/page.png").convert("RGB")
+def screenshot(browser: Browser, address: str, size: tuple[int, int], ready: str = "body") -> Image.Image:
+    """The top of a page, once it has an element: width and height in pixels, and a selector."""
+    with browser.new_page(viewport={"width": size[0], "height": size[1]}) as page:
+        page.goto(address)
+        page.wait_for_selector(ready, state="attached")
+        return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of the studio of an experiment, in a thread."""
+    engine = Engine(open_folder(str(folder), folder.name, "", "cpu"), ServeConfig())
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, 1), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.1)
+    try:
+        yield "http://127.0.0.1:{}/".format(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def studio(browser: Browser, folder: Path) -> Image.Image:
+    """Samples on a wide screen, and what a flipped bit does on a phone."""
+    with served(folder) as address:
+        left = screenshot(browser, f"{address}?class=3", WINDOW, "#grid[aria-busy=false]")
+        right = screenshot(browser, f"{address}?view=code&class=3&{FLIPPED}", PHONE, "#decoded[aria-busy=false]")
+    canvas = Image.new("RGB", (left.width + PANEL_GAP + right.width, left.height), "white")
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (left.width + PANEL_GAP, 0))
+    return canvas
 
 
 def save(made: Image.Image, file: Path) -> None:
@@ -112,11 +146,15 @@ def main() -> None:
     given = flags.parse_args()
     panels = [panel_of(given.root / name, title) for name, title in TITLES.items()]
     save(compose(panels), given.output / "images.png")
-    if browser := shutil.which("chromium"):
-        page = given.root / "demo/evaluation/report.html"
-        save(screenshot(browser, page, *WINDOW), given.output / "report.png")
+    if path := shutil.which("chromium"):
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            page = given.root / "demo/evaluation/report.html"
+            save(screenshot(browser, page.absolute().as_uri(), WINDOW), given.output / "report.png")
+            save(studio(browser, given.root / "demo"), given.output / "studio.png")
+            browser.close()
     else:
-        print("report.png is left out: it needs Debian's chromium")
+        print("report.png and studio.png are left out: they need Debian's chromium")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.report.page import thinned, write_report
 from cluster.tracking.runs import start_run
-from tests.browser import chromium, problems
+from tests.browser import problems
 from tests.conftest import random_pair, report_of
 from tests.servers import MlflowServer
 
@@ -59,10 +58,6 @@ def evaluated(
 
 
 def test_a_browser_shows_every_picture_and_has_nothing_to_say(evaluated: Experiment, tmp_path: Path) -> None:
-    if chromium() is None:
-        if os.environ.get("CI"):
-            pytest.fail("chromium is missing: .ci/run installs it")
-        pytest.skip("no chromium here: apt-get install chromium")
     page = Path(write_report(evaluated))
     assert problems(page) == []
     spoiled = tmp_path / "spoiled.html"
