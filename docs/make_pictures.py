@@ -11,7 +11,7 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -106,7 +106,7 @@ def screenshot(browser: Browser, address: str, size: tuple[int, int], ready: str
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path) -> Generator[str]:
     """The address of the studio of an experiment, in a thread."""
     engine = Engine(open_folder(str(folder), folder.name, "", "cpu"), ServeConfig())
     server = uvicorn.Server(uvicorn.Config(make_app(engine, 1), port=0, log_level="warning"))
@@ -115,7 +115,7 @@ def served(folder: Path) -> Iterator[str]:
     while not server.started:
         thread.join(0.1)
     try:
-        yield "http://127.0.0.1:{}/".format(server.servers[0].sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     finally:
         server.should_exit = True
         thread.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Open = Callable[..., Page]
 
 
 @contextmanager
-def started() -> Iterator[Browser]:
+def started() -> Generator[Browser]:
     """The browser; where there is none a test is skipped, but in CI it fails."""
     path = shutil.which("chromium")
     if path is None:
@@ -34,7 +34,7 @@ def started() -> Iterator[Browser]:
 
 
 @contextmanager
-def windows(browser: Browser) -> Iterator[tuple[Open, list[str]]]:
+def windows(browser: Browser) -> Generator[tuple[Open, list[str]]]:
     """Opens pages, and tells what is wrong with them: what the console says, errors, requests to other hosts."""
     contexts, said = list[Any](), list[str]()
 
