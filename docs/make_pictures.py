@@ -122,10 +122,10 @@ def served(folder: Path) -> Generator[str]:
 
 
 def studio(browser: Browser, folder: Path) -> Image.Image:
-    """Samples on a wide screen, and what a flipped bit does on a phone."""
+    """What flipped bits do, on a wide screen; samples, on a phone."""
     with served(folder) as address:
-        left = screenshot(browser, f"{address}?class=3", WINDOW, "#grid[aria-busy=false]")
-        right = screenshot(browser, f"{address}?view=code&class=3&{FLIPPED}", PHONE, "#decoded[aria-busy=false]")
+        left = screenshot(browser, f"{address}?view=code&class=3&{FLIPPED}&to=8", WINDOW, "#strip[aria-busy=false]")
+        right = screenshot(browser, f"{address}?class=3", PHONE, "#grid[aria-busy=false]")
     canvas = Image.new("RGB", (left.width + PANEL_GAP + right.width, left.height), "white")
     canvas.paste(left, (0, 0))
     canvas.paste(right, (left.width + PANEL_GAP, 0))

@@ -60,7 +60,9 @@ const complete = latest("completions", async (signal) => {
   mask.text = settings.mask;
   const tokens = mask.tokens(model.latent.width, model.latent.height);
   const all = model.latent.width * model.latent.height;
-  $("mask-says").textContent = `${tokens} of ${counted(all, "token")} are drawn anew: all that the mask touches.`;
+  $("mask-says").textContent = mask.empty
+    ? "Nothing is covered yet: draw on the image, or take a ready mask."
+    : `${tokens} of ${counted(all, "token")} are drawn anew: all that the mask touches.`;
   const images = $("completions").querySelectorAll("img");
   if (mask.empty) {
     for (const image of images) image.src = source(subject.png);
