@@ -15,6 +15,7 @@ demo: .venv/ready  ## the whole pipeline on handwritten digits, a few minutes on
 	BLD_ROOT=$(ROOT) python pipelines/make_shards.py --images_per_shard 405 --output $(ROOT)/digits
 	BLD_ROOT=$(ROOT) python pipelines/run_all.py --config configs/demo.yaml
 	@echo 'report: $(abspath $(ROOT))/demo/evaluation/report.html'
+	@echo to play with it: BLD_ROOT=$(ROOT) $(BIN)/python pipelines/serve.py --config configs/demo.yaml
 
 test: .venv/ready  ## every module, and one real run of each stage and command; some minutes on two CPU cores
 	pytest -m 'not long'

@@ -42,6 +42,8 @@ _EVERYWHERE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 _LOCAL = {
+    # Ray tells its makers which of its parts are used, Serve's among them.
+    "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
     # writes of its actor: "max_restarts > 0 ... the actor restart will fail".
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

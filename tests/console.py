@@ -15,6 +15,7 @@ _FORMS = (
     rf"  \w+ +{_NUMBER}( dB| bits|%)?( +(sd|se) {_NUMBER}(, se {_NUMBER})?)?( +\S.*)?",
     rf"autoencoder: its bits are unsure, with an entropy of {_NUMBER} bits each: .*",  # after a short training
     r"next: python pipelines/\w+\.py .*",
+    r"to play with it: BLD_ROOT=\S+ \S+/python pipelines/serve\.py .*",
     r"(BLD_ROOT=\S+ )?python pipelines/\w+\.py .*",  # make says what it runs
 )
 _FORM = re.compile("|".join(f"(?:{form})" for form in _FORMS))

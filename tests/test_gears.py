@@ -31,7 +31,7 @@ THROUGH = {
     "cluster.ray_private": (
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),
-    "cluster.registry.serving": (
+    "cluster.studio.pyfunc": (
         "cluster/registry/test_registry.py::test_the_served_pair_answers_with_the_class_asked_for"
     ),
     "cluster.report.paper": (
@@ -39,6 +39,7 @@ THROUGH = {
     ),
     "cluster.serving": "test_older_format.py::test_an_older_registry_hands_out_its_champion_and_knows_the_pair_again",
     "cluster.studio.api": "cluster/studio/test_app.py::test_the_model_is_described",
+    "cluster.studio.reference": "cluster/studio/test_app.py::test_the_model_is_described",
     "cluster.studio.passes": (
         "cluster/studio/test_app.py::test_samples_are_those_of_the_pair_and_their_bits_decode_to_them"
     ),

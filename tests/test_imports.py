@@ -77,8 +77,8 @@ ARROWS = {
     "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data training"
     " report sweep.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
-    "cluster.studio": "registry studio.config",
-    "cluster.serving": "registry",
+    "cluster.studio": "runtime registry studio.config",
+    "cluster.serving": "studio",
 }
 # Within a wing: comparators are known to the seam alone.
 SEAMS = {"bld_core.autoencoder": "bld_core.autoencoder.model", "bld_core.prior": "bld_core.prior.model"}
@@ -203,7 +203,8 @@ BORDER = {
     "cluster.study.code": {"code_table", "_plot"},  # table.json
     "cluster.study.study": {"_best", "_names", "study_table", "_plot"},  # table.json
     "cluster.registry.registry": {"_register", "_check", "_make_version"},  # report.json
-    "cluster.registry.serving": {"read_row"},
+    "cluster.studio.pyfunc": {"read_row"},
+    "cluster.studio.reference": {"_routes", "_resolved", "_field"},  # the OpenAPI description
     "cluster.report.page": {"_summary", "_pictures"},
     "cluster.report.tables": {"report_table"},
     "cluster.sweep.board": {"on_trial_result"},  # Tune's

@@ -9,18 +9,20 @@ from __future__ import annotations
 import base64
 import binascii
 import reprlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from bld_core.data.pictures import read_picture
+from bld_core.data.pictures import mask_of_box, read_picture
 from bld_core.errors import UserError
 from cluster.studio.config import MOST_IMAGES
 
 MOST_COMPLETIONS = 16
 _MOST_TEXT = 1 << 24  # characters: the body's bound is lower
+_WHITE = 128  # and above
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # of Pillow's decoders, those that a browser has, too
 
 
@@ -62,12 +64,11 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # JSON and pandas make floats of whole numbers
-Seed = Annotated[Whole, Field(ge=0, lt=1 << 53, description="of the noise; browsers write these numbers exactly")]
+Seed = Annotated[Whole, Field(ge=0, lt=1 << 53, description="of the noise, below 2^53: browsers write these exactly")]
 Label = Annotated[Whole | str | None, Field(description="the number or the name of a class; null asks for none")]
 Image = Annotated[str, Field(max_length=_MOST_TEXT, description="a picture of the model's size, in base64")]
 Bits = Annotated[str, Field(max_length=_MOST_TEXT, description="the packed bits of a code, in base64")]
 Pixels = Annotated[Whole | None, Field(ge=0, le=1 << 16, description="a quarter of the side where it is left out")]
-Completions = Annotated[Whole, Field(ge=1, le=MOST_COMPLETIONS)]
 
 
 class Request(BaseModel):
@@ -114,7 +115,7 @@ class InpaintingsRequest(Draw):
     box: list[Whole] | None = Field(
         default=None, min_length=4, max_length=4, description="left, top, right, bottom in pixels"
     )
-    count: Completions = 1
+    count: Whole = Field(default=1, ge=1, le=MOST_COMPLETIONS)
 
     @model_validator(mode="after")
     def _one_part(self) -> Self:
@@ -133,7 +134,7 @@ class OutpaintingsRequest(Draw):
     top: Pixels = None
     right: Pixels = None
     bottom: Pixels = None
-    count: Completions = 1
+    count: Whole = Field(default=1, ge=1, le=MOST_COMPLETIONS)
 
 
 class ReconstructionRequest(Request):
@@ -272,6 +273,20 @@ def read_image(text: str, size: int, channels: int, field: str) -> Tensor:
         return read_picture(data, size, channels, field, _FORMATS)
     except UserError as error:
         raise RequestError(field, f"{len(data)} bytes", bound, message=str(error)) from error
+
+
+def read_mask(mask: str | None, box: Sequence[int], size: int) -> Tensor:
+    """What is known of an image: where a picture in base64 is white, or outside of a box; bool (size, size).
+
+    Raises:
+        RequestError: the picture is none or of another size, or the box does not lie within the image.
+    """
+    if mask:
+        return read_image(mask, size, 1, "mask")[..., 0] >= _WHITE
+    try:
+        return mask_of_box(box, size, "box")
+    except UserError as error:
+        raise RequestError("box", str(list(box)), f"within 0..{size}", message=str(error)) from error
 
 
 def read_base64(text: str, field: str) -> bytes:

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Response
+from fastapi import FastAPI, Header, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bld_core.errors import UserError
@@ -34,6 +34,7 @@ from cluster.studio.api import (
     Step,
 )
 from cluster.studio.engine import Answer, AnyRequest, Studio
+from cluster.studio.reference import reference
 
 _STATIC = Path(__file__).with_name("static")
 _POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
@@ -57,14 +58,16 @@ def make_app(studio: Studio, body_mb: int, token: str = "") -> FastAPI:
     refused: dict[int | str, dict[str, Any]] = {code: {"model": Failure} for code in (401, 413, 422, 503)}
     app = FastAPI(title="Binary Latent Diffusion", version="1", responses=refused, docs_url=None, redoc_url=None)
     app.add_middleware(Bounds, most=body_mb << 20, token=token)
-    app.mount("/static", StaticFiles(directory=_STATIC, check_dir=False), name="static")
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     _add_errors(app)
     _add_pages(app, studio)
 
     @app.get("/v1/model")
-    async def model() -> Model:
+    async def model(response: Response) -> Model:
         """What is served: its classes, sizes, hashes, evaluation."""
-        return await studio.model()
+        made = await studio.model()
+        response.headers.update(_made_by(made.version))
+        return made
 
     @app.post("/v1/samples", response_model=Pictures)
     async def samples(request: SamplesRequest, accept: Accept = "") -> Response:
@@ -109,6 +112,10 @@ def _add_pages(app: FastAPI, studio: Studio) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(_STATIC / "index.html", headers={"Content-Security-Policy": _POLICY})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(reference(app))
 
     @app.get("/report", include_in_schema=False)
     async def report() -> Response:
@@ -191,12 +198,12 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(_failure(own).model_dump(), 422)
 
     async def other(_: object, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+        assert isinstance(error, AnyHTTPException)
         return JSONResponse(Failure(error=Fault(message=str(error.detail))).model_dump(), error.status_code)
 
     app.add_exception_handler(UserError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, other)
+    app.add_exception_handler(AnyHTTPException, other)
 
 
 class Bounds:

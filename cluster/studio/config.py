@@ -16,7 +16,7 @@ class ServeConfig:
         port: to listen on.
         min_replicas: fewest replicas, each of which holds the pair.
         max_replicas: most replicas; between the two, as many as the requests under way ask for.
-        gpu_share: part of a GPU that a replica takes, where `gpu` is set: 0.5 puts two on one.
+        gpu_share: part of a GPU that a replica takes, where cluster.gpu is set: 0.5 puts two on one.
         batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
             image has the same bytes whoever else asks.
         wait_ms: milliseconds that a pass waits for others to fill it.

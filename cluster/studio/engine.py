@@ -14,9 +14,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from bld_core.data.pictures import mask_of_box, picture, png
+from bld_core.data.pictures import picture, png
 from bld_core.diffusion.sampling import SamplingConfig
-from bld_core.errors import UserError
 from bld_core.generator import known_tokens
 from bld_core.latents.bits import pack_bits, unpack_bits
 from bld_core.noise import permutation
@@ -38,6 +37,7 @@ from cluster.studio.api import (
     base64_of,
     read_base64,
     read_image,
+    read_mask,
 )
 from cluster.studio.config import ServeConfig
 from cluster.studio.pair import Pair
@@ -48,7 +48,6 @@ Answer = Pictures | Reconstruction
 
 
 _SMALL = 128  # pixels, of the pictures of a step
-_WHITE = 128  # and above
 
 
 class Studio(Protocol):
@@ -77,7 +76,7 @@ class Studio(Protocol):
 
 
 class Engine:
-    """A `Studio` in this process: one thread has the networks, and what waits for it is gathered here.
+    """A `Studio` in this process.
 
     Args:
         pair: what it serves; another one may be put in its place at any time.
@@ -93,10 +92,6 @@ class Engine:
     def failure(self) -> Exception | None:
         """What a pass has failed of, which is no fault of a request: this engine may be broken."""
         return self._passes.failure
-
-    def close(self) -> None:
-        """Take on nothing more."""
-        self._passes.close()
 
     async def model(self) -> Model:
         """What is served now."""
@@ -175,8 +170,9 @@ class Engine:
 
     async def _reconstruct(self, pair: Pair, request: ReconstructionRequest) -> Reconstruction:
         """A code and its image."""
-        code = await self._code(pair, End(image=request.image, bits=request.bits), _settled(pair, Settings()))
-        made = await self._decoded(pair, code[None], _settled(pair, Settings()))
+        config = _settled(pair, Settings())
+        code = await self._code(pair, End(image=request.image, bits=request.bits), config)
+        made = await self._decoded(pair, code[None], config)
         [shown] = made.images
         return Reconstruction(version=made.version, bits=shown.bits, png=shown.png)
 
@@ -252,13 +248,7 @@ def _given(pair: Pair, request: InpaintingsRequest | OutpaintingsRequest) -> tup
     size, channels = pair.model.image_size, pair.model.channels
     image = read_image(request.image, size, channels, "image")
     if isinstance(request, InpaintingsRequest):
-        if request.mask is not None:
-            return image, read_image(request.mask, size, 1, "mask")[..., 0] >= _WHITE
-        assert request.box is not None, "a request has one of them"
-        try:
-            return image, mask_of_box(request.box, size, "box")
-        except UserError as error:
-            raise RequestError("box", str(request.box), f"within 0..{size}", message=str(error)) from error
+        return image, read_mask(request.mask, request.box or [], size)
     margins = {name: getattr(request, name) for name in ("left", "top", "right", "bottom")}
     left, top, right, bottom = (size // 4 if margin is None else margin for margin in margins.values())
     mask = torch.zeros(size, size, dtype=torch.bool)

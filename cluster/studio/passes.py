@@ -92,12 +92,6 @@ class Passes:
         self._came = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
-    def close(self) -> None:
-        """Take on nothing more."""
-        if self._worker is not None:
-            self._worker.cancel()
-        self._thread.shutdown(wait=False)
-
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function in the thread that has the networks, between two passes."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

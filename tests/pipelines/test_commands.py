@@ -230,9 +230,10 @@ REAL = {
 }
 """Every command but those of WHOLE, which `test_the_whole_order_of_work` runs, and sweep_prior.py, after sweep.py."""
 WHOLE = {"run_all.py", "register.py"}
+SERVED = {"serve.py"}  # which tests/cluster/studio/test_serve.py runs
 
 
-@pytest.mark.parametrize("script", sorted({*COMMANDS} - WHOLE - {"sweep_prior.py"}))
+@pytest.mark.parametrize("script", sorted({*COMMANDS} - WHOLE - SERVED - {"sweep_prior.py"}))
 def test_every_command_does_its_work(
     script: str,
     finished: Experiment,

@@ -338,7 +338,7 @@ def test_a_bad_request_is_the_senders_fault_and_says_why(served: str) -> None:
         (rows({"image": image, "box": [0, 0, 8]}), "it must be [left, top, right, bottom]"),
         (rows({"image": image, "box": [0, 0, 40, 8]}), "box is [0, 0, 40, 8]"),
         (rows({"image": image, "box": "0"}), "box is '0'; it must be a list of whole numbers"),
-        (rows({"image": "///", "box": [0, 0, 8, 8]}), "image is not base64"),
+        (rows({"image": "///", "box": [0, 0, 8, 8]}), "image is '///'; it must be base64 text"),
         (rows({"image": "AAAA", "box": [0, 0, 8, 8]}), "image cannot be read as an image"),
         (rows({"image": small, "box": [0, 0, 8, 8]}), "image is 8 x 8 pixels; it must be 32 x 32"),
         (rows({"image": image, "mask": small}), "mask is 8 x 8 pixels; it must be 32 x 32"),

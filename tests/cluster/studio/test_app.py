@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
+import logging
+import math
+import random
 import re
+import socket
+import struct
+import zlib
 
+import pytest
 import torch
 
 from bld_core.latents.bits import unpack_bits
+from cluster.studio.config import ServeConfig
 from cluster.studio.pair import Pair
 from tests.cluster.studio.client import ask, pixels, png_of
-from tests.cluster.studio.conftest import AppServer
+from tests.cluster.studio.conftest import TOKEN, AppServer
 
 
 def test_the_model_is_described(app: AppServer, pair: Pair) -> None:
@@ -24,6 +33,9 @@ def test_the_model_is_described(app: AppServer, pair: Pair) -> None:
     assert said["hashes"]["prior"] == pair.prior.record.hash
     assert said["version"] == ask(f"{app.url}/readyz").json["version"] == pair.prior.record.hash[:12]
     assert ask(f"{app.url}/healthz").status == 200
+    page = ask(f"{app.url}/docs").body.decode()
+    assert re.search(r"<code>count</code><td>integer; <= 64, >= 1, default 1", html.unescape(page))
+    assert "//" not in page, "no foreign host"
     assert set(ask(f"{app.url}/openapi.json").json["paths"]) >= {"/v1/model", "/v1/samples", "/v1/interpolations"}
 
 
@@ -87,3 +99,119 @@ def test_an_interpolation_flips_a_share_of_the_bits_each_time(app: AppServer, pa
         ]["png"]
         == start["png"]
     )
+
+
+def malformed(number: int, image: str) -> tuple[str, bytes]:
+    """A request that cannot be answered: its path and body."""
+    dice = random.Random(number)
+    png = base64.b64decode(image)
+    bomb = png[:16] + struct.pack(">II", 60_000, 60_000) + png[24:29]
+    bomb += struct.pack(">I", zlib.crc32(bomb[12:29])) + png[33:]
+    pictures = [
+        "",
+        "////",
+        "no base64!",
+        "../../etc/passwd",
+        image[: dice.randrange(8, len(image) - 8)],  # cut off
+        base64.b64encode(png[: dice.randrange(1, len(png) - 30)]).decode(),
+        base64.b64encode(bomb).decode(),
+        base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n").decode(),
+        base64.b64encode(dice.randbytes(200)).decode(),
+        png_of(torch.zeros(dice.choice([1, 31, 33, 200]), 32, 1, dtype=torch.uint8)),
+        [image],
+        7,
+        None,
+    ]
+    numbers = [-1, 0, 65, 10**9, 10**400, 1.5, "3", [1], {}, True, math.nan, math.inf, -math.inf, "../../etc/passwd"]
+    box = [dice.randrange(-9, 99) for _ in range(dice.randrange(8))]
+    picture, given = dice.choice(pictures), dice.choice(numbers)
+    requests: list[tuple[str, object]] = [
+        ("samples", {"count": given if given is not True else 0}),
+        ("samples/stream", {"count": given if given is not True else 65}),
+        ("samples", {"steps": dice.choice([-1, 0, 65, 10**30, 1.5, "3", [1], {}, math.nan, math.inf])}),
+        ("samples", {"temperature": dice.choice([0, -1, 101, "1", math.nan, math.inf, 10**400, [], {}])}),
+        ("samples", {"guidance": dice.choice([-1, 101, "1", math.nan, -math.inf, 10**400, [], {}])}),
+        ("samples", {"seed": dice.choice([-1, 2**53, 10**400, 1.5, "s", math.nan, [0]])}),
+        ("samples", {"label": dice.choice([-1, 10, 10**400, 1.5, "../../etc/passwd", "\x00", [0], math.nan])}),
+        ("samples", {dice.choice(["Label", "path", "__class__", "x" * 10_000]): 1}),
+        ("samples", dice.choice([[], 3, "text", None, [{}], True])),
+        ("inpaintings", {"image": picture, "box": [0, 0, 8, 8]}),
+        ("inpaintings", {"image": image, "mask": picture if picture is not None else ""}),
+        ("inpaintings", {"image": image, "box": [*box, 99][:4] if len(box) > 2 else box}),
+        ("inpaintings", {"image": image, "mask": image, "box": [0, 0, 8, 8]}),
+        ("inpaintings", {"image": image, "box": [0, 0, 8, 8], "count": 17}),
+        ("outpaintings", {"image": picture}),
+        ("outpaintings", {"image": image, "left": dice.choice([-1, 32, 10**400, 1.5, "3", math.nan, 65536])}),
+        ("reconstructions", {"image": picture} if picture is not None else {}),
+        ("reconstructions", {"bits": dice.choice(["", "AAAA", "!", 3, "A" * 10_000, "é"])}),
+        ("reconstructions", {"image": image, "bits": "AAAA"}),
+        ("interpolations", {"from": {"seed": 1}, "to": dice.choice([{}, [], {"bits": "AAAA"}, {"seed": -1}, 3])}),
+        ("interpolations", {"from": {"image": picture or 7}, "to": {"seed": 1}}),
+        ("interpolations", {"from": {"seed": 1}, "to": {"seed": 2}, "count": dice.choice([-1, 0, 1, 65, "2"])}),
+        ("interpolations", {"from": {"seed": 1, "bits": "AAAA"}, "to": {"seed": 2}}),
+        ("nothing", {}),
+    ]
+    path, body = (
+        requests[number % (len(requests) + 1)]
+        if number % (len(requests) + 1) < len(requests)
+        else (
+            "samples",
+            dice.choice(
+                [
+                    b"",
+                    b"{",
+                    b"[" * 100_000,
+                    b"\xff\xfe",
+                    b"{}{}",
+                    b'{"count": 1' + b"0" * 5000 + b"}",
+                    b"\x89PNG",
+                    dice.randbytes(99),
+                ]
+            ),
+        )
+    )
+    return f"/v1/{path}", body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+def test_200_malformed_requests_are_refused_with_a_reason(app: AppServer, pair: Pair) -> None:
+    image = png_of(pair.generator.sample(labels=[4], seed=1)[0])
+    for number in range(200):
+        path, body = malformed(number, image)
+        answer = ask(f"{app.url}{path}", body)
+        assert 400 <= answer.status < 500, (number, path, body[:300], answer.status, answer.body[:300])
+        assert answer.json["error"]["message"], (number, path, body[:300])
+    assert app.engine.failure is None
+    assert ask(f"{app.url}/v1/samples", {"label": 1}).status == 200, "it goes on"
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["length", "chunks"])
+def test_a_body_above_the_bound_is_not_read_to_its_end(app: AppServer, said: bool) -> None:
+    host, port = app.url.removeprefix("http://").split(":")
+    length = f"Content-Length: {9 << 20}" if said else "Transfer-Encoding: chunked"
+    with socket.create_connection((host, int(port)), 30) as client:
+        client.sendall(f"POST /v1/reconstructions HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode())
+        for _ in range(0 if said else 9):
+            client.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+        answer = client.recv(1 << 16)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"it must be at most 8 MiB" in answer
+
+
+def test_without_the_token_nothing_is_answered_and_no_log_has_it(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    server = AppServer(pair, ServeConfig(), TOKEN)
+    try:
+        with caplog.at_level(logging.DEBUG):
+            for path in ("/v1/model", "/report"):
+                for header in (
+                    {},
+                    {"Authorization": "Bearer "},
+                    {"Authorization": TOKEN},
+                    {"Authorization": f"Bearer {TOKEN}x"},
+                ):
+                    answer = ask(server.url + path, **header)
+                    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+                assert ask(server.url + path, Authorization=f"Bearer {TOKEN}").status in (200, 404)
+            assert ask(f"{server.url}/healthz").status == 200
+        assert TOKEN not in caplog.text
+    finally:
+        server.close()

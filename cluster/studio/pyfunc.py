@@ -8,31 +8,23 @@ A request is a table with a row for each thing that is wanted, the answer a list
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import reprlib
 from collections.abc import Generator
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import bld_core
 from bld_core import generator
-from bld_core.data.pictures import mask_of_box, mask_of_picture, picture, png, read_picture
+from bld_core.data.pictures import picture, png
 from bld_core.errors import UserError
+from cluster.studio.api import Whole, base64_of, read_image, read_mask
 
 _MOST_IMAGES = 256
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Whole = Annotated[int, BeforeValidator(_whole)]  # JSON and pandas make floats of whole numbers
 
 
 class Wanted(BaseModel):
@@ -52,15 +44,15 @@ class Wanted(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    label: _Whole | str = Field(-1, description="a whole number or a name")
-    seed: _Whole = Field(0, description="a whole number")
-    count: _Whole = Field(1, ge=1, description="a whole number of at least 1")
-    steps: _Whole | None = Field(None, description="a whole number")
+    label: Whole | str = Field(-1, description="a whole number or a name")
+    seed: Whole = Field(0, description="a whole number")
+    count: Whole = Field(1, ge=1, description="a whole number of at least 1")
+    steps: Whole | None = Field(None, description="a whole number")
     temperature: float | None = Field(None, description="a number")
     guidance: float | None = Field(None, description="a number")
     image: str = Field("", description="base64 text")
     mask: str = Field("", description="base64 text")
-    box: tuple[_Whole, ...] = Field((), strict=False, description="a list of whole numbers")
+    box: tuple[Whole, ...] = Field((), strict=False, description="a list of whole numbers")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -125,7 +117,7 @@ class Served:
         for number, row in enumerate(wanted):
             with _blame(number):
                 images = self._complete(row) if row.image else self._draw(row)
-            answers.append({"images": [base64.b64encode(png(picture(image))).decode() for image in images]})
+            answers.append({"images": [base64_of(png(picture(image))) for image in images]})
         return answers
 
     def _draw(self, row: Wanted) -> torch.Tensor:
@@ -138,10 +130,7 @@ class Served:
     def _complete(self, row: Wanted) -> torch.Tensor:
         record = self.pair.autoencoder.record
         size = record.image_size
-        image = read_picture(_decode(row.image, "image"), size, record.channels, "image")
-        mask = (
-            mask_of_picture(_decode(row.mask, "mask"), size, "mask") if row.mask else mask_of_box(row.box, size, "box")
-        )
+        image, mask = read_image(row.image, size, record.channels, "image"), read_mask(row.mask, row.box, size)
         labels = None if row.label == -1 else [self._label(row)]
         made = self.pair.inpaint(image[None], mask[None], count=row.count, labels=labels, seed=row.seed, **row.sampling)
         return made[0]
@@ -154,13 +143,6 @@ def _blame(number: int) -> Generator[None]:
         yield
     except UserError as error:
         raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from error
-
-
-def _decode(text: str, name: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise UserError(f"{name} is not base64: {error}") from error
 
 
 def load_served(path: str) -> Served:
