@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -78,7 +79,7 @@ def mask_of(page: Page) -> NDArray[np.bool_]:
 
 
 def test_samples_appear_step_by_step_and_a_link_leads_to_the_same(address: str, open_page: Open) -> None:
-    page = open_page(address + WANTED)
+    page = open_page(address + WANTED, permissions=["clipboard-read", "clipboard-write"])
     idle(page, "grid")
     images = page.locator("#grid img")
     first = pngs(images)
@@ -96,7 +97,9 @@ def test_samples_appear_step_by_step_and_a_link_leads_to_the_same(address: str, 
     changed = pngs(images)
     assert changed != first
     assert (setting(page, "steps"), setting(page, "chosen")) == ("5", "5")
-    again = open_page(page.url)
+    page.get_by_role("button", name="Copy link").click()
+    page.wait_for_selector("text=Copied")
+    again = open_page(page.evaluate("navigator.clipboard.readText()"))
     idle(again, "grid")
     assert pngs(again.locator("#grid img")) == changed
     assert pngs(again.locator("#chosen-image")) == [changed[5]]
@@ -193,6 +196,9 @@ def test_a_flipped_bit_shows_what_it_changes(address: str, open_page: Open, pair
     page.get_by_role("button", name="Undo all").click()
     idle(page, "decoded")
     assert pngs(page.locator("#after")) == [before]
+    page.locator("#tokens [aria-pressed=true]").press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.locator("#token-title").inner_text() == "Token in row 3, column 3"
 
 
 def test_an_image_of_ones_own_is_cut_and_completed_and_has_a_code(
@@ -241,6 +247,22 @@ def test_a_token_is_asked_for_and_stays_in_the_tab(pair: Pair, opened: tuple[Ope
     page.get_by_role("button", name="New seed").click()  # of a server that is no more
     page.wait_for_selector("text=The server does not answer. See whether it still runs, then ask again.")
     assert all("ERR_CONNECTION_REFUSED" in line for line in said)
+
+
+def test_a_version_that_is_not_the_pages_is_told(pair: Pair, open_page: Open) -> None:
+    server = AppServer(pair, ServeConfig(batch=4))
+    try:
+        page = open_page(f"{server.url}/")
+        idle(page, "grid")
+        server.engine.pair = replace(pair, model=pair.model.model_copy(update={"version": "next"}))
+        page.get_by_role("button", name="New seed").click()
+        page.wait_for_selector("text=The server has taken up version next: load this page again to see what it is.")
+        idle(page, "grid")
+        page.reload()
+        page.wait_for_selector(f"text=This link was made with version {pair.model.version}: its images may have been")
+        idle(page, "grid")
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("view", ["sample", "complete", "code", "model"])
