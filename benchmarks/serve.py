@@ -2,11 +2,11 @@
 
     python benchmarks/serve.py runs/demo [seconds]
 
-of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next image when it has one. Open
-loop: requests come at random times, at seven tenths of the rate of 16 clients, whoever is answered. Bare sampling draws
-batches one after the other in a thread, as the replica does; of several sizes the fastest counts. `mlflow models serve`
-has one client, which is what it can do. Everything is measured in turns. At last 5,000 requests of one step, and the
-memory of the replica after the first 500 and after all.
+of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next four images when it has four.
+Open loop: requests come at random times, at seven tenths of the rate of 16 clients, whoever is answered. Bare sampling
+draws batches one after the other in a thread, as the replica does; of several sizes the fastest counts. `mlflow models
+serve` has one client, which is what it can do. Everything is measured in turns. At last 5,000 requests of one step, and
+the memory of the replica after the first 500 and after all.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ ROUNDS = 3
 CLIENTS = (1, 4, 16, 64)
 SIZES = (8, 16, 32, 64)
 REQUESTS = 5_000
+IMAGES = 4  # of a request
 
 
 def free_port() -> int:
@@ -64,7 +65,7 @@ async def ask(session: aiohttp.ClientSession, url: str, body: object) -> float:
 
 
 async def closed(url: str, bodies: Iterable[object], clients: int, seconds: float) -> tuple[float, list[float]]:
-    """Requests a second of some clients, and the seconds of each request."""
+    """Images a second of some clients, and the seconds of each request."""
     took, left, began = list[float](), iter(bodies), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -75,24 +76,24 @@ async def closed(url: str, bodies: Iterable[object], clients: int, seconds: floa
                     return
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    return len(took) / (time.perf_counter() - began), took
+    return IMAGES * len(took) / (time.perf_counter() - began), took
 
 
 async def opened(url: str, rate: float, seconds: float) -> list[float]:
-    """Seconds of each request, which come at random times at this rate."""
+    """Seconds of each request, which come at random times: at this rate of images a second."""
     dice = random.Random(0)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         under_way, ends, seed = list[asyncio.Task[float]](), time.perf_counter() + seconds, 0
         while time.perf_counter() < ends:
             seed += 1
             under_way.append(asyncio.create_task(ask(session, url, wanted(seed))))
-            await asyncio.sleep(dice.expovariate(rate))
+            await asyncio.sleep(dice.expovariate(rate / IMAGES))
         return await asyncio.gather(*under_way)
 
 
 def wanted(seed: int, **settings: int) -> dict[str, int]:
-    """A request for one image."""
-    return {"label": seed % 10, "seed": seed, **settings}
+    """A request."""
+    return {"label": seed % 10, "seed": seed, "count": IMAGES, **settings}
 
 
 @contextlib.contextmanager
@@ -194,7 +195,7 @@ def main(folder: Path, seconds: float) -> None:
         )
         rate = 0.7 * medians[16]
         line("studio, open loop", rate, "images/s", "", None, **spread(asyncio.run(opened(url, rate, 3 * seconds))))
-        quick = (wanted(seed, steps=1) for seed in range(REQUESTS))
+        quick = (wanted(seed, steps=1, count=1) for seed in range(REQUESTS))
         asyncio.run(closed(url, (next(quick) for _ in range(500)), 16, 600))
         before = replica_memory()
         asyncio.run(closed(url, quick, 16, 600))

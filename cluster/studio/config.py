@@ -19,7 +19,7 @@ class ServeConfig:
         gpu_share: part of a GPU that a replica takes, where cluster.gpu is set: 0.5 puts two on one.
         batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
             image has the same bytes whoever else asks.
-        wait_ms: milliseconds that a pass waits for others to fill it.
+        wait_ms: milliseconds for which nobody must come before a pass begins that is not full.
         queue: images that a replica takes on; who asks for more is told to come again later.
         body_mb: largest request in MiB.
         watch: seconds between looks for a new champion.
@@ -30,8 +30,8 @@ class ServeConfig:
     min_replicas: int = 1
     max_replicas: int = 1
     gpu_share: float = 1.0
-    batch: int = 8
-    wait_ms: float = 5.0
+    batch: int = 16
+    wait_ms: float = 10.0
     queue: int = 256
     body_mb: int = 8
     watch: float = 10.0

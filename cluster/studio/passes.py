@@ -76,7 +76,7 @@ class Passes:
 
     Args:
         size: images in one pass.
-        wait: seconds that a pass waits for others to fill it.
+        wait: seconds for which nobody must come before a pass begins that is not full.
 
     Attributes:
         seconds: that the last pass took.
@@ -109,8 +109,7 @@ class Passes:
         """Pass after pass, first come, first served."""
         while True:
             await self._came.wait()
-            if sum(work.left for work in self._gatherable()) < self.size:
-                await asyncio.sleep(self.wait)
+            await self._filled()
             shares = self._gather()
             if not shares:
                 self._came.clear()
@@ -125,6 +124,13 @@ class Passes:
             for work, rows in shares:
                 if rows.stop == len(work.index) and not work.done.done():
                     work.done.set_result(None)
+
+    async def _filled(self) -> None:
+        """Wait while more and more comes: those who were answered together ask again together."""
+        before = 0
+        while before < (now := sum(work.left for work in self._gatherable())) < self.size:
+            await asyncio.sleep(self.wait)
+            before = now
 
     def _gatherable(self) -> list[Work]:
         """What can share the next pass with the oldest."""
