@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -180,7 +181,12 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
         source: of the pair.
         config: of the studio.
         cluster: address, cores and GPUs.
+
+    Raises:
+        UserError: another program listens there; and the errors of `connect_ray`.
     """
+    if not cluster.joined:
+        _check_free(config)
     connect_ray(replace(cluster, workers=config.min_replicas, min_workers=0))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = not serve.status().proxies
@@ -222,3 +228,17 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
         serve.delete(APP)  # once what is under way is answered
         if ours and cluster.joined:  # else it ends with this process
             serve.shutdown()
+
+
+def _check_free(config: ServeConfig) -> None:
+    """See that nobody listens where the studio is to."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"`host` is {config.host} and `port` {config.port}, where the studio cannot listen ({error}): choose "
+                "others, or end what listens there",
+                config,
+            ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import torch
 from ray import serve
 from ray._private import worker
 
+from bld_core.errors import UserError
 from cluster.config.experiment import Experiment
 from cluster.registry.registry import register
 from cluster.runtime import ClusterConfig
@@ -117,6 +119,15 @@ def under_load(serving: Serving, happens: Callable[[], object], until: Callable[
         assert min(user.result() for user in users) > 1
     assert until(versions)
     return versions
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts() -> None:
+    source, cluster = RegisteredSource("models:/pair@champion", "", "cpu"), ClusterConfig()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = pytest.raises(UserError, match=f"`port` {port}, where the studio cannot listen .*: choose others")
+        with told, studio(source, ServeConfig(port=port), cluster):
+            pass
 
 
 def test_users_share_passes_and_each_has_the_images_of_his_own_seed(serving: Serving) -> None:
