@@ -6,9 +6,9 @@ Codes of 16 x 16 x 32 bits in shards of 5,000 rows, one thread. The loader gives
 labels, sample indices, keys. Its peer is `numpy.memmap` of the packed rows and `numpy.unpackbits`, in the order of the
 loader's first epoch. Each holds a batch until it has the next, as training does. They take turns, and the fastest of
 each count, for other work on the machine only adds; the bytes are in memory (the page cache) by then. Prints one JSON
-line for the set in memory, in turns of 50 steps, and one for a set that streams, a fifth of it in memory at a time and
-every file read and checked again in each epoch, in turns of whole epochs. `share_of_step` is the loader's share of a
-training step of the paper's prior at 45 % of the 989 TFLOP/s of a GPU; that step is worked out, not measured.
+line for the set in memory, in turns of 50 steps, and one for a set that streams, a fifth of it in memory at a time,
+every file read in each epoch and checked in the first, in turns of whole epochs. `share_of_step` is the loader's share
+of a training step of the paper's prior at 45 % of the 989 TFLOP/s of a GPU; that step is worked out, not measured.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class _Visit(NamedTuple):
 class _Keys(Sequence[str]):
     """Keys of some rows, looked up when somebody asks: only messages do."""
 
-    def __init__(self, keys: pa.LargeStringArray, rows: Indices) -> None:
+    def __init__(self, keys: pa.ChunkedArray, rows: Indices) -> None:
         self._keys, self._rows = keys, rows
 
     def __len__(self) -> int:

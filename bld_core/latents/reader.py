@@ -18,13 +18,14 @@ from torch import Tensor
 from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.latents.writer import FORMAT_VERSION, MANIFEST, LatentFile, Manifest, Split
 from bld_core.storage import files
-from bld_core.storage.cache import read_verified
+from bld_core.storage.cache import verified
 from bld_core.storage.records import Fault, parse_record, part_faults, read_file, sizes
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 _READERS = 4  # files that are read and checked at a time, on top of the memory that the rows take
 _BESIDE_BITS = 64  # bytes a row: its label, its key and its position in the order
+_COLUMNS = ["key", "label", "bits"]
 _STAGES = ("latents",)  # where a message says so, they are to be made again
 
 
@@ -35,13 +36,13 @@ class PackedCodes:
     Attributes:
         packed: uint8 (rows, h*w*c/8).
         labels: int64 (rows,); -1 is none.
-        keys: sample key of each row, an Arrow array.
+        keys: sample key of each row, strings.
         shape: (h, w, c).
     """
 
     packed: np.ndarray[Any, np.dtype[np.uint8]]
     labels: Indices
-    keys: pa.LargeStringArray
+    keys: pa.ChunkedArray
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:
@@ -130,19 +131,21 @@ class Latents:
         labels = np.empty(ends[-1], np.int64)
 
         def fill(shard: LatentFile, end: int) -> pa.ChunkedArray:
-            table, here = self._read_file(shard), slice(end - shard.rows, end)
-            packed[here] = _bits_column(table, self.width)
-            labels[here] = table["label"].to_numpy()
-            return table["key"].cast(pa.large_string())
+            table, start = self._read_file(shard), end - shard.rows
+            labels[start:end] = table["label"].to_numpy()
+            for bits in table["bits"].chunks:
+                packed[start : start + len(bits)] = _rows(bits, self.width)
+                start += len(bits)
+            return table["key"]
 
         with ThreadPoolExecutor(_READERS) as pool:
             keys = [chunk for column in pool.map(fill, chosen, ends) for chunk in column.chunks]
-        return PackedCodes(packed, labels, pa.concat_arrays(keys), self.shape)
+        return PackedCodes(packed, labels, pa.chunked_array(keys), self.shape)
 
     def _read_file(self, shard: LatentFile) -> pa.Table:
         url = files.join(self.path, shard.file)
-        data = read_verified(url, shard.sha256)
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        with pq.ParquetFile(verified(url, shard.sha256)) as file:
+            table = file.read(_COLUMNS, use_threads=False)
         bits, expected = table.schema.field("bits").type, pa.binary(self.width)
         if bits != expected or len(table) != shard.rows:
             raise UserError(
@@ -212,9 +215,6 @@ def latent_faults(path: str, manifest: Manifest, splits: Sequence[Split]) -> lis
     return faults
 
 
-def _bits_column(table: pa.Table, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
-        for chunk in table["bits"].chunks
-    ]
-    return np.concatenate([np.empty(0, np.uint8), *chunks]).reshape(-1, width)
+def _rows(bits: pa.FixedSizeBinaryArray, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    flat = np.frombuffer(bits.buffers()[1], np.uint8)[bits.offset * width :][: len(bits) * width]
+    return flat.reshape(-1, width)

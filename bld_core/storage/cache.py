@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,8 +17,10 @@ def folder() -> Path:
     return Path(os.environ.get("BLD_CACHE") or "~/.cache/bld").expanduser()
 
 
-def read_verified(url: str, sha256: str) -> bytes:
-    """The whole file; a remote one through the cache, which knows files by their sha256 alone.
+def verified(url: str, sha256: str) -> Path:
+    """Where the file lies on this machine, its bytes compared with their sha256: once by a process, while it stays.
+
+    A remote one is kept in the cache, which knows files by their sha256 alone.
 
     Raises:
         MissingError: there is no such file.
@@ -25,33 +28,44 @@ def read_verified(url: str, sha256: str) -> bytes:
         UserError: the cache cannot be written.
     """
     if files.is_local(url):
-        return _verify(files.read_bytes(url), url, sha256)
+        path = Path(files.filesystem(url)[1])
+        _check(_sha256(path), url, sha256)
+        return path
     kept = folder() / sha256
-    data = _find(kept, sha256)
-    if data is None:
+    if not _is_whole(kept, sha256):
         with _lock(kept):
-            data = _find(kept, sha256)  # by now another process may have fetched it
-            if data is None:
-                data = _verify(files.read_bytes(url), url, sha256)
+            if not _is_whole(kept, sha256):  # by now another process may have fetched it
+                data = files.read_bytes(url)
+                _check(files.sha256(data), url, sha256)
                 files.write_bytes(str(kept), data)
-    return data
+    return kept
 
 
-def _verify(data: bytes, url: str, sha256: str) -> bytes:
-    found = files.sha256(data)
+def _check(found: str, url: str, sha256: str) -> None:
     if found != sha256:
         raise DamagedError(
             url,
             f"has sha256 {found[:12]}, the manifest says {sha256[:12]}: it was damaged or replaced",
             ("latents",),
         )
-    return data
 
 
-def _find(kept: Path, sha256: str) -> bytes | None:
-    """A file of the cache; None where it is missing or damaged, and must be fetched."""
-    data = kept.read_bytes() if kept.is_file() else b""
-    return data if files.sha256(data) == sha256 else None
+_hashed: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, which is read once, and again when it has changed."""
+    status = path.stat()
+    stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+    if _hashed.get(path, ((), ""))[0] != stamp:
+        with open(path, "rb") as file:
+            _hashed[path] = stamp, hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashed[path][1]
+
+
+def _is_whole(kept: Path, sha256: str) -> bool:
+    """Whether a file of the cache is there, and not damaged: else it must be fetched."""
+    return kept.is_file() and _sha256(kept) == sha256
 
 
 def _lock(kept: Path) -> AcquireReturnProxy[UnixFileLock]:

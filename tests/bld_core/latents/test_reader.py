@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -201,9 +202,23 @@ def test_remote_files_are_fetched_once(remote: Remote) -> None:
     assert train_files(remote.fetched) == {f"/latents/train/{shard}.parquet": 1 for shard in range(3)}
 
 
+def test_a_file_is_checked_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"as it was written")
+    digest = files.sha256(b"as it was written")
+    assert cache.verified(str(file), digest) == file
+    seen = file.stat()
+    file.write_bytes(b"as it was changed")
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # a change that does not show
+    assert cache.verified(str(file), digest) == file
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"file' has sha256 .*, the manifest says .*: it was damaged or replaced"):
+        cache.verified(str(file), digest)
+
+
 def test_processes_of_one_machine_share_what_they_fetch(remote: Remote) -> None:
     wanted = [(f"{remote.url}/{shard.file}", shard.sha256) for shard in open_latents(remote.url).shards]
-    code = f"from bld_core.storage.cache import read_verified\nfor file in {wanted}:\n    read_verified(*file)"
+    code = f"from bld_core.storage.cache import verified\nfor file in {wanted}:\n    verified(*file)"
     readers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [reader.wait() for reader in readers] == [0, 0, 0]
     assert train_files(remote.fetched) == {f"/latents/train/{shard}.parquet": 1 for shard in range(3)}
