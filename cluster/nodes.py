@@ -26,6 +26,7 @@ LOOK_S = 5.0
 _SAY_S = 30.0
 _SETTLES_S = 3.0  # within which Ray counts as free what has just ended
 _TURN_S = 0.2
+_ROUNDING = 1e-6
 _ACCESS_S = 60.0
 _ACCESS_TRIES_S = 10.0  # for which a node asks a storage that does not answer
 _OF_STORAGE = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")  # variables that clients of storage read
@@ -38,7 +39,7 @@ class Need:
     """What the work needs of the cluster at the same time."""
 
     cpus: float
-    gpus: int
+    gpus: float
 
     def missing(self, have: Resources) -> str:
         """What there is too little of, in words; "" where all is there."""
@@ -46,32 +47,46 @@ class Need:
         return " and ".join(f"{there:g} of {need:g} {kind}" for kind, need, there in kinds if there < need - 1e-6)
 
 
-def check_nodes(workers: int, cpus: float, gpu: bool, nodes: Sequence[Resources]) -> None:
+def rooms(cpus: float, gpus: float, nodes: Sequence[Resources]) -> list[int]:
+    """How many workers each node holds at the same time.
+
+    Args:
+        cpus: cores of each worker.
+        gpus: GPUs of each: 1, a share of one, which is never spread over several, or 0.
+        nodes: what each node has.
+    """
+    found = [int(node.get("CPU", 0) / cpus + _ROUNDING) for node in nodes]
+    if not gpus:
+        return found
+    on_gpus = [int(node.get("GPU", 0)) * int(1 / gpus + _ROUNDING) for node in nodes]
+    return [min(pair) for pair in zip(found, on_gpus, strict=True)]
+
+
+def check_nodes(workers: int, cpus: float, gpus: float, nodes: Sequence[Resources]) -> None:
     """Refuse workers that the nodes never hold, though there may be enough of all of them together.
 
     Args:
         workers: that run at the same time, each on one node.
         cpus: cores of each.
-        gpu: whether each has a GPU.
+        gpus: as in `rooms`.
         nodes: what each node has.
 
     Raises:
         UserError: Ray would wait for ever.
     """
-    rooms = [int(node.get("CPU", 0) / cpus + 1e-6) for node in nodes]
-    if gpu:
-        rooms = [min(room, int(node.get("GPU", 0))) for room, node in zip(rooms, nodes, strict=True)]
-    if sum(rooms) >= workers:
+    there = rooms(cpus, gpus, nodes)
+    if sum(there) >= workers:
         return
-    one = f"{cpus:g} CPU cores and a GPU" if gpu else f"{cpus:g} CPU cores"
-    if not any(rooms):
-        able = [node.get("CPU", 0) for node in nodes if not gpu or node.get("GPU", 0) >= 1]
-        most = f"the largest{' with a GPU' if gpu else ''} has {max(able, default=0):g} CPU cores"
+    share = f" and {'a' if gpus == 1 else f'{gpus:g} of a'} GPU" if gpus else ""
+    one = f"{cpus:g} CPU cores{share}"
+    if not any(there):
+        able = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU", 0) >= 1]
+        most = f"the largest{' with a GPU' if gpus else ''} has {max(able, default=0):g} CPU cores"
         raise UserError(
             f"a worker of {one} fits on no single node of the Ray cluster, {most}: lower cluster.cpus_per_worker"
         )
     raise UserError(
-        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(rooms)}, as no "
+        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(there)}, as no "
         "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
     )
 
@@ -184,6 +199,11 @@ class Watch:
             self._said = now
             _say(f"waiting: {state}; for {self._patience - (now - self._gone):.0f} s more")
         return None
+
+
+def node_name() -> str:
+    """Which node this process runs on: its address, and the beginning of Ray's id, as several may be on a machine."""
+    return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def died(who: str, times: int, error: RayActorError) -> UserError:

@@ -44,6 +44,8 @@ class ClusterConfig:
         decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
             way, so that none of them waits for the scheduler.
         gpu: give each worker one GPU.
+        gpu_share: of a GPU, for each worker where `gpu` is set: below 1, small trials of a sweep, each of one worker,
+            stand side by side on one.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
@@ -57,6 +59,7 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     decode_tasks: int = 2
     gpu: bool = False
+    gpu_share: float = 1.0
     latents_gb: float = 8.0
     max_failures: int = 3
     patience: float = 1800.0
@@ -79,6 +82,13 @@ class ClusterConfig:
             )
         if self.decode_tasks < 1:
             raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
+        if not 0 < self.gpu_share <= 1:
+            raise UserError(f"cluster.gpu_share is {self.gpu_share}; it must be above 0 and at most 1")
+        if self.gpu_share < 1 and self.workers > 1:
+            raise UserError(
+                f"cluster.gpu_share is {self.gpu_share} with cluster.workers {self.workers}: two workers of a training "
+                "might share a GPU, which NCCL, by which they speak, refuses: set one of the two to 1"
+            )
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if not self.patience >= 0:
@@ -112,9 +122,14 @@ class ClusterConfig:
         return self.address or os.environ.get("RAY_ADDRESS", "")
 
     @property
+    def gpus_per_worker(self) -> float:
+        """GPUs, or the share of one, that each worker takes."""
+        return self.gpu_share if self.gpu else 0
+
+    @property
     def need(self) -> Need:
         """What all workers, and one task that decodes, reserve."""
-        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas if self.gpu else 0)
+        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas * self.gpus_per_worker)
 
     @property
     def fewest(self) -> int:
@@ -169,7 +184,7 @@ def connect_ray(config: ClusterConfig) -> None:
             "lower cluster.workers, or set cluster.gpu to false"
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_nodes(config.replicas, config.cpus_per_worker, config.gpu, nodes)
+    check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes)
     if config.joined:  # else there are no others
         say_if_busy(need, ray.available_resources)
 
@@ -231,7 +246,7 @@ def finished_on_actors(
         Exception: what a call has raised, as it was raised there.
         UserError: an actor has died too often; or nodes are gone, and have not come back.
     """
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1 if config.gpu else 0)(
+    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(
         type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
     )
 

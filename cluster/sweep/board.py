@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
@@ -19,6 +20,7 @@ from cluster.sweep.search import STEP, values_of
 from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, trial_name
 from cluster.sweep.table import finished
 from cluster.tracking.runs import Run, trial_run
+from cluster.training.history import read_history
 
 _ASKED = "asked.json"
 _STOPPED = "stopped.json"
@@ -48,6 +50,7 @@ class Board(Callback):
         self._best: float | None = None
         self._running, self._ended = set[str](), set[str]()
         self._runs: dict[str, Run] = {}
+        self._several = sum(node["Alive"] for node in ray.nodes()) > 1
         self._telling = ThreadPoolExecutor(1)  # Tune's loop does not wait for MLflow
         self._told: list[Future[None]] = []
         count = len(known) or experiment.sweep.trials
@@ -110,6 +113,7 @@ class Board(Callback):
         """A trial that has come to no end was stopped, as others are better: its processes are ended, its run, too."""
         name = trial_name(values_of(trial.config))
         ended = self._trials[name]
+        self._say_where(ended)
         if ended.experiment is not None and not finished(ended, self._stage):
             step = self._steps.get(name, 0)
             write_record(files.join(ended.experiment.folder, _STOPPED), {"step": step})
@@ -126,6 +130,14 @@ class Board(Callback):
     def _end_stopped(self, trial: Trial, step: int) -> None:
         end_killed(trial.allowed, self._stage)
         self.run_of(trial.name).tags({"bld.stopped_at": str(step)})
+
+    def _say_where(self, ended: Trial) -> None:
+        """Which nodes a trial ran on, where there are several."""
+        if ended.experiment is None or not self._several:
+            return
+        history = read_history(files.join(ended.experiment.folder, self._stage))
+        if history and history[-1].nodes:
+            print(f"{ended.name}: on {', '.join(history[-1].nodes)}", flush=True)
 
     def _end(self, name: str) -> None:
         self._running.discard(name)

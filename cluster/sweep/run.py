@@ -18,7 +18,7 @@ from bld_core.storage.records import read_record, write_record
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
-from cluster.nodes import nodes_watched
+from cluster.nodes import nodes_watched, rooms
 from cluster.ray_private import keep_keys_from_tune
 from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
 from cluster.stages import end_killed, locked
@@ -34,6 +34,9 @@ from cluster.training.onward import shared_checkpoint
 from cluster.training.train import train_autoencoder, train_prior
 
 _RECORD = "sweep.json"
+# A trial's workers reserve their own. A hundredth of a core for the function that waits for them would leave nodes that
+# the workers would fill too small for these, and trials would wait for one another without end. This is a byte.
+_TRIAL = {"CPU": 0.0, "memory": 1.0}
 _TRIES = 1  # more of a trial that has failed, from its checkpoint
 
 
@@ -161,7 +164,7 @@ def _tuner(
     optuna = config.search == "optuna"
     search = optuna_search(experiment, space, board.asked) if optuna else None
     return Tuner(
-        ray.tune.with_resources(run_trial, {"CPU": 0.01}),  # the training workers reserve their own
+        ray.tune.with_resources(run_trial, _TRIAL),
         param_space=domains(space) if optuna else planned([trial.values for trial in waiting]),
         tune_config=TuneConfig(
             metric=goal.metric,
@@ -199,13 +202,10 @@ def room(experiment: Experiment, stage: StageName) -> int:
     """How many trials the cluster holds at the same time, each with all of its workers: no two wait for each other."""
     cluster = experiment.cluster
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(int(node.get("CPU", 0) / cluster.cpus_per_worker + 1e-6) for node in nodes)
-    fits = workers // cluster.replicas
+    fits = sum(rooms(cluster.cpus_per_worker, cluster.gpus_per_worker, nodes)) // cluster.replicas
     if stage == "autoencoder":  # whose images are decoded beside its workers
         cpus = sum(node.get("CPU", 0) for node in nodes)
         fits = min(fits, int(cpus / (cluster.replicas * cluster.cpus_per_worker + DECODE_CPUS) + 1e-6))
-    if cluster.gpu:
-        fits = min(fits, int(sum(node.get("GPU", 0) for node in nodes)) // cluster.replicas)
     return max(1, fits)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from bld_core.errors import DamagedError
 from bld_core.storage import files
@@ -20,11 +20,13 @@ class Evaluated:
         step: training steps before it.
         metrics: by name.
         per_code: what each held-out code pays of the bound, in bits a bit; empty where there is no bound.
+        nodes: where the workers of the training ran, each node once; early versions did not write that down.
     """
 
     step: int
     metrics: dict[str, float]
     per_code: tuple[float, ...] = ()
+    nodes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_history(folder: str) -> list[Evaluated]:
@@ -37,7 +39,10 @@ def read_history(folder: str) -> list[Evaluated]:
     except DamagedError as error:
         sys.stderr.write(f"{error.url!r} {error.reason}; set aside as {set_aside(url)!r}\n")
         return []
-    return [Evaluated(each["step"], each["metrics"], tuple(each["per_code"])) for each in found]
+    return [
+        Evaluated(each["step"], each["metrics"], tuple(each["per_code"]), tuple(each.get("nodes", ())))
+        for each in found
+    ]
 
 
 def keep_evaluation(folder: str, evaluated: Evaluated) -> None:

@@ -45,7 +45,7 @@ from cluster.console import Progress, on_terminal
 from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.nodes import died, nodes_watched
+from cluster.nodes import died, node_name, nodes_watched
 from cluster.ray_private import PlainTrainer, bar, death, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
 from cluster.stages import Stage, open_stage
@@ -228,7 +228,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
         scaling_config=ScalingConfig(
             num_workers=(cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers,
             use_gpu=cluster.gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker},
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpu_share} if cluster.gpu else {}),
             elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
         run_config=RunConfig(
@@ -315,6 +315,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     load = SystemLoad() if worker.rank == 0 else None
     shown = bar(remote) if job.bar else None
     progress = Progress(job.label, training.steps, state.step, shown) if worker.rank == 0 else None
+    nodes = tuple(worker.said_by_all(node_name()).splitlines()) if job.told else ()
     batches = task.batches(state.step, positions, worker)
     metrics: dict[str, float] = {}
     try:
@@ -338,7 +339,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 if snapshot and worker.rank == 0:
                     keep_snapshot(job.folder, state)
                 if due:
-                    metrics = _evaluate(job, state, worker)
+                    metrics = _evaluate(job, state, worker, nodes)
                 if due or keep or snapshot:
                     failure = _meet(state, metrics, positions, worker, keeper, last=last, tell=job.told and due)
                     if failure is not None:
@@ -380,7 +381,7 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(job: Job, state: TrainState, worker: Worker) -> dict[str, float]:
+def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
     """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do.
 
     After the last step those that are made of the snapshots in the stage's folder are among them.
@@ -401,7 +402,7 @@ def _evaluate(job: Job, state: TrainState, worker: Worker) -> dict[str, float]:
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")
     if job.told:
-        keep_evaluation(job.folder, Evaluated(state.step, metrics, per_code))
+        keep_evaluation(job.folder, Evaluated(state.step, metrics, per_code, nodes))
     return metrics
 
 

@@ -18,25 +18,35 @@ HEAD: Mapping[str, float] = {"memory": 1e9}  # that takes no work
 
 
 @pytest.mark.parametrize(
-    ("workers", "cpus", "gpu", "nodes", "message"),
+    ("workers", "cpus", "gpus", "nodes", "message"),
     [
-        (4, 2.0, False, [HEAD, FOUR, FOUR], ""),
-        (40, 0.1, False, [FOUR], ""),
-        (2, 1.0, True, [FOUR, GPUS], ""),
-        (1, 3.0, False, [TWO, TWO], r"a worker of 3 CPU cores fits on no single node .*, the largest has 2 CPU cores:"),
-        (1, 3.0, True, [GPUS, FOUR], r"a worker of 3 CPU cores and a GPU fits on no .* with a GPU has 2 CPU cores:"),
-        (3, 3.0, False, [FOUR, FOUR], r"3 workers of 3 CPU cores each do not fit on .*, which hold 2, .* lower"),
-        (3, 1.0, True, [FOUR, GPUS], r"3 workers of 1 CPU cores and a GPU each do not fit on .*, which hold 2, .*"),
+        (4, 2.0, 0, [HEAD, FOUR, FOUR], ""),
+        (40, 0.1, 0, [FOUR], ""),
+        (2, 1.0, 1, [FOUR, GPUS], ""),
+        (1, 3.0, 0, [TWO, TWO], r"a worker of 3 CPU cores fits on no single node .*, the largest has 2 CPU cores:"),
+        (1, 3.0, 1, [GPUS, FOUR], r"a worker of 3 CPU cores and a GPU fits on no .* with a GPU has 2 CPU cores:"),
+        (3, 3.0, 0, [FOUR, FOUR], r"3 workers of 3 CPU cores each do not fit on .*, which hold 2, .* lower"),
+        (4, 0.5, 0.5, [FOUR, GPUS], ""),
+        (4, 0.5, 0.6, [GPUS], r"4 workers of 0.5 CPU cores and 0.6 of a GPU each do not fit on .*, which hold 2, .*"),
+        (3, 1.0, 1, [FOUR, GPUS], r"3 workers of 1 CPU cores and a GPU each do not fit on .*, which hold 2, .*"),
     ],
 )
 def test_workers_fit_on_single_nodes_or_are_refused(
-    workers: int, cpus: float, gpu: bool, nodes: list[Mapping[str, float]], message: str
+    workers: int, cpus: float, gpus: float, nodes: list[Mapping[str, float]], message: str
 ) -> None:
     if not message:
-        check_nodes(workers, cpus, gpu, nodes)
+        check_nodes(workers, cpus, gpus, nodes)
         return
     with pytest.raises(UserError, match=message):
-        check_nodes(workers, cpus, gpu, nodes)
+        check_nodes(workers, cpus, gpus, nodes)
+
+
+def test_two_workers_of_a_training_share_no_gpu() -> None:
+    assert ClusterConfig(gpu=True, gpu_share=0.25).need == Need(1.25, 0.25)
+    with pytest.raises(UserError, match=r"gpu_share is 0.5 with cluster.workers 2: .* which NCCL"):
+        ClusterConfig(workers=2, gpu=True, gpu_share=0.5)
+    with pytest.raises(UserError, match=r"gpu_share is 1.5; it must be above 0 and at most 1"):
+        ClusterConfig(gpu_share=1.5)
 
 
 def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(

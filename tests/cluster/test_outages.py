@@ -156,7 +156,7 @@ class Nodes:
     """A Ray cluster of nodes of one core that are processes of this machine."""
 
     def __init__(self, folder: Path, *lacking: str) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
         names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
         self.environment = {name: os.environ[name] for name in names}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -165,7 +165,7 @@ class Nodes:
         self.start(
             "--head",
             f"--port={self.port}",
-            f"--dashboard-port={free_port()}",
+            f"--dashboard-port={self.dashboard}",
             f"--dashboard-agent-listen-port={free_port()}",
         )
 

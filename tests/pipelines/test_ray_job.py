@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -12,9 +15,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
+
+from bld_core.storage import files
+from cluster.config.experiment import Experiment
+from cluster.runtime import ClusterConfig
+from cluster.sweep.config import SweepConfig
+from tests.cluster.test_outages import Nodes
+from tests.conftest import copy_of
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -88,3 +100,46 @@ def test_the_first_stage_trains_as_a_ray_job(
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "demo/autoencoder/final/config.json").is_file()
     assert "next: python pipelines/encode_latents.py --config configs/demo.yaml" in done.stdout
+
+
+@pytest.mark.long
+def test_a_sweep_as_a_ray_job_uses_all_nodes_though_there_are_more_trials_than_fit(
+    encoded: Experiment, tmp_path: Path
+) -> None:
+    root = copy_of(encoded, tmp_path / "runs", "autoencoder", "latents")
+    cluster, sweep = ClusterConfig(cpus_per_worker=1.0), SweepConfig(steps=2, concurrent=9)
+    experiment = replace(encoded, root=str(root), cluster=cluster, sweep=sweep)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(asdict(experiment)))
+    nodes = Nodes(tmp_path)
+    address = f"http://127.0.0.1:{nodes.dashboard}"
+    # No copy of the code: nodes that share a machine share its place, and one removes what the other works in.
+    variables = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+    submit = [RAY, "job", "submit", "--address", address, "--runtime-env-json", variables, "--"]
+    job = ["python", str(REPOSITORY / "pipelines/sweep_prior.py"), "--config", str(tmp_path / "small.yaml")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def alive() -> int:
+        asked = urllib.request.Request(f"{address}/nodes?view=summary")
+        asked.add_header("Authorization", f"Bearer {nodes.environment['RAY_AUTH_TOKEN']}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(asked, timeout=5) as answer:
+            return answer.read().count(b'"ALIVE"')
+        return 0
+
+    try:
+        for count in (1, 2, 3):  # one after the other: together they starve on few cores
+            if count > 1:
+                nodes.start()
+            while alive() < count:
+                assert nodes.processes[-1].poll() is None
+                time.sleep(0.5)
+        environment = nodes.environment | {"PATH": path}
+        done = subprocess.run(
+            [*submit, *job], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        nodes.end()
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = dict(re.findall(r"^(\S+): on \S+ \((\w+)\)$", done.stdout, re.M))
+    assert len(where) == 4, done.stdout
+    assert len({*where.values()}) == 3
+    assert len(files.read_json(f"{root}/small/sweep/table.json")["rows"]) == 4

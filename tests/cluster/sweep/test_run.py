@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from ray._private import worker as ray_worker
 
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
+from cluster.config.tracking import TrackingConfig
 from cluster.sweep.config import SweepConfig
-from cluster.sweep.run import sweep
+from cluster.sweep.run import room, sweep
 from cluster.sweep.table import sweep_table
+from cluster.training.checkpoints import newest_step
 from tests.conftest import copy_of
 from tests.console import unknown
+from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,8 +65,37 @@ def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys
     assert [path for path in logs.glob("runtime_env*") if b"testsecret" in path.read_bytes()] == []
 
 
+def training_workers() -> list[psutil.Process]:
+    """Those of the cluster of this process."""
+    node = ray_worker._global_node  # pyright: ignore[reportPrivateUsage]
+    assert node is not None
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    found = list[psutil.Process]()
+    for each in raylet.children():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if each.cmdline()[:1] == ["ray::RayTrainWorker"]:
+                found.append(each)
+    return found
+
+
+def kill_twice(sweep_folder: Path) -> None:
+    """Kill the training worker of the first trial once it has come beyond where it began, and again."""
+
+    def step() -> int:
+        return max((newest_step(str(path)) for path in sweep_folder.glob("*/prior")), default=0)
+
+    for _ in range(2):
+        before, workers = step(), list[psutil.Process]()
+        while step() == before or not workers:
+            time.sleep(0.01)
+            workers = training_workers()
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=10)
+
+
 @pytest.mark.long
-def test_a_sweep_by_optuna_that_is_killed_goes_on_to_the_table_and_weights_of_one_that_was_not(
+def test_a_sweep_whose_command_and_workers_are_killed_goes_on_to_the_table_and_weights_of_one_that_was_not(
     encoded: Experiment, tmp_path: Path
 ) -> None:
     def experiment_in(folder: str) -> Experiment:
@@ -68,10 +103,13 @@ def test_a_sweep_by_optuna_that_is_killed_goes_on_to_the_table_and_weights_of_on
             "prior_training.learning_rate": {"loguniform": [1e-4, 1e-2]},
             "diffusion.schedule": ["linear", "cosine"],
         }
-        settings = SweepConfig(space=space, search="optuna", trials=3, early_stopping="asha", steps=60, grace=20)
+        settings = SweepConfig(space=space, search="optuna", trials=2, early_stopping="asha", steps=60, grace=20)
+        training = replace(encoded.prior_training, checkpoint_every=3, log_every=20)
         root = copy_of(encoded, tmp_path / folder, "autoencoder", "latents")
         tracking = replace(encoded.tracking, uri=encoded.tracking.resolve(encoded.root), experiment=folder)
-        return replace(encoded, root=str(root), sweep=settings, tracking=tracking)
+        cluster = replace(encoded.cluster, max_failures=0)
+        changes = {"prior_training": training, "tracking": tracking, "cluster": cluster}
+        return replace(encoded, root=str(root), sweep=replace(settings, reduction=2), **changes)
 
     whole, killed = experiment_in("whole"), experiment_in("killed")
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(asdict(killed), sort_keys=False))  # whose order names trials
@@ -79,22 +117,48 @@ def test_a_sweep_by_optuna_that_is_killed_goes_on_to_the_table_and_weights_of_on
     environment = {**os.environ, "RAY_ADDRESS": ""}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     begun = Path(killed.folder, "sweep")
-    while (
-        len(list(begun.glob("*/prior/checkpoint-*/meta.json"))) < 3
-    ):  # two of the first trial, or the second has begun
+    while not [*begun.glob("*/prior/checkpoint-*/meta.json")]:
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    trained = {path: path.read_bytes() for path in begun.glob("*/prior/final/model.safetensors")}
-    rows, again = sweep(whole), sweep(killed)
-    assert [replace(row, why="") for row in again] == [replace(row, why="") for row in rows]
-    assert len(rows) == 3
-    assert {path: path.read_bytes() for path in trained} == trained
+
+    rows = sweep(whole)
+    with ThreadPoolExecutor(1) as pool:
+        kills = pool.submit(kill_twice, begun)
+        good, failed = sweep(killed)
+        kills.result(0)
+    assert (good.outcome in ("finished", "stopped"), failed.outcome) == (True, "failed")
+    assert "a training worker died 1 time" in failed.why
+    assert 0 < newest_step(f"{begun}/{failed.trial}/prior") < 60
+    again = sweep(killed)
+    assert again == rows
+    assert {row.trial for row in rows} == {good.trial, failed.trial}
     for row in rows:
-        weights = [
-            sorted(Path(each.folder, "sweep", row.trial).glob("prior/final/*.safetensors")) for each in (whole, killed)
-        ]
-        assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+        folders = [Path(each.folder, "sweep", row.trial, "prior") for each in (whole, killed)]
+        weights = [[path.read_bytes() for path in folder.glob("final/*.safetensors")] for folder in folders]
+        assert weights[0] == weights[1]
     with closing(sqlite3.connect(f"{encoded.root}/mlflow.db")) as database:
         assert database.execute("SELECT name FROM runs WHERE status = 'RUNNING'").fetchall() == []
+
+
+@pytest.mark.long
+def test_trials_of_two_workers_on_s3_wait_for_room_and_are_there_for_the_next_start(
+    encoded: Experiment, s3: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    copy_of(encoded, s3_server.folder / "bucket/sweeps", "autoencoder", "latents")
+    cluster = replace(encoded.cluster, workers=2, cpus_per_worker=0.6)
+    sweeps = SweepConfig(vlb_weights=[0.0, 0.5], schedules=["cosine"], steps=4, concurrent=9)
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = replace(encoded, root=f"{s3}/sweeps", cluster=cluster, sweep=sweeps, tracking=tracking)
+    rows = sweep(experiment)
+    assert [row.outcome for row in rows] == ["finished", "finished"]
+    assert files.read_json(f"{experiment.folder}/sweep/table.json")["rows"][0]["trial"] == rows[0].trial
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        found = database.execute("SELECT start_time, end_time FROM runs WHERE name = 'prior'").fetchall()
+    (_, ended), (next_begun, _) = sorted(found)
+    assert (next_begun < ended) == (room(experiment, "prior") > 1)
+    made = {path: path.stat().st_mtime_ns for path in s3_server.folder.glob("bucket/sweeps/*/sweep/*/prior/**/*.*")}
+    assert len(made) > 10
+    assert sweep(experiment) == rows
+    assert {path: path.stat().st_mtime_ns for path in made} == made
