@@ -41,13 +41,14 @@ def on_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
+def user_errors_answered(settings: Mapping[str, Any], again: str) -> Generator[None]:
     """A mistake of the user ends the command with one message and exit code 2; anything else keeps its traceback.
 
     SIGTERM, and Ctrl-C, end it as its errors do, step by step, with exit code 143, or 130.
 
     Args:
         settings: the command's, those of a section as a mapping.
+        again: the command line that goes on where this one is stopped.
     """
     terminated = list[int]()
 
@@ -71,7 +72,7 @@ def user_errors_answered(settings: Mapping[str, Any]) -> Generator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         number = signal.SIGTERM if terminated else signal.SIGINT
-        print(f"stopped by {number.name}; run the same command again, which goes on where it was", file=sys.stderr)
+        print(f"stopped by {number.name}; this goes on where it was: {again}", file=sys.stderr)
         sys.exit(128 + number)
     finally:
         if handles and not terminated:

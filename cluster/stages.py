@@ -139,15 +139,15 @@ def open_stage(
         if experiment.cluster.joined:
             check_access([experiment.folder, *reads])
         run = start_run(experiment, name, record["run"] if record else None)
-        if outdated:  # only now, when nothing else can refuse the start
-            files.remove(folder)
-        started = {"stage": name, "run": run.run_id, "fingerprint": fingerprint}
-        if record is None or record["run"] != run.run_id:
-            _write_record(folder, started)
-        for url, reason in wrong:
-            aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
-            print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
         with run.until_end():
+            if outdated:  # only now, when nothing else can refuse the start
+                files.remove(folder)
+            started = {"stage": name, "run": run.run_id, "fingerprint": fingerprint}
+            if record is None or record["run"] != run.run_id:
+                _write_record(folder, started)
+            for url, reason in wrong:
+                aside = f", and is set aside as {set_aside(url)!r}" if files.exists(url) else ""
+                print(f"{name}: {url!r} {reason}{aside}; it is made again", flush=True)
             yield Stage(experiment, name, run, False, result, started)
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -82,9 +83,15 @@ def command(
         parsed = made.parse_args(_files_first(sys.argv[1:]))
     except OmegaConfBaseException as error:  # ${...} that leads nowhere
         made.error(", ".join(line.strip() for line in str(error).splitlines()[:2]))
-    with user_errors_answered(parsed.as_dict()):
+    with user_errors_answered(parsed.as_dict(), _again()):
         flags = made.instantiate(parsed)
         work(settings(**{field.name: flags[field.name] for field in fields(settings)}), flags)
+
+
+def _again() -> str:
+    """The command that goes on where this one is stopped: what has been made is not to be deleted."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    return command_line(f"pipelines/{Path(sys.argv[0]).name}", *words)
 
 
 def _files_first(words: Sequence[str]) -> list[str]:

@@ -219,9 +219,14 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
         patiently(uri, tracking.patience, lambda: _reopen(run, before))
         return run
     run_id = patiently(uri, tracking.patience, lambda: _new_run(client, experiment, stage))
+    run = Run(uri, run_id, waiting, tracking.patience)
     parameters = [Param(name, without_secrets(value)[:6000]) for name, value in experiment.parameters().items()]
-    patiently(uri, tracking.patience, lambda: client.log_batch(run_id, params=parameters))
-    return Run(uri, run_id, waiting, tracking.patience)
+    try:
+        patiently(uri, tracking.patience, lambda: client.log_batch(run.run_id, params=parameters))
+    except BaseException:  # Ctrl-C or a signal, above all
+        run.end("KILLED")
+        raise
+    return run
 
 
 def known_run(experiment: Experiment, stage: str, run_id: str) -> Run:

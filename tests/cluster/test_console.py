@@ -36,14 +36,14 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_no_space_is_one_message_whoever_meets_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "gone/away/file")
-    with pytest.raises(SystemExit) as ended, user_errors_answered({}):
+    with pytest.raises(SystemExit) as ended, user_errors_answered({}, "python a.py"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
     assert ended.value.code == 2
     message = (
         rf"error: no space for '{file}' \(No space left on device; [\d,]+ bytes are free there\): free some, or .*\n"
     )
     assert re.fullmatch(message, capsys.readouterr().err)
-    with pytest.raises(OSError, match="Input/output error"), user_errors_answered({}):
+    with pytest.raises(OSError, match="Input/output error"), user_errors_answered({}, "python a.py"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -63,14 +63,14 @@ def test_a_signal_ends_a_command_as_its_errors_do(
             raise
 
     try:
-        with pytest.raises(SystemExit) as ended, user_errors_answered({}):
+        with pytest.raises(SystemExit) as ended, user_errors_answered({}, "python a.py"):
             work()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == code
     assert [type(error) for error in seen] == [KeyboardInterrupt]
     assert capsys.readouterr().err == (
-        f"stopped by {signal.Signals(number).name}; run the same command again, which goes on where it was\n"
+        f"stopped by {signal.Signals(number).name}; this goes on where it was: python a.py\n"
     )
 
 
