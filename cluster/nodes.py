@@ -142,6 +142,36 @@ def _look(urls: list[str], names: list[str]) -> tuple[str, list[str]]:
     return "", missing
 
 
+def wait_until_held(check: Callable[[], None], seconds: float) -> None:
+    """Wait for nodes that are yet to join a cluster that is too small for the work.
+
+    Args:
+        check: raises a UserError that says what is missing.
+        seconds: to wait; with 0 it is looked once.
+
+    Raises:
+        UserError: of the last check.
+    """
+    began, since, said = time.monotonic(), f"{datetime.now():%H:%M:%S}", 0.0
+    while True:
+        try:
+            check()
+            return
+        except UserError as error:
+            now = time.monotonic()
+            left = began + seconds - now
+            if left <= 0:
+                raise
+            if now - said >= LOOK_S:
+                said = now
+                address = ray.get_runtime_context().gcs_address
+                _say(
+                    f"waiting for nodes, since {since}, for {left:.0f} s more: {error}; `ray status "
+                    f"--address={address}` shows what is there"
+                )
+        time.sleep(_TURN_S)
+
+
 def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
     """Say what the work waits for, where others hold it now.
 

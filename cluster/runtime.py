@@ -9,6 +9,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, say_if_busy
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, say_if_busy, wait_until_held
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
@@ -51,6 +52,8 @@ class ClusterConfig:
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
             begins the count again), and that a piece of work of another job is begun again.
         patience: seconds to wait for nodes that were there and are gone, before the command ends.
+        wait_for_nodes: seconds to wait, before the work begins, for nodes that are yet to join; 0 refuses at once what
+            the cluster does not hold.
     """
 
     address: str = ""
@@ -63,6 +66,7 @@ class ClusterConfig:
     latents_gb: float = 8.0
     max_failures: int = 3
     patience: float = 1800.0
+    wait_for_nodes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -93,6 +97,8 @@ class ClusterConfig:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if not self.patience >= 0:
             raise UserError(f"cluster.patience is {self.patience}; it must be 0 seconds or more")
+        if not self.wait_for_nodes >= 0:
+            raise UserError(f"cluster.wait_for_nodes is {self.wait_for_nodes}; it must be 0 seconds or more")
         if self.latents_gb <= 0:
             raise UserError(f"cluster.latents_gb is {self.latents_gb}; it must be above 0")
 
@@ -147,11 +153,11 @@ class ClusterConfig:
 
 
 def connect_ray(config: ClusterConfig) -> None:
-    """Connect to Ray once a process, and check that the cluster can hold the work.
+    """Connect to Ray once a process, and check that the cluster holds the work, or wait until it does.
 
     Raises:
-        UserError: fewer CPU cores or GPUs than the workers ask for, or none of the nodes has enough: Ray would wait for
-            ever.
+        UserError: fewer CPU cores or GPUs than the workers ask for, or none of the nodes has enough, and no nodes come:
+            Ray would wait for ever.
     """
     if not ray.is_initialized():
         set_environment()
@@ -170,6 +176,13 @@ def connect_ray(config: ClusterConfig) -> None:
                 ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
+    wait_until_held(partial(_check, config), config.wait_for_nodes)
+    if config.joined:  # else there are no others
+        say_if_busy(config.need, ray.available_resources)
+
+
+def _check(config: ClusterConfig) -> None:
+    """Whether the cluster, as it is now, holds the work."""
     have = ray.cluster_resources()
     need = config.need
     if need.cpus > have.get("CPU", 0):
@@ -185,8 +198,6 @@ def connect_ray(config: ClusterConfig) -> None:
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes)
-    if config.joined:  # else there are no others
-        say_if_busy(need, ray.available_resources)
 
 
 def map_on_actors(

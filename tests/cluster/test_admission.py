@@ -1,0 +1,56 @@
+"""A cluster that is too small now: refused where it stays so, and waited for, aloud, where nodes are to come."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+
+import cluster.nodes
+from bld_core.errors import UserError
+from cluster.nodes import wait_until_held
+from cluster.runtime import ClusterConfig, connect_ray
+from tests.cluster.test_outages import Nodes, looks
+
+
+def test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_waits(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster.nodes, "_TURN_S", 0.01)
+    connect_ray(ClusterConfig(cpus_per_worker=0.25))
+    capsys.readouterr()
+    refusals = iter([UserError("1 of 2 CPU cores")] * 3)
+
+    def check() -> None:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+
+    with pytest.raises(UserError, match=r"^1 of 2 CPU cores$"):
+        wait_until_held(check, 0)
+    assert capsys.readouterr().err == ""
+    wait_until_held(check, 600)
+    address = re.escape(ray.get_runtime_context().gcs_address)
+    line = (
+        r"waiting for nodes, since \d\d:\d\d:\d\d, for (600|599) s more: 1 of 2 CPU cores; "
+        rf"`ray status --address={address}` shows what is there\n"
+    )
+    assert re.fullmatch(line, capsys.readouterr().err), "once in 5 seconds"
+
+
+@pytest.mark.long
+def test_work_begins_when_a_node_has_joined(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path)
+    try:
+        code, said = looks(nodes, workers=2, cpus_per_worker=0.8)
+        assert code == 2, said
+        assert "2 workers of 0.8 CPU cores and 0.25 for decoding need 1.85, but the Ray cluster has 1: lower" in said
+        joins = threading.Timer(3, nodes.start)
+        joins.start()
+        code, said = looks(nodes, workers=2, cpus_per_worker=0.8, wait_for_nodes=300)
+        joins.join()
+        assert code == 0, said
+    finally:
+        nodes.end()
