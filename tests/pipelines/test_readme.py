@@ -178,7 +178,7 @@ def test_the_pictures_are_made_by_the_command_that_is_named(
     monkeypatch.setattr(sys, "argv", [command, "--root", str(root), "--output", str(tmp_path)])
     runpy.run_path(str(REPOSITORY / command), run_name="__main__")
     shown = re.findall(r"!\[[^\]]+\]\((\S+)\)", TEXT["README.md"])
-    assert shown == ["docs/images.png", "docs/report.png"]
+    assert shown == ["docs/images.png", "docs/report.png", "docs/studio.png"]
     assert Image.open(tmp_path / "images.png").size == Image.open(REPOSITORY / "docs/images.png").size
     assert all((REPOSITORY / name).stat().st_size < 300_000 for name in shown)
 
