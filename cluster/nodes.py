@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.storage.patience import time_limit
 
+_log = logging.getLogger(__name__)
 LOOK_S = 5.0
 """Seconds between two looks."""
 _SAY_S = 30.0
@@ -60,6 +62,11 @@ def rooms(cpus: float, gpus: float, nodes: Sequence[Resources]) -> list[int]:
         return found
     on_gpus = [int(node.get("GPU", 0)) * int(1 / gpus + _ROUNDING) for node in nodes]
     return [min(pair) for pair in zip(found, on_gpus, strict=True)]
+
+
+def nodes_there() -> list[Resources]:
+    """What each node has that is there."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def check_nodes(workers: int, cpus: float, gpus: float, nodes: Sequence[Resources]) -> None:
@@ -288,7 +295,12 @@ def ended_by(look: Callable[[], UserError | None], seconds: float) -> Generator[
 
     def work() -> None:
         while not over.wait(seconds):
-            if (failure := look()) is not None:
+            try:
+                failure = look()
+            except Exception:  # the next look may do better; without any, nobody would know
+                _log.exception("a look at what this process depends on has failed")
+                continue
+            if failure is not None:
                 ended.append(failure)
                 with turn:
                     if main and not over.is_set():  # a real one, which ends a system call, too

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, say_if_busy, wait_until_held
+from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, nodes_there, say_if_busy, wait_until_held
 from cluster.ray_private import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
@@ -196,8 +196,7 @@ def _check(config: ClusterConfig) -> None:
             f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes)
+    check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes_there())
 
 
 def map_on_actors(

@@ -77,7 +77,7 @@ ARROWS = {
     "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data training"
     " report sweep.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
-    "cluster.studio": "runtime registry studio.config",
+    "cluster.studio": "nodes runtime registry studio.config",
     "cluster.serving": "studio",
 }
 # Within a wing: comparators are known to the seam alone.

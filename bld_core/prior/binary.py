@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from bld_core.diffusion.bound import Bound, likelihood_bound
 from bld_core.diffusion.loss import diffusion_loss
 from bld_core.diffusion.process import CodeBatch, DiffusionConfig
-from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process
+from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, reverse_process, sample_codes
 from bld_core.errors import UserError
 from bld_core.noise import uniform
 from bld_core.prior.transformer import Prior, PriorConfig, drop_labels
@@ -100,13 +99,18 @@ class BinaryModel:
         self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Tensor:
         """The last of `states`."""
-        return deque(self.states(network, samples, sampling, known), maxlen=1)[0]
+        return sample_codes(network, self.process, self.shape, samples, _settled(network, sampling), known)
 
     def states(
         self, network: nn.Module, samples: SampleSpec, sampling: SamplingConfig, known: Known | None = None
     ) -> Iterator[Tensor]:
         """The states of the reverse process; see `bld_core.diffusion.sampling.reverse_process`, also for the errors."""
-        if sampling.inpainting == "auto":  # conditioned is exact, and for priors that were trained for it
-            marked = isinstance(network, Prior) and network.known is not None
-            sampling = replace(sampling, inpainting="conditioned" if marked else "replacement")
-        return reverse_process(network, self.process, self.shape, samples, sampling, known)
+        return reverse_process(network, self.process, self.shape, samples, _settled(network, sampling), known)
+
+
+def _settled(network: nn.Module, sampling: SamplingConfig) -> SamplingConfig:
+    """The settings with the way of completing codes that suits the network, where they leave it open."""
+    if sampling.inpainting != "auto":
+        return sampling
+    marked = isinstance(network, Prior) and network.known is not None  # conditioned is exact, for who is trained for it
+    return replace(sampling, inpainting="conditioned" if marked else "replacement")

@@ -19,7 +19,7 @@ from typing import Any
 
 from bld_core.errors import UserError
 from bld_core.storage.files import filesystem
-from bld_core.storage.patience import StorageError, persist_for, time_limit
+from bld_core.storage.patience import persist_for, time_limit
 
 BEAT_S = 5.0
 """Seconds after which an owner writes its lease again, and others look at it again."""
@@ -83,6 +83,7 @@ class Lease:
                     return self.take()
                 if found[0] != seen[0]:
                     return found[0]
+        self._mine = replace(self._mine, since=time.time())
         self._write(seen, time_limit())
         time.sleep(_SETTLES_S)
         found = self._read(time_limit())
@@ -91,8 +92,11 @@ class Lease:
         return None if found[0].id == self._mine.id else found[0]
 
     def beat(self) -> Owner | None:
-        """Show that its owner is alive; returns who has taken it over. Storage that is away is no reason to end."""
-        with self._turn, contextlib.suppress(StorageError):
+        """Show that its owner is alive; returns who has taken it over.
+
+        That storage is away, or refuses, is no reason to end.
+        """
+        with self._turn, contextlib.suppress(UserError):
             if self._written:
                 found = self._read(BEAT_S)
                 if found is not None and found[0].id != self._mine.id:
@@ -143,6 +147,8 @@ class Lease:
                 answer = _status(error)
                 if answer == _UNKNOWN:
                     put()
+                elif seen is not None and isinstance(error, FileNotFoundError):
+                    pass  # given back since it was seen
                 elif answer != _NOT_AS_ASSUMED:
                     raise
 

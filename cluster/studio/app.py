@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -38,13 +39,14 @@ from cluster.studio.reference import reference
 
 _STATIC = Path(__file__).with_name("static")
 _POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
+_READY_S = 5
 _CLOSED = ("/v1/", "/report")
 Accept = Annotated[str, Header(include_in_schema=False)]
 
 
 def digest(token: str) -> str:
     """What is kept of a token: nothing that it could be read from; "" for none."""
-    return hashlib.sha256(token.encode()).hexdigest() if token else ""
+    return hashlib.sha256(token.strip().encode()).hexdigest() if token.strip() else ""
 
 
 def make_app(studio: Studio, body_mb: int, token: str = "") -> FastAPI:
@@ -120,7 +122,8 @@ def _add_pages(app: FastAPI, studio: Studio) -> None:
     @app.get("/report", include_in_schema=False)
     async def report() -> Response:
         text = await studio.report()
-        return HTMLResponse(text) if text else HTMLResponse("This model has no report.", 404)
+        headers = {"Content-Security-Policy": "sandbox"}  # it comes with the model, and has no scripts
+        return HTMLResponse(text, headers=headers) if text else HTMLResponse("This model has no report.", 404)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -130,7 +133,11 @@ def _add_pages(app: FastAPI, studio: Studio) -> None:
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
         """Whether it answers requests."""
-        return {"status": "ready", "version": (await studio.model()).version}
+        try:
+            async with asyncio.timeout(_READY_S):
+                return {"status": "ready", "version": (await studio.model()).version}
+        except TimeoutError as error:
+            raise BusyError(_READY_S) from error
 
 
 async def _answer(studio: Studio, request: AnyRequest, accept: str) -> Response:
@@ -199,7 +206,8 @@ def _add_errors(app: FastAPI) -> None:
 
     async def other(_: object, error: Exception) -> Response:
         assert isinstance(error, AnyHTTPException)
-        return JSONResponse(Failure(error=Fault(message=str(error.detail))).model_dump(), error.status_code)
+        failure = Failure(error=Fault(message=str(error.detail)))
+        return JSONResponse(failure.model_dump(), error.status_code, error.headers)
 
     app.add_exception_handler(UserError, refused)
     app.add_exception_handler(RequestValidationError, malformed)

@@ -9,7 +9,8 @@ from bld_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The studio: the trained pair behind HTTP. The variable BLD_TOKEN, where it is set, is asked of every request.
+    """The studio: the trained pair behind HTTP. The variable BLD_TOKEN, where it is set, is the bearer
+    token that requests to /v1/ and /report must send.
 
     Args:
         host: address to listen on; 0.0.0.0 is all of this machine's, and then a token should be set.

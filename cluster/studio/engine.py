@@ -253,8 +253,8 @@ def _given(pair: Pair, request: InpaintingsRequest | OutpaintingsRequest) -> tup
     left, top, right, bottom = (size // 4 if margin is None else margin for margin in margins.values())
     mask = torch.zeros(size, size, dtype=torch.bool)
     mask[top : size - bottom, left : size - right] = True
-    latent = pair.model.latent
-    if not known_tokens(mask[None], latent.height, latent.width).any():
+    latent, none_left = pair.model.latent, left + right >= size or top + bottom >= size
+    if none_left or not known_tokens(mask[None], latent.height, latent.width).any():
         patch = f"{size // latent.width} x {size // latent.height}"
         raise RequestError(
             "left, top, right, bottom",

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
+from bld_core.errors import UserError
+from bld_core.prior.binary import BinaryModel
 from cluster.studio.pair import Pair
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ class Passes:
 
     Attributes:
         seconds: that the last pass took.
-        failure: what a pass has failed of, which is no fault of its images.
+        failure: what the thread has failed of, which is no fault of a request.
     """
 
     def __init__(self, size: int, wait: float) -> None:
@@ -94,7 +96,13 @@ class Passes:
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function in the thread that has the networks, between two passes."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
 
     async def draw(self, work: Work) -> tuple[Tensor, Tensor]:
         """Have its passes, among others; its codes, float 0/1 (n, h, w, c), and images, uint8 (n, H, W, channels)."""
@@ -116,14 +124,10 @@ class Passes:
                 continue
             try:
                 await self.call(self._pass, shares)
+                _hand_out(shares)
             except Exception as error:  # of all that are in it; whoever asks next may have better luck
-                self.failure = error
-                for work, _ in shares:
-                    if not work.done.done():
-                        work.done.set_exception(error)
-            for work, rows in shares:
-                if rows.stop == len(work.index) and not work.done.done():
-                    work.done.set_result(None)
+                _hand_out(shares, error)
+            del shares  # else they keep their pair, which another may have followed
 
     async def _filled(self) -> None:
         """Wait while more and more comes: those who were answered together ask again together."""
@@ -164,8 +168,9 @@ class Passes:
         known = Known(*map(torch.cat, zip(*parts, strict=True))) if parts else None
         of = first.pair.prior.model.steps(config)
         every, codes = math.ceil(of / _FRAMES), torch.empty(0)
+        gradual = isinstance(first.pair.prior.model, BinaryModel)  # others give their last state alone
         for step, codes in enumerate(generator.states(samples, config, known)):
-            if step < of and step % every == 0:
+            if gradual and step < of and step % every == 0:
                 self._tell(shares, lambda rows: generator.images(codes[rows], config), step, of)  # noqa: B023
         images, codes = generator.images(codes, config), codes.cpu()
         self._tell(shares, lambda rows: images[rows], of, of)
@@ -190,3 +195,13 @@ class Passes:
         filled = torch.cat([codes, codes[-1:].expand(-len(codes) % self.size, -1, -1, -1)])
         parts = filled.to(pair.generator.device).split(self.size)
         return torch.cat([await self.call(pair.generator.images, part, config) for part in parts])[: len(codes)]
+
+
+def _hand_out(shares: list[Share], failure: Exception | None = None) -> None:
+    """Tell those who wait that all of their images are there, or why they will not be."""
+    for work, rows in shares:
+        if not work.done.done():
+            if failure is not None:
+                work.done.set_exception(failure)
+            elif rows.stop == len(work.index):
+                work.done.set_result(None)

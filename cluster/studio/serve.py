@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from bld_core.errors import UserError
+from cluster.nodes import check_nodes, nodes_there
 from cluster.runtime import ClusterConfig, connect_ray
 from cluster.studio.api import BusyError, Model, Pictures, SamplesRequest, Step
 from cluster.studio.app import digest, make_app
@@ -37,6 +38,7 @@ T = TypeVar("T")
 APP = "studio"
 _TRIES = 8
 _PAUSE_S = 0.5
+_AGAIN_S = 5  # until a dead replica has been replaced, perhaps
 _QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)  # and so nothing of a request is in a log
 _DRAIN_S = 20.0
 _log = logging.getLogger(__name__)
@@ -90,8 +92,8 @@ class Replica:
             version = self._engine.pair.model.version
             try:
                 pair = await asyncio.to_thread(self._source.newer, version)
-            except UserError as error:  # MLflow is away, say
-                _log.warning("version %s stays: %s", version, error)
+            except Exception as error:  # MLflow is away, say, or the newer one does not fit beside this one
+                _log.warning("version %s stays: %s", version, error, exc_info=not isinstance(error, UserError))
                 continue
             if pair is not None:
                 self._engine.pair = pair
@@ -116,21 +118,22 @@ class Remote:
         return _raised(await _again(lambda: self._replicas.answer.remote(request)))
 
     async def watch(self, request: SamplesRequest) -> AsyncIterator[Step | Pictures]:
-        """See `Studio`. Another replica begins anew, and takes the same steps: those that were seen are left out."""
-        seen = 0
+        """See `Studio`. Another replica begins anew: steps that were seen are left out, its answer never is."""
+        seen = set[tuple[int, int]]()
         for left in reversed(range(_TRIES)):
             try:
                 events: Any = self._replicas.options(stream=True).watch.remote(request)
-                number = 0
                 async for event in events:
-                    number += 1
-                    if number > seen:
-                        seen = number
-                        yield _raised(event)
+                    made = _raised(event)
+                    if isinstance(made, Step):
+                        if (made.first, made.step) in seen:
+                            continue
+                        seen.add((made.first, made.step))
+                    yield made
                 return
-            except RayActorError:
+            except RayActorError as error:
                 if not left:
-                    raise
+                    raise BusyError(_AGAIN_S) from error
                 await asyncio.sleep(_PAUSE_S)
             except BackPressureError as error:
                 raise BusyError(1) from error
@@ -140,14 +143,14 @@ async def _again(ask: Callable[[], Awaitable[T]]) -> T:
     """Ask until a replica lives to answer.
 
     Raises:
-        BusyError: too many wait for one.
+        BusyError: too many wait for one, or all die.
     """
     for left in reversed(range(_TRIES)):
         try:
             return await ask()
-        except RayActorError:
+        except RayActorError as error:
             if not left:
-                raise
+                raise BusyError(_AGAIN_S) from error
             await asyncio.sleep(_PAUSE_S)
         except BackPressureError as error:
             raise BusyError(1) from error
@@ -183,14 +186,22 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
         cluster: address, cores and GPUs.
 
     Raises:
-        UserError: another program listens there; and the errors of `connect_ray`.
+        UserError: another program listens there, or another studio is open on this cluster; and the errors of
+            `connect_ray`.
     """
     if not cluster.joined:
         _check_free(config)
-    connect_ray(replace(cluster, workers=config.min_replicas, min_workers=0))
+    share = config.gpu_share if cluster.gpu else 0
+    connect_ray(replace(cluster, workers=1, min_workers=0, gpu_share=config.gpu_share))
+    check_nodes(config.min_replicas, cluster.cpus_per_worker, share, nodes_there())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ours = not serve.status().proxies
-    if not ours:
+    there = serve.status()
+    if APP in there.applications:
+        raise UserError(
+            "a studio is open on this Ray cluster: stop the command that has opened it; where that was killed, "
+            "`serve shutdown` ends all that the cluster serves"
+        )
+    if there.proxies:
         _log.warning("this Ray cluster serves other applications, too, at the address that was chosen for the first")
     serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=config.host, port=config.port), logging_config=_QUIET)
     replicas = serve.deployment(
@@ -204,7 +215,7 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
         ),
         ray_actor_options={
             "num_cpus": cluster.cpus_per_worker,
-            "num_gpus": config.gpu_share if cluster.gpu else 0,
+            "num_gpus": share,
         },
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -226,13 +237,13 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
         yield f"http://{config.host}:{config.port}/"
     finally:
         serve.delete(APP)  # once what is under way is answered
-        if ours and cluster.joined:  # else it ends with this process
+        if cluster.joined and not serve.status().applications:  # else it ends with this process, or serves others
             serve.shutdown()
 
 
 def _check_free(config: ServeConfig) -> None:
     """See that nobody listens where the studio is to."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((config.host, config.port))

@@ -18,7 +18,7 @@ from bld_core.storage.records import read_record, write_record
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
-from cluster.nodes import nodes_watched, rooms
+from cluster.nodes import nodes_there, nodes_watched, rooms
 from cluster.ray_private import keep_keys_from_tune
 from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
 from cluster.stages import end_killed, locked
@@ -201,7 +201,7 @@ def start_of_full_length(experiment: Experiment, stage: StageName, values: Value
 def room(experiment: Experiment, stage: StageName) -> int:
     """How many trials the cluster holds at the same time, each with all of its workers: no two wait for each other."""
     cluster = experiment.cluster
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_there()
     fits = sum(rooms(cluster.cpus_per_worker, cluster.gpus_per_worker, nodes)) // cluster.replicas
     if stage == "autoencoder":  # whose images are decoded beside its workers
         cpus = sum(node.get("CPU", 0) for node in nodes)

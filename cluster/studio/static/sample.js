@@ -41,7 +41,7 @@ export function startSampling() {
   $("play").addEventListener("click", () => (playing ? stop() : play()));
   arrowKeys($("grid"), () => settings.side);
   onChange(["class", "seed", "steps", "temperature", "guidance", "side"], draw);
-  onChange(["chosen"], () => work(choose()));
+  onChange(["chosen"], () => drawn.length && work(choose()));
 }
 
 function addChips() {

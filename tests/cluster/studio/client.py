@@ -40,6 +40,12 @@ def ask(url: str, body: object = None, **headers: str) -> Answer:
         return Answer(error.code, error.headers, error.read())
 
 
+def begin(url: str, body: object, **headers: str) -> Any:
+    """POST of what becomes JSON; the answer, yet to be read."""
+    sent = {"Content-Type": "application/json"} | headers
+    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), sent), timeout=120)
+
+
 def pixels(png: str | bytes) -> Tensor:
     """A PNG, in base64 or as it is, as an image, uint8 (H, W, channels)."""
     data = base64.b64decode(png) if isinstance(png, str) else png

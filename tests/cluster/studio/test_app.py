@@ -141,7 +141,15 @@ def malformed(number: int, image: str) -> tuple[str, bytes]:
         ("inpaintings", {"image": image, "mask": image, "box": [0, 0, 8, 8]}),
         ("inpaintings", {"image": image, "box": [0, 0, 8, 8], "count": 17}),
         ("outpaintings", {"image": picture}),
-        ("outpaintings", {"image": image, "left": dice.choice([-1, 32, 10**400, 1.5, "3", math.nan, 65536])}),
+        (
+            "outpaintings",
+            {
+                "image": image,
+                dice.choice(["left", "top", "right", "bottom"]): dice.choice(
+                    [-1, 32, 40, 10**400, 1.5, "3", math.nan, 65536]
+                ),
+            },
+        ),
         ("reconstructions", {"image": picture} if picture is not None else {}),
         ("reconstructions", {"bits": dice.choice(["", "AAAA", "!", 3, "A" * 10_000, "é"])}),
         ("reconstructions", {"image": image, "bits": "AAAA"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from cluster.runtime import ClusterConfig
 from cluster.studio.config import ServeConfig
 from cluster.studio.pair import Pair, RegisteredSource, open_folder
 from cluster.studio.serve import studio
-from tests.cluster.studio.client import Answer, ask, pixels
+from tests.cluster.studio.client import Answer, ask, begin, pixels
 from tests.cluster.studio.conftest import TOKEN
 from tests.conftest import random_pair, report_of
 from tests.servers import free_port
@@ -64,6 +65,10 @@ class Serving:
         """With the token."""
         return ask(f"{self.url}{path}", body, Authorization=f"Bearer {TOKEN}", **headers)
 
+    def begin(self, path: str, body: object) -> Any:
+        """The same, its answer yet to be read."""
+        return begin(f"{self.url}{path}", body, Authorization=f"Bearer {TOKEN}")
+
     def check(self, wanted: dict[str, Any], answer: Answer) -> str:
         """See that an answer is what the pair of its version draws; the version."""
         assert answer.status == 200, answer.body
@@ -95,29 +100,34 @@ def serving(ray_session: None, tmp_path_factory: pytest.TempPathFactory, digits:
 
 def under_load(serving: Serving, happens: Callable[[], object], until: Callable[[set[str]], bool]) -> set[str]:
     """Four users ask one thing after the other, and something happens; every answer is right. The versions seen."""
-    over, versions = threading.Event(), set[str]()
+    over, versions, answered = threading.Event(), set[str](), [0] * 4
 
-    def user(number: int) -> int:
-        asked = 0
+    def user(number: int) -> None:
         while not over.is_set():
-            asked += 1
-            wanted = {"label": number, "seed": 100 * number + asked, "count": BATCH}
+            wanted = {"label": number, "seed": 100 * number + answered[number], "count": BATCH}
             versions.add(serving.check(wanted, serving.ask("v1/samples", wanted)))
-        return asked
+            answered[number] += 1
 
     with ThreadPoolExecutor(4) as pool:
         users = [pool.submit(user, number) for number in range(4)]
         try:
-            time.sleep(0.5)
+            ends = time.monotonic() + 90
+
+            def wait(ready: Callable[[], bool]) -> None:
+                while not (ready() or any(user.done() for user in users)) and time.monotonic() < ends:
+                    time.sleep(0.1)
+
+            wait(lambda: min(answered) > 0)
             happens()
-            ends = time.monotonic() + 60
-            while not (until(versions) or any(user.done() for user in users)) and time.monotonic() < ends:
-                time.sleep(0.1)
-            time.sleep(0.5)
+            wait(lambda: until(versions))
+            before = list(answered)
+            wait(lambda: all(now > then + 1 for now, then in zip(answered, before, strict=True)))
         finally:
             over.set()
-        assert min(user.result() for user in users) > 1
+        for each in users:
+            each.result()
     assert until(versions)
+    assert all(now > then + 1 for now, then in zip(answered, before, strict=True)), "answered after it happened, too"
     return versions
 
 
@@ -149,16 +159,35 @@ def test_users_share_passes_and_each_has_the_images_of_his_own_seed(serving: Ser
     assert ask(f"{serving.url}v1/samples", wanted[5]).status == 401
 
 
-def test_a_replica_that_is_killed_loses_nobodys_request(serving: Serving) -> None:
-    def replicas() -> set[str]:
-        named: Any = ray.util.list_named_actors(all_namespaces=True)
-        return {each["name"] for each in named if "#Replica#" in each["name"]}
+def replicas() -> set[str]:
+    named: Any = ray.util.list_named_actors(all_namespaces=True)
+    return {each["name"] for each in named if "#Replica#" in each["name"]}
 
+
+@pytest.mark.long
+def test_a_replica_that_is_killed_loses_nobodys_request(serving: Serving) -> None:
     before = replicas()
     assert len(before) == 2
     under_load(serving, lambda: ray.kill(ray.get_actor(min(before), "serve")), lambda _: min(before) not in replicas())
 
 
+@pytest.mark.long
+def test_a_stream_whose_replica_is_killed_goes_on_and_repeats_nothing(serving: Serving) -> None:
+    wanted = {"label": 3, "seed": 11, "count": 32, "steps": 64}
+    with serving.begin("v1/samples/stream", wanted) as begun:
+        said = begun.readline()
+        for name in replicas():  # one of them has the stream
+            ray.kill(ray.get_actor(name, "serve"))
+        said += begun.read()
+    events = [event.split(b"\ndata: ") for event in said.strip().split(b"\n\n")]
+    assert {name for name, _ in events[:-1]} == {b"event: step"}
+    steps = [(data["first"], data["step"]) for data in (json.loads(data) for _, data in events[:-1])]
+    assert len(steps) == len({*steps})
+    assert events[-1][0] == b"event: done"
+    serving.check(wanted, Answer(200, begun.headers, events[-1][1]))
+
+
+@pytest.mark.long
 def test_a_new_champion_is_taken_up_under_load(serving: Serving) -> None:
     assert under_load(serving, lambda: serving.crown(1), lambda versions: "2" in versions) == {"1", "2"}
 
@@ -175,17 +204,21 @@ def test_who_asks_for_more_than_may_wait_is_told_to_come_again(serving: Serving)
 
 def test_what_is_under_way_is_answered_when_the_studio_closes_and_no_log_has_the_token(serving: Serving) -> None:
     wanted = {"label": 2, "seed": 3, "count": 32, "steps": 64}
-    with ThreadPoolExecutor(1) as pool:
-        answer: Future[Answer] = pool.submit(serving.ask, "v1/samples", wanted)
-        time.sleep(0.3)
+    with serving.begin("v1/samples/stream", wanted) as begun:
+        said = begun.readline() + begun.readline()
+        assert said.startswith(b"event: step\n"), "it is under way"
         serving.close()
-        serving.check(wanted, answer.result())
+        said += begun.read()
+    assert b"event: error" not in said
+    done = said.split(b"event: done\ndata: ")[1].strip()
+    serving.check(wanted, Answer(200, begun.headers, done))
     node: Any = worker._global_node  # pyright: ignore[reportPrivateUsage]  # there is no public way
     logs = [path for path in Path(node.get_logs_dir_path()).rglob("*") if path.is_file()]
     assert any("serve" in path.parts for path in logs)
     assert [path for path in logs if TOKEN.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.long
 def test_the_command_ends_within_half_a_minute_of_sigterm_and_leaves_nothing(
     tmp_path: Path, digits: dict[str, str]
 ) -> None:
