@@ -101,6 +101,7 @@ OUT_OF_BOUNDS = {
     "evaluation": ("samples", "0"),
     "sweep": ("steps", "0"),
     "study": ("classifier_steps", "0"),
+    "serve": ("port", "0"),
     "cluster": ("decode_tasks", "0"),
     "tracking": ("champion_margin", "-1.0"),
 }

@@ -277,7 +277,7 @@ def encoded(image: Tensor) -> str:
 
 
 def test_the_served_pair_answers_with_the_class_asked_for(served: str, registered: Experiment) -> None:
-    (body,) = re.findall(r"--data '(.*?)'", OPERATING)
+    (body,) = re.findall(r"/invocations [^']*'[^']*' \\\n +--data '(.*?)'", OPERATING)
     status, text = ask(served, body.encode())
     assert status == 200, text
     generator = bld_core.load(registered.folder)

@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ def test_samples_are_those_of_the_pair_and_their_bits_decode_to_them(app: AppSer
     alone = ask(f"{app.url}/v1/samples", {"label": 3, "seed": 7, "guidance": 2}, Accept="image/png")
     assert alone.headers["Content-Type"] == "image/png"
     assert torch.equal(pixels(alone.body), drawn[0])
+
+
+def test_the_documented_request_is_answered(app: AppServer) -> None:
+    operating = (Path(__file__).parents[3] / "docs/operating.md").read_text()
+    (body,) = re.findall(r"/v1/samples --header 'Content-Type: application/json' --data '(.*?)'", operating)
+    assert len(ask(f"{app.url}/v1/samples", body.encode()).json["images"]) == 4
 
 
 def test_a_stream_shows_every_step_and_ends_with_the_samples(app: AppServer) -> None:

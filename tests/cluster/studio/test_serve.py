@@ -140,6 +140,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts() -> None:
             pass
 
 
+@pytest.mark.long
 def test_users_share_passes_and_each_has_the_images_of_his_own_seed(serving: Serving) -> None:
     wanted = [
         {"label": n % 10, "seed": n, "count": 1 + n % 3 * 2} | ({"guidance": 3.0, "steps": 6} if n % 4 == 3 else {})
@@ -192,6 +193,7 @@ def test_a_new_champion_is_taken_up_under_load(serving: Serving) -> None:
     assert under_load(serving, lambda: serving.crown(1), lambda versions: "2" in versions) == {"1", "2"}
 
 
+@pytest.mark.long
 def test_who_asks_for_more_than_may_wait_is_told_to_come_again(serving: Serving) -> None:
     body = {"label": 1, "seed": 1, "count": QUEUE, "steps": 64}
     with ThreadPoolExecutor(8) as pool:
@@ -202,6 +204,7 @@ def test_who_asks_for_more_than_may_wait_is_told_to_come_again(serving: Serving)
     assert "ask again in" in busy.json["error"]["message"]
 
 
+@pytest.mark.long
 def test_what_is_under_way_is_answered_when_the_studio_closes_and_no_log_has_the_token(serving: Serving) -> None:
     wanted = {"label": 2, "seed": 3, "count": 32, "steps": 64}
     with serving.begin("v1/samples/stream", wanted) as begun:
