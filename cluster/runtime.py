@@ -193,7 +193,7 @@ def _check(config: ClusterConfig) -> None:
         )
     if need.gpus > have.get("GPU", 0):
         raise UserError(
-            f"{config.replicas} workers need a GPU each, but the Ray cluster has {have.get('GPU', 0):g}: "
+            f"{config.replicas} workers need {need.gpus:g} GPUs, but the Ray cluster has {have.get('GPU', 0):g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
     check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes_there())

@@ -10,6 +10,7 @@ from filelock import AcquireReturnProxy, UnixFileLock
 
 from bld_core.errors import DamagedError, UserError
 from bld_core.storage import files
+from bld_core.storage.patience import persist
 
 
 def folder() -> Path:
@@ -29,7 +30,7 @@ def verified(url: str, sha256: str) -> Path:
     """
     if files.is_local(url):
         path = Path(files.filesystem(url)[1])
-        _check(_sha256(path), url, sha256)
+        _check(persist(f"read {url!r}", _sha256, path), url, sha256)
         return path
     kept = folder() / sha256
     if not _is_whole(kept, sha256):

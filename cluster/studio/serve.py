@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -121,7 +121,7 @@ class Remote:
         """See `Studio`. Another replica begins anew: steps that were seen are left out, its answer never is."""
         seen = set[tuple[int, int]]()
         for left in reversed(range(_TRIES)):
-            try:
+            async with _tried(left):
                 events: Any = self._replicas.options(stream=True).watch.remote(request)
                 async for event in events:
                     made = _raised(event)
@@ -131,12 +131,6 @@ class Remote:
                         seen.add((made.first, made.step))
                     yield made
                 return
-            except RayActorError as error:
-                if not left:
-                    raise BusyError(_AGAIN_S) from error
-                await asyncio.sleep(_PAUSE_S)
-            except BackPressureError as error:
-                raise BusyError(1) from error
 
 
 async def _again(ask: Callable[[], Awaitable[T]]) -> T:
@@ -146,15 +140,29 @@ async def _again(ask: Callable[[], Awaitable[T]]) -> T:
         BusyError: too many wait for one, or all die.
     """
     for left in reversed(range(_TRIES)):
-        try:
+        async with _tried(left):
             return await ask()
-        except RayActorError as error:
-            if not left:
-                raise BusyError(_AGAIN_S) from error
-            await asyncio.sleep(_PAUSE_S)
-        except BackPressureError as error:
-            raise BusyError(1) from error
     raise AssertionError("the last try returns or raises")
+
+
+@contextlib.asynccontextmanager
+async def _tried(left: int) -> AsyncGenerator[None]:
+    """One try to ask a replica; where it dies, the block ends after a pause, so that another one can be asked.
+
+    Args:
+        left: tries that are left after this one.
+
+    Raises:
+        BusyError: too many wait, or this was the last try.
+    """
+    try:
+        yield
+    except RayActorError as error:
+        if not left:
+            raise BusyError(_AGAIN_S) from error
+        await asyncio.sleep(_PAUSE_S)
+    except BackPressureError as error:
+        raise BusyError(1) from error
 
 
 def _raised(answer: T | UserError) -> T:

@@ -88,8 +88,9 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
             found: list[dict[str, Any]] = []
             unseen = name == "sampling"
             measured = _measure(experiment, rows, stage.folder, reference, codes, unseen=unseen)
-            for row in compared:
-                metrics = over_seeds([next(measured) for _ in range(study.seeds)])
+            of_rows = zip(*[measured] * study.seeds, strict=True)  # the trainings of a row follow one another
+            for row, several in zip(compared, of_rows, strict=True):
+                metrics = over_seeds(several)
                 stage.run.metrics(metrics, len(found))
                 x = row.label if row.x is None else row.x
                 about = {column: row.label, "x": x, "line": row.line, "paper": paper.get(row.label, ())}

@@ -223,8 +223,8 @@ def start_run(experiment: Experiment, stage: str, run_id: str | None) -> Run:
     parameters = [Param(name, without_secrets(value)[:6000]) for name, value in experiment.parameters().items()]
     try:
         patiently(uri, tracking.patience, lambda: client.log_batch(run.run_id, params=parameters))
-    except BaseException:  # Ctrl-C or a signal, above all
-        run.end("KILLED")
+    except BaseException as error:
+        run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     return run
 

@@ -141,7 +141,8 @@ def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("workers", "stop", "code"), [(0, signal.SIGTERM, 143), (1, signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: dict[str, str], tmp_path: Path) -> None:
     command = Command(tmp_path, digits, workers=workers)
     command.wait_for(" left  loss")

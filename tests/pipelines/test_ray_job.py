@@ -112,7 +112,7 @@ def test_a_sweep_as_a_ray_job_uses_all_nodes_though_there_are_more_trials_than_f
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(asdict(experiment)))
     nodes = Nodes(tmp_path)
     address = f"http://127.0.0.1:{nodes.dashboard}"
-    # No copy of the code: nodes that share a machine share its place, and one removes what the other works in.
+    # No copy of the code: with one it vanished under the job, as if nodes of one machine removed each other's.
     variables = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
     submit = [RAY, "job", "submit", "--address", address, "--runtime-env-json", variables, "--"]
     job = ["python", str(REPOSITORY / "pipelines/sweep_prior.py"), "--config", str(tmp_path / "small.yaml")]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from bld_core.errors import MissingError
 from bld_core.latents.reader import open_latents
 from bld_core.latents.writer import MANIFEST, LatentConfig, Manifest, describe_file, encode_images, latent_shard_bytes
 from bld_core.storage import cache, files
@@ -214,6 +215,11 @@ def test_a_file_is_checked_once_and_again_when_it_has_changed(tmp_path: Path) ->
     os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
     with pytest.raises(ValueError, match=r"file' has sha256 .*, the manifest says .*: it was damaged or replaced"):
         cache.verified(str(file), digest)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="'" + str(tmp_path / "gone")):
+        cache.verified(str(tmp_path / "gone"), "0" * 64)
 
 
 def test_processes_of_one_machine_share_what_they_fetch(remote: Remote) -> None:
