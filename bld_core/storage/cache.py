@@ -8,9 +8,8 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, UnixFileLock
 
-from bld_core.errors import DamagedError, UserError
+from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.storage import files
-from bld_core.storage.patience import persist
 
 
 def folder() -> Path:
@@ -30,7 +29,9 @@ def verified(url: str, sha256: str) -> Path:
     """
     if files.is_local(url):
         path = Path(files.filesystem(url)[1])
-        _check(persist(f"read {url!r}", _sha256, path), url, sha256)
+        if not path.is_file():
+            raise MissingError(f"no file at {url!r}, which the manifest names: encode again", stages=("latents",))
+        _check(_sha256(path), url, sha256)
         return path
     kept = folder() / sha256
     if not _is_whole(kept, sha256):
