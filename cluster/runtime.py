@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from bld_core.errors import UserError
 from cluster.console import Progress
 from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, nodes_there, say_if_busy, wait_until_held
-from cluster.ray_private import local_cluster, set_environment
+from cluster.ray_private.core import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
@@ -172,8 +172,8 @@ def connect_ray(config: ClusterConfig) -> None:
                     "variable RAY_ADDRESS"
                 ) from error
         else:
-            with local_cluster() as port:
-                ray.init(address="local", include_dashboard=True, dashboard_port=port, logging_level=logging.WARNING)
+            with local_cluster():
+                ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     wait_until_held(partial(_check, config), config.wait_for_nodes)

@@ -43,6 +43,8 @@ from tests.servers import MlflowServer, S3Server
 STORAGE_SECONDS = 25  # Ray's workers have it from the session's environment
 
 torch.set_num_threads(1)
+# Else Ray's workers wait whenever the other process's tests compute: it gives them what others leave.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 _FIRST_CLUSTER = {"test_evaluate.py", "test_commands.py"}  # half of the time that tests on a cluster take

@@ -28,9 +28,13 @@ THROUGH = {
     ),
     "cluster.console": "pipelines/test_commands.py::test_a_mistake_is_one_message_and_exit_code_2",
     "cluster.data.folder": "cluster/data/test_shards.py::test_bmp_and_tiff_become_png_without_loss",
-    "cluster.ray_private": (
+    "cluster.ray_private.core": (
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),
+    "cluster.ray_private.data": (
+        "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
+    ),
+    "cluster.ray_private.tune": "pipelines/test_commands.py::test_every_command_does_its_work",
     "cluster.studio.pyfunc": (
         "cluster/registry/test_registry.py::test_the_served_pair_answers_with_the_class_asked_for"
     ),

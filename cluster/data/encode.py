@@ -37,7 +37,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.data.check import check_data, shard_names, stem
 from cluster.lineage import lineage
-from cluster.ray_private import ahead
+from cluster.ray_private.core import ahead
 from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
 from cluster.stages import Stage, faulty, open_stage
 

@@ -25,7 +25,7 @@ from bld_core.noise import permutation
 from bld_core.storage import files
 from bld_core.training.loop import Batch, worker_share
 from cluster.config.experiment import Experiment
-from cluster.ray_private import Breathe, quiet_data
+from cluster.ray_private.data import Breathe, quiet_data
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256

@@ -19,7 +19,7 @@ from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.nodes import nodes_there, nodes_watched, rooms
-from cluster.ray_private import keep_keys_from_tune
+from cluster.ray_private.tune import keep_keys_from_tune
 from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
 from cluster.stages import end_killed, locked
 from cluster.storage import run_storage

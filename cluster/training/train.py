@@ -46,7 +46,8 @@ from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
 from cluster.nodes import died, node_name, nodes_watched
-from cluster.ray_private import PlainTrainer, bar, death, quiet_training_worker
+from cluster.ray_private.core import bar
+from cluster.ray_private.train import PlainTrainer, death, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage

@@ -22,7 +22,7 @@ from bld_core.latents.loader import latent_batches
 from bld_core.training.loop import Batch
 from cluster.config.artifacts import Codes, open_codes
 from cluster.config.experiment import Experiment
-from cluster.ray_private import EvenWorkers
+from cluster.ray_private.train import EvenWorkers
 from cluster.runtime import ClusterConfig
 from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import train_prior

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
-from cluster.ray_private import FailuresInARow
+from cluster.ray_private.train import FailuresInARow
 
 
 def test_failures_are_counted_from_the_last_checkpoint_on() -> None:

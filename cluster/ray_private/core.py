@@ -1,0 +1,88 @@
+"""Ray itself: how it is started, what its workers show, how a task waits for who takes its results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator
+from typing import Any
+
+import tqdm
+from ray._private import ray_constants
+from ray.experimental import tqdm_ray
+from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put  # pyright: ignore[reportPrivateUsage]
+
+_ENDS_WITH_COMMAND = b"bld: ends with its command"
+_EVERYWHERE = {
+    # Ray Train gives a group of workers 60 s to start, within which a large environment is not unpacked.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    # On few cores, Ray ends workers that have had nothing to do for a second; a new one takes seconds to be of use.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray Tune's older reporter says nothing where `verbose` is 0; the newer one prints a table and two paths anyway.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray Tune takes Ctrl-C for the wish to rank the trials that are there, as if they were all; and its handler stays.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+_LOCAL = {
+    # Ray tells its makers which of its parts are used, Serve's among them.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray Train looks out for a cloud that takes nodes away, which a machine of one's own does not; Ray's core then
+    # writes of its actor: "max_restarts > 0 ... the actor restart will fail".
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Data shares out what cores Ray Train leaves it in whole ones: of the one core that two workers of half a core
+    # leave on two, its two streams get none each on paper, and still decode. After a minute it takes that for a job
+    # that "may hang forever". That there are cores enough for all is what `connect_ray` checks.
+    "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
+    # Ray warns of four processes for each that may start at once; two trainings side by side have as many.
+    "RAY_worker_maximum_startup_concurrency": str(2 * (os.cpu_count() or 1)),
+}
+
+
+def set_environment() -> None:
+    """Set up Ray's processes that start from here on, unless the user has."""
+    for name, value in _EVERYWHERE.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def local_cluster() -> Generator[None]:
+    """Around `ray.init` of a cluster that ends with this process, without a dashboard, which nobody would look at.
+
+    What workers say is shown as they say it. Without that, "(RayTrainWorker pid=5395)" in cyan stands before each line,
+    in files, too; on one machine it tells nothing, and on a cluster with an address of its own Ray keeps to it.
+
+    Ray announces at each start that it asks for a token, as it should; its level is raised for the start alone.
+    """
+    for name, value in _LOCAL.items():
+        os.environ.setdefault(name, value)
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+    log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+        _internal_kv_put(_ENDS_WITH_COMMAND, b"yes")
+    finally:
+        log.setLevel(before)
+
+
+def ends_with_command() -> bool:
+    """Whether the cluster that this process is part of is a `local_cluster`."""
+    return _internal_kv_exists(_ENDS_WITH_COMMAND)
+
+
+def bar(remote: bool) -> type:
+    """The class of progress bars: Ray's own in a remote worker, whose terminal is that of the command.
+
+    Plain tqdm there would come line by line, each time that the bar moves.
+    """
+    return tqdm_ray.tqdm if remote else tqdm.tqdm
+
+
+def ahead(results: int) -> dict[str, Any]:
+    """The option of a task by which it waits while this many of its streamed results are not yet taken.
+
+    Without it, the task decodes a whole shard into Ray's object store.
+    """
+    return {"_generator_backpressure_num_objects": results}
