@@ -36,17 +36,18 @@ class ClusterConfig:
             `ray job submit`) or else starts a local one that ends with the command.
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
-            20 seconds earlier, for small experiments on one machine; the other jobs then take one actor.
+            20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
+            decode_tasks is 0, too, that process: Ray is not started at all, and a debugger sees everything.
         min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
             many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
             every step has the same samples whatever the number; stage 1 begins its epoch again, and sees some twice.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
         decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
-            way, so that none of them waits for the scheduler.
+            way, so that none of them waits for the scheduler. 0 decodes in the worker, between its steps.
         gpu: give each worker one GPU.
         gpu_share: of a GPU, for each worker where `gpu` is set: below 1, small trials of a sweep, each of one worker,
-            stand side by side on one.
+            or replicas of the studio stand side by side on one.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
@@ -84,8 +85,10 @@ class ClusterConfig:
                 "of the cluster on one of its nodes, or submit the command as a job: ray job submit --working-dir . "
                 "-- python ..."
             )
-        if self.decode_tasks < 1:
-            raise UserError(f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1")
+        if self.decode_tasks < 0:
+            raise UserError(
+                f"cluster.decode_tasks is {self.decode_tasks}; it must be at least 1, or 0 to decode in the workers"
+            )
         if not 0 < self.gpu_share <= 1:
             raise UserError(f"cluster.gpu_share is {self.gpu_share}; it must be above 0 and at most 1")
         if self.gpu_share < 1 and self.workers > 1:
@@ -128,6 +131,11 @@ class ClusterConfig:
         return self.address or os.environ.get("RAY_ADDRESS", "")
 
     @property
+    def in_process(self) -> bool:
+        """Whether the process of the command does all of the work of a stage, without Ray."""
+        return not self.workers and not self.decode_tasks
+
+    @property
     def gpus_per_worker(self) -> float:
         """GPUs, or the share of one, that each worker takes."""
         return self.gpu_share if self.gpu else 0
@@ -148,8 +156,8 @@ class ClusterConfig:
         return replace(self, workers=self.fewest).need
 
     def limit_threads(self) -> None:
-        """Keep this worker's CPU arithmetic to the cores reserved for it."""
-        torch.set_num_threads(max(1, round(self.cpus_per_worker)))
+        """Keep this worker's CPU arithmetic to the cores reserved for it, of those that there are."""
+        torch.set_num_threads(max(1, min(round(self.cpus_per_worker), os.cpu_count() or 1)))
 
 
 def connect_ray(config: ClusterConfig) -> None:
@@ -245,7 +253,7 @@ def finished_on_actors(
     """The same, each result with the position of its item as soon as it is there.
 
     Args:
-        actor_class: as in `map_on_actors`.
+        actor_class: as in `map_on_actors`; work that is done in this process has one of it here.
         arguments: of its constructor.
         method: name of the method to call.
         items: arguments of the calls.
@@ -256,6 +264,11 @@ def finished_on_actors(
         Exception: what a call has raised, as it was raised there.
         UserError: an actor has died too often; or nodes are gone, and have not come back.
     """
+    if config.in_process:
+        if items:
+            here = actor_class(*arguments)
+            yield from ((position, getattr(here, method)(item)) for position, item in enumerate(items))
+        return
     remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(
         type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
     )

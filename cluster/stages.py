@@ -135,9 +135,10 @@ def open_stage(
             yield Stage(experiment, name, known_run(experiment, name, record["run"]), True, result, record)
             return
         open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
-        connect_ray(experiment.cluster)
-        if experiment.cluster.joined:
-            check_access([experiment.folder, *reads])
+        if not experiment.cluster.in_process:
+            connect_ray(experiment.cluster)
+            if experiment.cluster.joined:
+                check_access([experiment.folder, *reads])
         run = start_run(experiment, name, record["run"] if record else None)
         with run.until_end():
             if outdated:  # only now, when nothing else can refuse the start

@@ -111,7 +111,7 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
         sampling=SamplingConfig(steps=4, guidance=1.0),
         evaluation=EvaluationConfig(samples=40, batch_size=20, class_accuracy=True),
         sweep=SweepConfig(steps=4, concurrent=2),
-        cluster=ClusterConfig(workers=0, cpus_per_worker=0.25, decode_tasks=1),
+        cluster=ClusterConfig(workers=0, cpus_per_worker=0.25, decode_tasks=0),
     )
 
 

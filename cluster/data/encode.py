@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     images, left_out = 0, Skipped()
     began = spoke = time.monotonic()
     progress = Progress("encode", len(jobs))
-    arguments, calls = (experiment, manifest), experiment.cluster.decode_tasks
+    arguments, calls = (experiment, manifest), max(1, experiment.cluster.decode_tasks)
     try:
         for position, encoded in finished_on_actors(Encoder, arguments, "encode", jobs, experiment.cluster, calls):
             encoded_files[position] = encoded.file
@@ -265,9 +265,12 @@ class Encoder:
 
     def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
-        parts: Any = self.decode.remote(source, self.experiment.data, self.experiment.latents.batch_size)
-        for reference in parts:
-            part = fetch(reference)
+        asked = source, self.experiment.data, self.experiment.latents.batch_size
+        if self.experiment.cluster.decode_tasks:
+            parts: Iterable[list[LabelledImage] | Skipped] = map(fetch, self.decode.remote(*asked))
+        else:
+            parts = decode_shard(*asked)
+        for part in parts:
             if isinstance(part, Skipped):
                 skipped.merge(part)
             else:
@@ -295,7 +298,8 @@ def _faults(experiment: Experiment, jobs: Sequence[Job], *, deep: bool) -> list[
         return [Fault(url, f"does not name the files that these shards make ({names}): it was changed")]
     if deep:
         named = {fault.url for fault in faults}
-        connect_ray(experiment.cluster)
+        if not experiment.cluster.in_process:
+            connect_ray(experiment.cluster)
         checked = map_on_actors(Verifier, (folder,), "check", manifest.files, experiment.cluster, "verify")
         faults += [fault for fault in checked if fault is not None and fault.url not in named]
     return faults

@@ -149,8 +149,13 @@ class Stream:
         return {"visit": visit, "epoch": epoch, "url": self.urls[int(order[i])], "start": 0}
 
     def _execute(self, visits: list[dict[str, Any]]) -> Iterator[Columns]:
-        """Run a Ray Data stream over some visits, in order, never far ahead of its consumer."""
+        """The blocks of some visits, in order: of a Ray Data stream, never far ahead of its consumer, or made here."""
         data, cluster, seed = self.experiment.data, self.experiment.cluster, self.experiment.seed
+        if not cluster.decode_tasks:
+            for visit in visits:
+                for block in read_visit({name: np.array([value]) for name, value in visit.items()}, data, seed):
+                    yield unpack(decode_block(block, data, self.experiment.augmentation, seed), data)
+            return
         context = ray.data.DataContext.get_current()
         quiet_data(context)
         context.custom_execution_callback_classes = [Breathe]

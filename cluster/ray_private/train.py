@@ -133,6 +133,11 @@ def death(failure: Exception) -> RayActorError | None:
     return inner if isinstance(inner, RayActorError) else None
 
 
+def quiet_training() -> None:
+    """Ray Train's warnings alone, in a process where Ray, and with it its logging, has not been started."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
 def quiet_training_worker() -> None:
     """Bring a training worker's log back to warnings, Python's own level.
 

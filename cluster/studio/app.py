@@ -60,7 +60,7 @@ def make_app(studio: Studio, body_mb: int, token: str = "") -> FastAPI:
     refused: dict[int | str, dict[str, Any]] = {code: {"model": Failure} for code in (401, 413, 422, 503)}
     app = FastAPI(title="Binary Latent Diffusion", version="1", responses=refused, docs_url=None, redoc_url=None)
     app.add_middleware(Bounds, most=body_mb << 20, token=token)
-    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    app.mount("/static", Static(directory=_STATIC), name="static")
     _add_errors(app)
     _add_pages(app, studio)
 
@@ -113,7 +113,9 @@ def _add_pages(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(_STATIC / "index.html", headers={"Content-Security-Policy": _POLICY})
+        return FileResponse(
+            _STATIC / "index.html", headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        )
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -212,6 +214,16 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(UserError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(AnyHTTPException, other)
+
+
+class Static(StaticFiles):
+    """Files of the page, which a browser asks for again each time: those of another release would not fit the page."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """Called by Starlette; where the file is the one that the browser has, the answer has no body."""
+        answer = super().file_response(*args, **options)
+        answer.headers["Cache-Control"] = "no-cache"
+        return answer
 
 
 class Bounds:

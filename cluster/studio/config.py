@@ -17,7 +17,6 @@ class ServeConfig:
         port: to listen on.
         min_replicas: fewest replicas, each of which holds the pair.
         max_replicas: most replicas; between the two, as many as the requests under way ask for.
-        gpu_share: part of a GPU that a replica takes, where cluster.gpu is set: 0.5 puts two on one.
         batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
             image has the same bytes whoever else asks.
         wait_ms: milliseconds for which nobody must come before a pass begins that is not full.
@@ -30,7 +29,6 @@ class ServeConfig:
     port: int = 8000
     min_replicas: int = 1
     max_replicas: int = 1
-    gpu_share: float = 1.0
     batch: int = 16
     wait_ms: float = 10.0
     queue: int = 256
@@ -45,8 +43,6 @@ class ServeConfig:
                 f"serve.min_replicas is {self.min_replicas} and serve.max_replicas {self.max_replicas}; they must be "
                 "at least 1, and the first not above the second"
             )
-        if not 0 < self.gpu_share <= 1:
-            raise UserError(f"serve.gpu_share is {self.gpu_share}; it must be above 0 and at most 1")
         if self.batch < 1:
             raise UserError(f"serve.batch is {self.batch}; it must be at least 1")
         if not self.wait_ms >= 0:

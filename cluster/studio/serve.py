@@ -199,9 +199,8 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
     """
     if not cluster.joined:
         _check_free(config)
-    share = config.gpu_share if cluster.gpu else 0
-    connect_ray(replace(cluster, workers=1, min_workers=0, gpu_share=config.gpu_share))
-    check_nodes(config.min_replicas, cluster.cpus_per_worker, share, nodes_there())
+    connect_ray(replace(cluster, workers=1, min_workers=0))
+    check_nodes(config.min_replicas, cluster.cpus_per_worker, cluster.gpus_per_worker, nodes_there())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     there = serve.status()
     if APP in there.applications:
@@ -221,10 +220,7 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
             max_replicas=config.max_replicas,
             target_ongoing_requests=2 * config.batch,
         ),
-        ray_actor_options={
-            "num_cpus": cluster.cpus_per_worker,
-            "num_gpus": share,
-        },
+        ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
@@ -47,7 +48,7 @@ from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
 from cluster.nodes import died, node_name, nodes_watched
 from cluster.ray_private.core import bar
-from cluster.ray_private.train import PlainTrainer, death, quiet_training_worker
+from cluster.ray_private.train import PlainTrainer, death, quiet_training, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
 from cluster.stages import Stage, open_stage
 from cluster.storage import run_storage
@@ -219,6 +220,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
         told: hears of each evaluation, which is then also kept in the stage's folder.
     """
     cluster = stage.experiment.cluster
+    quiet_training()
     # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
     files.remove(stage.url(_RAYS_LIST))
     trainer = PlainTrainer(
@@ -243,7 +245,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
         torch_config=TorchConfig(timeout_s=_LONGEST_COLLECTIVE + ceil(min(stage.experiment.tracking.patience, _DAY))),
     )
     try:
-        with nodes_watched(cluster.training_need, cluster.patience):
+        with nullcontext() if cluster.in_process else nodes_watched(cluster.training_need, cluster.patience):
             result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error) or _deaths(error, cluster)) is not None:

@@ -215,7 +215,7 @@ def test_files_that_no_stage_made_are_not_deleted(tmp_path: Path, digits: dict[s
 
 def test_nothing_is_deleted_before_every_check_has_passed(encoded: Experiment, tmp_path: Path) -> None:
     root = copy_of(encoded, tmp_path, "autoencoder")
-    experiment = replace(encoded, root=str(root), cluster=replace(encoded.cluster, cpus_per_worker=1000))
+    experiment = replace(encoded, root=str(root), cluster=replace(encoded.cluster, workers=1, cpus_per_worker=1000))
     with pytest.raises(ValueError, match=r"lower cluster.workers or cluster.cpus_per_worker"):
         train_autoencoder(experiment, fresh=True)
     experiment = replace(experiment, cluster=replace(encoded.cluster, workers=8))

@@ -102,7 +102,7 @@ OUT_OF_BOUNDS = {
     "sweep": ("steps", "0"),
     "study": ("classifier_steps", "0"),
     "serve": ("port", "0"),
-    "cluster": ("decode_tasks", "0"),
+    "cluster": ("decode_tasks", "-1"),
     "tracking": ("champion_margin", "-1.0"),
 }
 

@@ -37,13 +37,14 @@ def stream(
     world: int = 1,
     augmentation: AugmentationConfig = PLAIN,
     skipped: Skipped | None = None,
+    tasks: int = 1,
 ) -> Iterator[tuple[Batch, Position]]:
     experiment = Experiment(
         data=data,
         augmentation=augmentation,
         autoencoder_training=TRAINING,
         autoencoder=AutoencoderConfig(multipliers=[1, 2], attention=[]),
-        cluster=ClusterConfig(decode_tasks=1),
+        cluster=ClusterConfig(decode_tasks=tasks),
     )
     return image_batches(experiment, step, start, rank, world, Skipped() if skipped is None else skipped)
 
@@ -54,20 +55,30 @@ def whole(encoded: Experiment) -> list[tuple[Batch, Position]]:
     return list(itertools.islice(stream(encoded.data, augmentation=VARIED), 20))
 
 
-@pytest.mark.parametrize("stop", [3, 16])
+@pytest.mark.parametrize(("stop", "tasks"), [(3, 0), (16, 0), (16, 1)])
 def test_a_stream_goes_on_exactly_where_it_stopped(
-    encoded: Experiment, whole: list[tuple[Batch, Position]], stop: int
+    encoded: Experiment, whole: list[tuple[Batch, Position]], stop: int, tasks: int
 ) -> None:
-    rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1, augmentation=VARIED), 3)
+    rest = itertools.islice(stream(encoded.data, whole[stop][1], stop + 1, augmentation=VARIED, tasks=tasks), 3)
     for (resumed, position), (original, expected) in zip(rest, whole[stop + 1 :], strict=False):
         assert position == expected
         assert all(torch.equal(a, b) for a, b in zip(resumed[:3], original[:3], strict=True))
 
 
+def test_images_that_are_decoded_in_the_worker_are_those_of_ray_data(
+    encoded: Experiment, whole: list[tuple[Batch, Position]]
+) -> None:
+    here = itertools.islice(stream(encoded.data, augmentation=VARIED, tasks=0), len(whole))
+    for (ours, position), (theirs, expected) in zip(here, whole, strict=True):
+        assert position == expected
+        assert ours.keys == theirs.keys
+        assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+
+
 def test_augmented_images_come_in_the_order_of_plain_ones(
     encoded: Experiment, whole: list[tuple[Batch, Position]]
 ) -> None:
-    (plain, _), (varied, _) = next(stream(encoded.data)), whole[0]
+    (plain, _), (varied, _) = next(stream(encoded.data, tasks=0)), whole[0]
     assert plain.keys == varied.keys
     assert torch.equal(plain.labels, varied.labels)
     assert not torch.equal(plain.data, varied.data)
@@ -77,7 +88,7 @@ def test_augmented_images_come_in_the_order_of_plain_ones(
 def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
     images: Counter[bytes] = Counter()
     for rank, world in ((0, 2), (1, 2)):
-        for batch, position in stream(encoded.data, rank=rank, world=world):
+        for batch, position in stream(encoded.data, rank=rank, world=world, tasks=rank):
             if position.visit >= 2:  # four shards: two visits an epoch for each of two workers
                 break
             images.update(pixels.numpy().tobytes() for pixels in batch.data)
@@ -171,6 +182,6 @@ def test_what_is_left_out_is_counted_and_a_restart_goes_on_counting(ray_session:
     assert 15 <= whole[2][1].skipped <= 20, "300 images are four epochs of 75, five left out in each"
     assert account.names["unreadable image"] == ["b.tar/b39"]
     assert account.seen >= 300 + 15
-    resumed, position = next(stream(data, whole[1][1], 2))
+    resumed, position = next(stream(data, whole[1][1], 2, tasks=0))
     assert position == whole[2][1]
     assert all(torch.equal(a, b) for a, b in zip(resumed[:3], whole[2][0][:3], strict=True))

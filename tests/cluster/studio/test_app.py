@@ -40,6 +40,14 @@ def test_the_model_is_described(app: AppServer, pair: Pair) -> None:
     assert set(ask(f"{app.url}/openapi.json").json["paths"]) >= {"/v1/model", "/v1/samples", "/v1/interpolations"}
 
 
+def test_a_browser_asks_again_for_the_files_of_the_page_and_is_not_sent_those_that_it_has(app: AppServer) -> None:
+    [file] = [path for path in re.findall(r"static/[\w.]+", ask(f"{app.url}/").body.decode()) if path.endswith(".css")]
+    first = ask(f"{app.url}/{file}")
+    assert (first.status, first.headers["Cache-Control"]) == (200, "no-cache")
+    again = ask(f"{app.url}/{file}", If_None_Match=first.headers["ETag"])
+    assert (again.status, again.body, again.headers["Cache-Control"]) == (304, b"", "no-cache")
+
+
 def test_samples_are_those_of_the_pair_and_their_bits_decode_to_them(app: AppServer, pair: Pair) -> None:
     answer = ask(f"{app.url}/v1/samples", {"label": 3, "seed": 7, "count": 6, "guidance": 2})
     images = answer.json["images"]
