@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and "ray_session" in item.fixturenames:
             group = "first" if item.path.name in _FIRST_CLUSTER else "second"
             item.add_marker(pytest.mark.xdist_group(f"{group} cluster"))
+        elif isinstance(item, pytest.Function) and "mlflow_server" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("MLflow server"))
 
 
 @pytest.fixture

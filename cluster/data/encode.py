@@ -266,10 +266,10 @@ class Encoder:
     def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
         """A shard's images as they arrive; `skipped` is complete when they end."""
         asked = source, self.experiment.data, self.experiment.latents.batch_size
+        parts: Iterable[list[LabelledImage] | Skipped] = decode_shard(*asked)
         if self.experiment.cluster.decode_tasks:
-            parts: Iterable[list[LabelledImage] | Skipped] = map(fetch, self.decode.remote(*asked))
-        else:
-            parts = decode_shard(*asked)
+            references: Any = self.decode.remote(*asked)
+            parts = map(fetch, references)
         for part in parts:
             if isinstance(part, Skipped):
                 skipped.merge(part)

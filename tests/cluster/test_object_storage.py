@@ -55,7 +55,7 @@ def on_s3(
     experiment = replace(encoded, data=replace(encoded.data, **patterns))
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db")
     training = small_training(20, checkpoint_every=5)
-    cluster = replace(experiment.cluster, workers=1)
+    cluster = replace(experiment.cluster, workers=1, decode_tasks=1)
     return replace(experiment, root=f"{s3}/runs", tracking=tracking, prior_training=training, cluster=cluster)
 
 

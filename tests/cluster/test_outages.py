@@ -42,7 +42,7 @@ def work(root: str, digits: dict[str, str], machines: dict[str, object]) -> None
     """A command of stage 1."""
     small = small_experiment(Path(root), digits)
     training = small_training(10_000, checkpoint_every=3)
-    cluster = replace(small.cluster, **machines)  # pyright: ignore[reportArgumentType]
+    cluster = replace(small.cluster, decode_tasks=1, **machines)  # pyright: ignore[reportArgumentType]
     with user_errors_answered({"cluster": vars(cluster)}, "this command"):
         train_autoencoder(replace(small, autoencoder_training=training, cluster=cluster))
 
@@ -110,6 +110,7 @@ def test_a_training_that_fails_closes_its_data(
 ) -> None:
     """A stream of Ray Data that is open at a process's end starts another Ray, and the process never ends."""
     small = small_experiment(tmp_path, digits)
+    small = replace(small, cluster=replace(small.cluster, decode_tasks=1))
     monkeypatch.setattr(cluster_train, "AutoencoderTask", FailingTask)
     with pytest.raises(RuntimeError, match="as it fails") as raised:
         train_autoencoder(replace(small, autoencoder_training=small_training(2)))

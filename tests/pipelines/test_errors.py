@@ -251,7 +251,7 @@ class RefusingInpainter(Inpainter):
 def test_an_actor_tells_whose_mistake_it_is(
     finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = flags_of(finished, tmp_path)
+    flags = flags_of(replace(finished, cluster=replace(finished.cluster, workers=1)), tmp_path)
     monkeypatch.setattr(cluster.sampling.inpainting, "Inpainter", RefusingInpainter)
     assert run(monkeypatch, "inpaint.py", *flags) == 2
     assert capsys.readouterr().err.endswith("error: sampling.steps is 4; it must not be\n")

@@ -37,6 +37,8 @@ LONG: dict[str, tuple[list[str], list[str]]] = {
     "run_all.py": ([], []),
 }
 """The stages before each command, and flags that make its work long."""
+IN_PROCESS = {"sample.py", "inpaint.py", "reference.py", "study.py"}
+"""Commands that are tried without Ray; the others with it."""
 
 
 def belonging_to(mark: str) -> list[str]:
@@ -68,6 +70,7 @@ def test_a_command_that_is_stopped_leaves_no_process_a_killed_run_and_the_line_t
         finished,
         root=str(copy_of(finished, tmp_path, *before)),
         autoencoder_training=long,
+        cluster=replace(finished.cluster, decode_tasks=int(script not in IN_PROCESS)),
         prior_training=finished.prior_training if "prior" in before else replace(long, ema_decay=[0.9, 0.3]),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
     )
