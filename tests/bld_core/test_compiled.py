@@ -68,8 +68,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("make", [stage_1, stage_2])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("make", "checkpointing"),
+    [pytest.param(stage_1, False, marks=pytest.mark.long), (stage_1, True), (stage_2, False), (stage_2, True)],
+)
 def test_every_block_is_one_graph_made_once_and_losses_are_those_of_plain_training(
     make: Callable[..., tuple[TrainState, Objective, tuple[int, ...], int]], checkpointing: bool, traced: None
 ) -> None:

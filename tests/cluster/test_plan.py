@@ -33,7 +33,7 @@ def number(text: str) -> float:
     return float(value.replace(",", "")) * {"": 1, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
 
 
-@pytest.mark.parametrize("name", ["ImageNet", "a web-scale set"])
+@pytest.mark.parametrize("name", ["ImageNet", pytest.param("a web-scale set", marks=pytest.mark.long)])
 def test_the_table_at_scale_is_the_plan_s(name: str) -> None:
     (row,) = re.findall(rf"^\| {name} \| (.*) \|$", TABLE, re.M)
     images, shards, requests, latents, core_hours, gpu_hours, _ = row.split(" | ")

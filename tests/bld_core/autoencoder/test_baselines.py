@@ -262,6 +262,7 @@ def work(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_replicas_learn_what_one_learns(tmp_path: Path) -> None:
     spawn(work, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

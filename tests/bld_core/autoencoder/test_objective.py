@@ -293,6 +293,7 @@ def work(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_replicas_of_both_players_stay_the_same_and_follow_one(tmp_path: Path) -> None:
     spawn(work, (str(tmp_path),), nprocs=2)
     (first, curve_1), (second, curve_2) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from bld_core.data.blocks import Columns, decode_block, read_visit, unpack
@@ -40,6 +41,7 @@ def test_a_visit_gives_every_image_of_the_shard_once(tmp_path: Path) -> None:
     assert all(np.array_equal(columns["pixels"][row], pixels[label]) for row, label in enumerate(columns["label"]))
 
 
+@pytest.mark.long
 def test_nothing_of_a_shard_stays_in_memory_behind_its_visit(tmp_path: Path) -> None:
     url, _ = write_noise(tmp_path)
     kept: list[int] = []

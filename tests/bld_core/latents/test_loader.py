@@ -104,6 +104,7 @@ def test_a_window_is_whole_shards_and_its_rows_are_mixed() -> None:
     assert len(orders) > 10
 
 
+@pytest.mark.long
 def test_two_windows_are_in_memory_and_no_more() -> None:
     gc.collect()
     before = {id(codes) for codes in in_memory()}

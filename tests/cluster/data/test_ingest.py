@@ -55,7 +55,7 @@ def whole(encoded: Experiment) -> list[tuple[Batch, Position]]:
     return list(itertools.islice(stream(encoded.data, augmentation=VARIED), 20))
 
 
-@pytest.mark.parametrize(("stop", "tasks"), [(3, 0), (16, 0), (16, 1)])
+@pytest.mark.parametrize(("stop", "tasks"), [(3, 0), (16, 0), pytest.param(16, 1, marks=pytest.mark.long)])
 def test_a_stream_goes_on_exactly_where_it_stopped(
     encoded: Experiment, whole: list[tuple[Batch, Position]], stop: int, tasks: int
 ) -> None:

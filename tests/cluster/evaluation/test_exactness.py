@@ -72,6 +72,7 @@ def measured(samples: Tensor, logits: Tensor, real: Tensor, batch: int, **asked:
     return figures.metrics()
 
 
+@pytest.mark.long
 def test_figures_of_2000_samples_are_those_of_torch_fidelity() -> None:
     samples, real, logits = vectors(1), vectors(2), 3 * vectors(3)
     expected = {
