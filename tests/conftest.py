@@ -35,7 +35,7 @@ from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
 from cluster.evaluation.config import EvaluationConfig
-from cluster.runtime import ClusterConfig
+from cluster.runtime import ClusterConfig, connect_ray
 from cluster.sweep.config import SweepConfig
 from cluster.training.train import train_autoencoder, train_prior
 from tests.servers import MlflowServer, S3Server
@@ -119,12 +119,18 @@ def small_experiment(root: Path, digits: dict[str, str], name: str = "small") ->
 
 @pytest.fixture(scope="session")
 def ray_session(s3: str) -> Iterator[None]:
-    """The one local Ray cluster, which the first stage starts (with the S3 settings); it ends with the session."""
+    """The one local Ray cluster, which the first work with workers starts (with the S3 settings)."""
     os.environ.pop("RAY_ADDRESS", None)
     # A look at a training more often than every other second, and no look-out for a cloud that takes nodes away.
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_session: None) -> None:
+    """The same, started."""
+    connect_ray(ClusterConfig(cpus_per_worker=0.25))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.stages import end_killed
 from cluster.sweep.search import STEP, values_of
-from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, trial_name
+from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, span_of, trial_name
 from cluster.sweep.table import finished
 from cluster.tracking.runs import Run, trial_run
 from cluster.training.history import read_history
@@ -53,6 +53,7 @@ class Board(Callback):
         self._several = sum(node["Alive"] for node in ray.nodes()) > 1
         self._telling = ThreadPoolExecutor(1)  # Tune's loop does not wait for MLflow
         self._told: list[Future[None]] = []
+        self._spans = {trial.name: span_of(experiment, trial.values) for trial in known}
         count = len(known) or experiment.sweep.trials
         self._progress = Progress("sweep", count * experiment.sweep.steps)
 
@@ -60,6 +61,11 @@ class Board(Callback):
     def trials(self) -> list[Trial]:
         """All that have begun, and those that are known before."""
         return list(self._trials.values())
+
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Take up the next generation of a population."""
+        self._trials |= {trial.name: trial for trial in trials}
+        self._spans |= {trial.name: span_of(self._experiment, trial.values) for trial in trials}
 
     def run_of(self, name: str) -> Run:
         """The MLflow run of a trial that is not refused."""
@@ -104,7 +110,7 @@ class Board(Callback):
         if metric not in result:
             return
         self._tell(partial(self._log, name, {metric: float(result[metric])}, int(result[STEP])))
-        self._steps[name] = max(result[STEP], self._steps.get(name, 0))
+        self._steps[name] = max(result[STEP] - self._span(name)[0], self._steps.get(name, 0))
         better = min if self._goal.mode == "min" else max
         self._best = result[metric] if self._best is None else better(self._best, result[metric])
         self._say()
@@ -142,8 +148,12 @@ class Board(Callback):
     def _end(self, name: str) -> None:
         self._running.discard(name)
         self._ended.add(name)
-        self._steps[name] = self._experiment.sweep.steps  # none of them is left
+        first, last = self._span(name)
+        self._steps[name] = last - first  # none of them is left
         self._say()
+
+    def _span(self, name: str) -> tuple[int, int]:
+        return self._spans.get(name, (0, self._experiment.sweep.steps))
 
     def _say(self) -> None:
         shown = {"ended": len(self._ended), "running": len(self._running)}

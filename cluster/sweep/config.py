@@ -24,8 +24,10 @@ class SweepConfig:
         vlb_weights: values of diffusion.vlb_weight (lambda), where space is empty.
         schedules: values of diffusion.schedule, where space is empty.
         search: "grid" tries every combination of the lists; "random" draws each trial by itself; "optuna" draws it by
-            what the trials before have shown (TPE, Bergstra et al. 2011).
-        trials: of a random search, and of Optuna's.
+            what the trials before have shown (TPE, Bergstra et al. 2011); "population" trains members side by side, of
+            which the worst go on from the weights of the best, with other settings (Jaderberg et al. 2017).
+        trials: of a random search, and of Optuna's; members of a population.
+        generations: of a population: parts of the training after each of which its members are compared.
         early_stopping: "asha" ends a trial whose evaluation at a rung is not among the best 1/reduction of those that
             came there before (Li et al. 2018); the rungs are grace, grace * reduction, and so on. "none" ends none.
         grace: steps of the first rung of ASHA; 0 takes steps / reduction^2.
@@ -37,8 +39,9 @@ class SweepConfig:
     space: dict[str, Any] = field(default_factory=dict[str, Any])
     vlb_weights: list[float] = field(default_factory=lambda: [0.0, 0.1])
     schedules: list[ScheduleName] = field(default_factory=lambda: ["linear", "cosine"])
-    search: Literal["grid", "random", "optuna"] = "grid"
+    search: Literal["grid", "random", "optuna", "population"] = "grid"
     trials: int = 16
+    generations: int = 4
     early_stopping: Literal["none", "asha"] = "none"
     grace: int = 0
     reduction: int = 3
@@ -51,6 +54,8 @@ class SweepConfig:
         for name in ("steps", "concurrent", "trials"):
             if getattr(self, name) < 1:
                 raise UserError(f"sweep.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.search == "population":
+            self._check_population()
         if self.reduction < 2:
             raise UserError(f"sweep.reduction is {self.reduction}; it must be at least 2")
         if not 0 <= self.grace <= self.steps:
@@ -64,6 +69,20 @@ class SweepConfig:
                     f"sweep.space has {name}: {values}, but sweep.search is grid, which tries every value of a list: "
                     "give a list, or set search to random or optuna"
                 )
+
+    def _check_population(self) -> None:
+        if self.trials < 2:
+            raise UserError(f"sweep.trials is {self.trials}; a population has at least 2 members")
+        if not 2 <= self.generations <= self.steps:
+            raise UserError(
+                f"sweep.generations is {self.generations}; a population has at least 2, and at most as many as "
+                f"sweep.steps, which is {self.steps}"
+            )
+        if self.early_stopping != "none":
+            raise UserError(
+                f"sweep.early_stopping is {self.early_stopping}, but sweep.search is population, which ends no member "
+                "early: set one of the two to none or to another search"
+            )
 
     @property
     def first_rung(self) -> int:

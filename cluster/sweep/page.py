@@ -18,7 +18,7 @@ from cluster.config.experiment import Experiment
 from cluster.lineage import git_commit
 from cluster.plots import Axis, Line, Panel, panels_figure, parallel_figure, shares_figure, svg
 from cluster.report.page import rendered
-from cluster.sweep.space import GOALS, StageName, nested
+from cluster.sweep.space import GOALS, StageName, nested, settings_of, span_of
 from cluster.sweep.table import Row, table_cells
 
 _TEMPLATE = Path(__file__).with_name("sweep.html")
@@ -39,6 +39,7 @@ def write_sweep_report(experiment: Experiment, stage: StageName, rows: Sequence[
     goal = GOALS[stage]
     measured = [row for row in rows if row.evaluations]
     shares = importance(measured, stage)
+    spans = [span_of(experiment, row.values) for row in rows if row.outcome != "refused"]
     page = {
         "name": experiment.name,
         "stage": stage,
@@ -47,8 +48,8 @@ def write_sweep_report(experiment: Experiment, stage: StageName, rows: Sequence[
             outcome: sum(row.outcome == outcome for row in rows)
             for outcome in ("finished", "stopped", "failed", "refused")
         },
-        "steps": sum(row.step for row in rows),
-        "all_steps": experiment.sweep.steps * sum(row.outcome != "refused" for row in rows),
+        "steps": sum(row.step - span_of(experiment, row.values)[0] for row in rows if row.evaluations),
+        "all_steps": sum(last - first for first, last in spans),
         "best": rows[0],
         "best_value": f"{rows[0].metrics[goal.metric]:.4f}",
         "settings": yaml.safe_dump(nested(rows[0].values)),
@@ -84,7 +85,8 @@ def _texts(rows: Sequence[Row], field: str) -> list[str]:
 
 
 def _axes(rows: Sequence[Row], stage: StageName) -> list[Axis]:
-    axes = [_axis(field.rpartition(".")[2], [row.values[field] for row in rows]) for field in rows[0].values]
+    fields = settings_of(rows[0].values)
+    axes = [_axis(field.rpartition(".")[2], [row.values[field] for row in rows]) for field in fields]
     metric = GOALS[stage].metric
     return [*axes, _axis(metric.removeprefix("val_"), [row.metrics[metric] for row in rows])]
 
@@ -123,7 +125,7 @@ def importance(rows: Sequence[Row], stage: StageName) -> dict[str, float]:
     y = np.asarray([row.metrics[GOALS[stage].metric] for row in rows])
     if len(rows) < _FEWEST or not np.ptp(y) > 0:
         return {}
-    columns = {field: _column(rows, field) for field in rows[0].values}
+    columns = {field: _column(rows, field) for field in settings_of(rows[0].values)}
     forest = RandomForestRegressor(_TREES, random_state=0)
     forest.fit(np.stack([*columns.values()], 1), y)
     return dict(zip(columns, forest.feature_importances_.tolist(), strict=True))

@@ -24,11 +24,23 @@ from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
 from cluster.stages import end_killed, locked
 from cluster.storage import run_storage
 from cluster.sweep.board import Board, was_stopped
+from cluster.sweep.population import check_population, generation
 from cluster.sweep.search import STEP, domains, optuna_search, planned, scheduler, values_of
-from cluster.sweep.space import GOALS, StageName, Trial, Values, make_trial, nested, planned_values, space_of
+from cluster.sweep.space import (
+    GOALS,
+    StageName,
+    Trial,
+    Values,
+    make_trial,
+    nested,
+    parent_of,
+    planned_values,
+    space_of,
+)
 from cluster.sweep.table import Row, finished, ranked, read_row, sweep_table, table_json
 from cluster.tracking.runs import Run, start_run, trial_run
 from cluster.tracking.store import known_to_be_there, open_client
+from cluster.training.checkpoints import checkpoints
 from cluster.training.history import read_history
 from cluster.training.onward import shared_checkpoint
 from cluster.training.train import train_autoencoder, train_prior
@@ -72,6 +84,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
         UserError: bad input, before anything is started; or no trial has succeeded, for the reason of the first.
     """
     space, goal = space_of(experiment, stage), GOALS[stage]
+    if experiment.sweep.search == "population":
+        check_population(experiment, stage)
     known = [make_trial(experiment, stage, values) for values in _values(experiment, stage)]
     if known and all(trial.experiment is None for trial in known):
         raise UserError(f"every trial of the sweep is refused; the first, {known[0].name}: {known[0].why}")
@@ -93,6 +107,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
 
 def _values(experiment: Experiment, stage: StageName) -> list[Values]:
     """What is known of the trials before any of them begins."""
+    if experiment.sweep.search == "population":
+        return generation(experiment, stage, 0, [])
     return [] if experiment.sweep.search == "optuna" else planned_values(experiment, stage)
 
 
@@ -110,22 +126,23 @@ def _run(
     experiment: Experiment, stage: StageName, space: Mapping[str, Any], known: Sequence[Trial], run: Run
 ) -> list[Row]:
     folder = files.join(experiment.folder, GOALS[stage].folder)
-    failures: dict[str, str] = {}
     board = Board(experiment, stage, folder, run.run_id, known)
-    replayed = experiment.sweep.search == "optuna" or experiment.sweep.early_stopping == "asha"
-    waiting = [trial for trial in known if trial.experiment and (replayed or not finished(trial, stage))]
-    if waiting or experiment.sweep.search == "optuna":
+    try:
+        failures = _train(experiment, stage, space, known, board)
+        if experiment.sweep.search == "population":
+            trials = known
+            for number in range(1, experiment.sweep.generations):
+                before = [read_row(trial, stage, failures) for trial in trials]
+                trials = [make_trial(experiment, stage, each) for each in generation(experiment, stage, number, before)]
+                board.add(trials)
+                failures |= _train(experiment, stage, space, trials, board)
+    finally:
         try:
-            with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
-                results = _tuner(experiment, stage, space, waiting, board).fit()
+            board.close()
         finally:
-            try:
-                board.close()
-            finally:
-                for trial in board.trials:  # a stopped sweep ends the processes of its trials at once
-                    if trial.experiment is not None:
-                        end_killed(trial.experiment, stage)
-        failures = _failures(results, experiment, stage)
+            for trial in board.trials:  # a stopped sweep ends the processes of its trials at once
+                if trial.experiment is not None:
+                    end_killed(trial.experiment, stage)
     rows = ranked([read_row(trial, stage, failures) for trial in board.trials], stage)
     best = rows[0]
     files.write_json(files.join(folder, "table.json"), table_json(rows, stage))
@@ -135,6 +152,20 @@ def _run(
     board.run_of(best.trial).tags({"bld.best": "this"})
     run.text(sweep_table(rows, stage), "table.txt")
     return rows
+
+
+def _train(
+    experiment: Experiment, stage: StageName, space: Mapping[str, Any], trials: Sequence[Trial], board: Board
+) -> dict[str, str]:
+    """Train trials, those that are not there yet, or that the search learns of; why some have failed, by name."""
+    optuna = experiment.sweep.search == "optuna"
+    replayed = optuna or experiment.sweep.early_stopping == "asha"
+    waiting = [trial for trial in trials if trial.experiment and (replayed or not finished(trial, stage))]
+    if not (waiting or optuna):
+        return {}
+    with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
+        results = _tuner(experiment, stage, space, waiting, board).fit()
+    return _failures(results, experiment, stage)
 
 
 def _tuner(
@@ -153,11 +184,11 @@ def _tuner(
             if evaluated.step < steps:
                 ray.tune.report({STEP: evaluated.step, goal.metric: evaluated.metrics[goal.metric]})
         if not was_stopped(told):
-            listener = Told(goal.metric, steps)
+            listener, exploited = Told(goal.metric, steps), _weights_of_parent(experiment, stage, trial)
             if stage == "prior":
-                train_prior(told, source=experiment.folder, told=listener)
+                train_prior(told, source=experiment.folder, told=listener, exploited=exploited)
             else:
-                train_autoencoder(told, told=listener)
+                train_autoencoder(told, told=listener, exploited=exploited)
             last = read_row(trial, stage, {})
             ray.tune.report({STEP: steps, goal.metric: last.metrics[goal.metric]})
 
@@ -182,6 +213,13 @@ def _tuner(
             failure_config=FailureConfig(max_failures=_TRIES),
         ),
     )
+
+
+def _weights_of_parent(experiment: Experiment, stage: StageName, trial: Trial) -> str:
+    """The checkpoint from which a trial of a population goes on; "" where it begins with none."""
+    if not (parent := parent_of(trial.values)):
+        return ""
+    return checkpoints(files.join(experiment.folder, GOALS[stage].folder, parent, stage))[-1]
 
 
 def start_of_full_length(experiment: Experiment, stage: StageName, values: Values) -> str:

@@ -21,7 +21,10 @@ from cluster.config.experiment import Experiment
 
 StageName = Literal["prior", "autoencoder"]
 Values = dict[str, Any]
-"""The fields of a trial that differ, by dotted name."""
+"""The fields of a trial that differ, by dotted name; of a population, its LINEAGE before them."""
+
+LINEAGE = ("generation", "member", "parent")
+"""What a trial of a population is: the member's number, and that of whom it goes on from, a generation before."""
 
 _LONGEST = 80  # characters of a trial's name
 _CALLED = {"diffusion.vlb_weight": "lambda", "diffusion.schedule": ""}
@@ -154,6 +157,27 @@ def draw(among: Any, key: int) -> Any:
     return float(f"{low + u * (high - low):.4g}")
 
 
+def settings_of(values: Values) -> Values:
+    """The settings alone."""
+    return {field: value for field, value in values.items() if field not in LINEAGE}
+
+
+def parent_of(values: Values) -> str:
+    """The trial whose weights one of a population goes on from; "" where it begins with none."""
+    if not values.get("generation"):
+        return ""
+    return trial_name({"generation": values["generation"] - 1, "member": values["parent"]})
+
+
+def span_of(experiment: Experiment, values: Values) -> tuple[int, int]:
+    """The steps before the first that a trial takes, and behind the last."""
+    sweep = experiment.sweep
+    if "generation" not in values:
+        return 0, sweep.steps
+    number = values["generation"]
+    return sweep.steps * number // sweep.generations, sweep.steps * (number + 1) // sweep.generations
+
+
 def make_trial(experiment: Experiment, stage: StageName, values: Values) -> Trial:
     """The trial of some values; settings that the experiment refuses are a trial that says so."""
     goal, sweep = GOALS[stage], experiment.sweep
@@ -161,13 +185,13 @@ def make_trial(experiment: Experiment, stage: StageName, values: Values) -> Tria
     training = getattr(experiment, goal.training)
     every = sweep.first_rung if sweep.early_stopping == "asha" else training.evaluate_every
     trial_training = {
-        "steps": sweep.steps,
+        "steps": span_of(experiment, values)[1],
         "evaluate_every": every,
         "checkpoint_every": min(training.checkpoint_every, every),
     }
     try:
         changes = {goal.training: replace(training, **trial_training)}
-        for field, value in values.items():
+        for field, value in settings_of(values).items():
             section, _, leaf = field.partition(".")
             before = changes.get(section, getattr(experiment, section))
             changes[section] = replace(before, **{leaf: _checked(type(before), field, leaf, value)})
@@ -204,6 +228,8 @@ def _checked(kind: type, field: str, leaf: str, value: Any) -> Any:
 
 def trial_name(values: Values) -> str:
     """A trial's name, in which its values can be read, as far as they fit; others are told apart by a hash."""
+    if "generation" in values:  # of the same settings there may be several
+        return f"generation{values['generation']}-member{values['member']}"
     parts = [f"{_CALLED.get(field, field.rpartition('.')[2])}{_short(value)}" for field, value in values.items()]
     name = "-".join(parts)
     readable = "".join(sign for sign in name if sign.isalnum() or sign in "-_.+")[:_LONGEST]
@@ -224,7 +250,7 @@ def _short(value: object) -> str:
 def nested(values: Values) -> dict[str, dict[str, Any]]:
     """Values by section, as a settings file has them."""
     found: dict[str, dict[str, Any]] = {}
-    for field, value in values.items():
+    for field, value in settings_of(values).items():
         section, _, leaf = field.partition(".")
         found.setdefault(section, {})[leaf] = value
     return found
@@ -232,4 +258,5 @@ def nested(values: Values) -> dict[str, dict[str, Any]]:
 
 def flags(values: Values) -> Sequence[str]:
     """Values as flags of a command."""
-    return [f"--{field}={value if isinstance(value, str) else json.dumps(value)}" for field, value in values.items()]
+    settings = settings_of(values)
+    return [f"--{field}={value if isinstance(value, str) else json.dumps(value)}" for field, value in settings.items()]

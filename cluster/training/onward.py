@@ -45,7 +45,13 @@ def shared_checkpoint(experiment: Experiment, stage: TrainedStage, start: str, s
 
 
 def first_checkpoint(
-    experiment: Experiment, stage: TrainedStage, fingerprint: Mapping[str, object], start: str, *, fresh: bool
+    experiment: Experiment,
+    stage: TrainedStage,
+    fingerprint: Mapping[str, object],
+    start: str,
+    *,
+    fresh: bool,
+    exploited: str = "",
 ) -> str:
     """The checkpoint of a shorter training that a stage begins with, checked.
 
@@ -55,6 +61,7 @@ def first_checkpoint(
         fingerprint: of the stage.
         start: experiment folder of the shorter training; "" begins with none.
         fresh: the stage's own checkpoints do not count.
+        exploited: a checkpoint to begin with whatever its settings were, in place of one of `start`.
 
     Returns:
         Its folder; "" where the stage begins with none, or goes on from its own.
@@ -63,8 +70,10 @@ def first_checkpoint(
         MissingError: no such training.
         UserError: it has other settings, or no checkpoint that a longer one would come by.
     """
-    if not start or (not fresh and checkpoints(files.join(experiment.folder, stage))):
+    if not (start or exploited) or (not fresh and checkpoints(files.join(experiment.folder, stage))):
         return ""
+    if exploited:
+        return exploited
     folder = files.join(start, stage)
     record = read_stage(folder, stage)
     if record is None:

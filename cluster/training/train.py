@@ -82,6 +82,7 @@ def train_autoencoder(
     mend: bool = False,
     told: UserCallback | None = None,
     start: str = "",
+    exploited: str = "",
 ) -> str:
     """Stage 1: image shards -> <folder>/autoencoder/final.
 
@@ -91,6 +92,7 @@ def train_autoencoder(
         mend: read all that it made before, and make again what is damaged.
         told: hears of each evaluation, which is then also kept in the stage's folder: see `read_history`.
         start: experiment folder of a shorter training of the same settings, from which this one goes on.
+        exploited: checkpoint of a shorter training whose settings may have been others, from which this one goes on.
 
     Returns:
         The folder of the finished model.
@@ -105,7 +107,7 @@ def train_autoencoder(
         **experiment.fingerprint("data", "augmentation", "autoencoder", "loss", "autoencoder_training"),
         "shards": files.fingerprint(shards),
     }
-    first = first_checkpoint(experiment, "autoencoder", fingerprint, start, fresh=fresh)
+    first = first_checkpoint(experiment, "autoencoder", fingerprint, start, fresh=fresh, exploited=exploited)
     faults = partial(training_faults, files.join(experiment.folder, "autoencoder"), mend)
     result, reads = f"{FINAL}/{CONFIG}", shards[:1]
     with open_stage(experiment, "autoencoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
@@ -158,6 +160,7 @@ def train_prior(
     mend: bool = False,
     told: UserCallback | None = None,
     start: str = "",
+    exploited: str = "",
 ) -> str:
     """Stage 2: cached latents -> <folder>/prior/final.
 
@@ -168,6 +171,7 @@ def train_prior(
         mend: read all that it made before, and make again what is damaged.
         told: as in `train_autoencoder`.
         start: as in `train_autoencoder`.
+        exploited: as in `train_autoencoder`.
 
     Returns:
         The folder of the finished model.
@@ -184,7 +188,7 @@ def train_prior(
     window = latents.window(experiment.cluster.latents_gb)
     if window < len(latents.shards):  # it streams, in an order that depends on the window
         fingerprint["latents_window"] = window
-    first = first_checkpoint(experiment, "prior", fingerprint, start, fresh=fresh)
+    first = first_checkpoint(experiment, "prior", fingerprint, start, fresh=fresh, exploited=exploited)
     faults = partial(training_faults, files.join(experiment.folder, "prior"), mend)
     with open_stage(experiment, "prior", fingerprint, f"{FINAL}/{CONFIG}", fresh=fresh, faults=faults) as stage:
         if not stage.done:

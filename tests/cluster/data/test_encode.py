@@ -77,7 +77,8 @@ def test_an_interrupted_job_resumes_and_ends_with_the_same_bytes(encoded: Experi
 def long_experiment(root: str, digits: dict[str, str]) -> Experiment:
     """Encoding takes long enough to be killed in the middle: many draws, in small batches."""
     latents = LatentConfig(draws=6, mirror=True, batch_size=8)
-    return replace(small_experiment(Path(root), digits), latents=latents)
+    small = small_experiment(Path(root), digits)
+    return replace(small, latents=latents, cluster=replace(small.cluster, decode_tasks=1))
 
 
 def work(root: str, digits: dict[str, str], address: str) -> None:
@@ -122,7 +123,7 @@ def kill(title: str) -> None:
 
 @pytest.mark.long
 def test_decoder_encoder_and_driver_killed_the_same_command_ends_with_the_bytes_of_an_undisturbed_run(
-    encoded: Experiment, digits: dict[str, str], tmp_path: Path
+    encoded: Experiment, ray_cluster: None, digits: dict[str, str], tmp_path: Path
 ) -> None:
     calm, killed = (long_experiment(str(copy_of(encoded, tmp_path / n, "autoencoder")), digits) for n in ("a", "b"))
     calm = replace(calm, cluster=replace(calm.cluster, workers=2, decode_tasks=3))  # another split, another order

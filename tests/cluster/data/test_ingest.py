@@ -50,7 +50,7 @@ def stream(
 
 
 @pytest.fixture(scope="module")
-def whole(encoded: Experiment) -> list[tuple[Batch, Position]]:
+def whole(encoded: Experiment, ray_cluster: None) -> list[tuple[Batch, Position]]:
     """The first batches of a stream of augmented images; an epoch is 16.17 batches."""
     return list(itertools.islice(stream(encoded.data, augmentation=VARIED), 20))
 
@@ -85,7 +85,7 @@ def test_augmented_images_come_in_the_order_of_plain_ones(
 
 
 @pytest.mark.long
-def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment) -> None:
+def test_the_shares_of_all_workers_are_one_epoch(encoded: Experiment, ray_cluster: None) -> None:
     images: Counter[bytes] = Counter()
     for rank, world in ((0, 2), (1, 2)):
         for batch, position in stream(encoded.data, rank=rank, world=world, tasks=rank):
@@ -175,7 +175,7 @@ def test_an_epoch_without_an_image_stops_the_stream() -> None:
         ledger.enter(row(1, 0, 1, bad), "x/b.tar")
 
 
-def test_what_is_left_out_is_counted_and_a_restart_goes_on_counting(ray_session: None, tmp_path: Path) -> None:
+def test_what_is_left_out_is_counted_and_a_restart_goes_on_counting(ray_cluster: None, tmp_path: Path) -> None:
     data, account = bad_shards(tmp_path), Skipped()
     whole = list(itertools.islice(stream(data, skipped=account), 3))
     assert [position.skipped for _, position in whole] == sorted(position.skipped for _, position in whole)
