@@ -37,7 +37,8 @@ class ClusterConfig:
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
-            decode_tasks is 0, too, that process: Ray is not started at all, and a debugger sees everything.
+            decode_tasks is 0, too, that process: Ray is not started at all, and a debugger sees everything. A sweep
+            starts it, and each trial trains in the one process that Ray Tune gives it.
         min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
             many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
@@ -143,7 +144,12 @@ class ClusterConfig:
     @property
     def need(self) -> Need:
         """What all workers, and one task that decodes, reserve."""
-        return Need(self.replicas * self.cpus_per_worker + DECODE_CPUS, self.replicas * self.gpus_per_worker)
+        return Need(self.replicas * self.cpus_per_worker + self.decode_cpus, self.replicas * self.gpus_per_worker)
+
+    @property
+    def decode_cpus(self) -> float:
+        """What one task that decodes reserves; 0 where there is none."""
+        return DECODE_CPUS if self.decode_tasks else 0.0
 
     @property
     def fewest(self) -> int:
@@ -155,13 +161,29 @@ class ClusterConfig:
         """What the fewest training workers, and one task that decodes, reserve."""
         return replace(self, workers=self.fewest).need
 
+    def check_device(self) -> None:
+        """See that the GPU is there that work in this process is to have; elsewhere Ray knows.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.gpu and not torch.cuda.is_available():
+            raise UserError(
+                "cluster.gpu is true, but this process, which does all of the work where cluster.workers and "
+                "cluster.decode_tasks are 0, sees no GPU: set it to false, or cluster.workers to 1 or more"
+            )
+
     def limit_threads(self) -> None:
         """Keep this worker's CPU arithmetic to the cores reserved for it, of those that there are."""
         torch.set_num_threads(max(1, min(round(self.cpus_per_worker), os.cpu_count() or 1)))
 
 
-def connect_ray(config: ClusterConfig) -> None:
+def connect_ray(config: ClusterConfig, *, many: bool = False) -> None:
     """Connect to Ray once a process, and check that the cluster holds the work, or wait until it does.
+
+    Args:
+        config: which cluster, and what the work needs of it.
+        many: whether trainings come and go on it, as the trials of a sweep: what those leave is freed.
 
     Raises:
         UserError: fewer CPU cores or GPUs than the workers ask for, or none of the nodes has enough, and no nodes come:
@@ -180,8 +202,8 @@ def connect_ray(config: ClusterConfig) -> None:
                     "variable RAY_ADDRESS"
                 ) from error
         else:
-            with local_cluster():
-                ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+            with local_cluster(dashboard=many) as options:
+                ray.init(address="local", logging_level=logging.WARNING, **options)
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     wait_until_held(partial(_check, config), config.wait_for_nodes)
@@ -195,7 +217,7 @@ def _check(config: ClusterConfig) -> None:
     need = config.need
     if need.cpus > have.get("CPU", 0):
         raise UserError(
-            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {DECODE_CPUS} for decoding "
+            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {config.decode_cpus} for decoding "
             f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )

@@ -135,7 +135,9 @@ def open_stage(
             yield Stage(experiment, name, known_run(experiment, name, record["run"]), True, result, record)
             return
         open_client(experiment.tracking.resolve(experiment.root), experiment.tracking.patience)  # soonest refused
-        if not experiment.cluster.in_process:
+        if experiment.cluster.in_process:
+            experiment.cluster.check_device()
+        else:
             connect_ray(experiment.cluster)
             if experiment.cluster.joined:
                 check_access([experiment.folder, *reads])

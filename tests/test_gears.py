@@ -32,7 +32,7 @@ THROUGH = {
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),
     "cluster.ray_private.data": (
-        "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
+        "cluster/data/test_ingest.py::test_images_that_are_decoded_in_the_worker_are_those_of_ray_data"
     ),
     "cluster.ray_private.tune": "pipelines/test_commands.py::test_every_command_does_its_work",
     "cluster.studio.pyfunc": (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from cluster.sampling.sampler import Draw, MeasureBound, Sampler
 
 CALLS = 2
 """Pieces that an actor is to work on at the same time."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ class Evaluator(Sampler):
         super().__init__(experiment, held_out)
         self.perceptual = load_lpips(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         self.extractors = {space: load_extractor(reference or experiment, space) for space in spaces}
+        several = not experiment.cluster.in_process  # pieces at the same time
         self._for_prior, self._for_features = (
-            ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) for _ in range(2)
+            ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) if several else None for _ in range(2)
         )
 
     def work(self, piece: Reconstruct | SampleFeatures | MeasureBound) -> Reconstructions | Drawn | Bound:
@@ -149,12 +152,12 @@ class Evaluator(Sampler):
         """
         match piece:
             case Reconstruct():
-                return self._for_features.submit(self._reconstruct, piece).result()
+                return _within(self._for_features, self._reconstruct, piece)
             case SampleFeatures():
-                images, seconds = self._for_prior.submit(self._draw_timed, piece.draw).result()
-                return self._for_features.submit(self._take_features, piece, images, seconds).result()
+                images, seconds = _within(self._for_prior, self._draw_timed, piece.draw)
+                return _within(self._for_features, self._take_features, piece, images, seconds)
             case MeasureBound():
-                return self._for_prior.submit(self.bound, piece).result()
+                return _within(self._for_prior, self.bound, piece)
 
     def _draw_timed(self, draw: Draw) -> tuple[Tensor, float]:
         began = time.perf_counter()
@@ -202,3 +205,8 @@ class Evaluator(Sampler):
                 found.shown.append((images[:missing], reconstructed[:missing].cpu()))
                 missing -= len(images)
         return found
+
+
+def _within(thread: ThreadPoolExecutor | None, function: Callable[..., T], *arguments: object) -> T:
+    """Call a function in a thread, and wait for it; or here, where there is none: a stop then ends it at once."""
+    return function(*arguments) if thread is None else thread.submit(function, *arguments).result()

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
 
 from bld_core.errors import UserError
-from cluster.ray_private.core import ends_with_command
+from cluster.ray_private.core import without_dashboard
 
 _ANSWER_S = 3.0
 
@@ -46,11 +46,11 @@ class PlainTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         """Ray's own, without the process that asks the dashboard every second whether the controller is alive.
 
-        It frees what a dead one has reserved. A cluster that ends with its command has no dashboard, where it would ask
-        in vain, and every training would end 12 s late; and no use for it.
+        It frees what a dead one has reserved, as those of a sweep's trials that end early. The cluster of a command
+        that trains once has no dashboard, where it would ask in vain, and ends with the command.
         """
         callbacks = super()._create_default_callbacks()
-        if not ends_with_command():
+        if not without_dashboard():
             return callbacks
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 

@@ -26,7 +26,7 @@ class SweepConfig:
         search: "grid" tries every combination of the lists; "random" draws each trial by itself; "optuna" draws it by
             what the trials before have shown (TPE, Bergstra et al. 2011); "population" trains members side by side, of
             which the worst go on from the weights of the best, with other settings (Jaderberg et al. 2017).
-        trials: of a random search, and of Optuna's; members of a population.
+        trials: of a random search, and of Optuna's; members of a population, of which equal ones learn the same.
         generations: of a population: parts of the training after each of which its members are compared.
         early_stopping: "asha" ends a trial whose evaluation at a rung is not among the best 1/reduction of those that
             came there before (Li et al. 2018); the rungs are grace, grace * reduction, and so on. "none" ends none.
@@ -67,7 +67,7 @@ class SweepConfig:
             if self.search == "grid" and not isinstance(values, list):
                 raise UserError(
                     f"sweep.space has {name}: {values}, but sweep.search is grid, which tries every value of a list: "
-                    "give a list, or set search to random or optuna"
+                    "give a list, or set search to random, optuna or population"
                 )
 
     def _check_population(self) -> None:

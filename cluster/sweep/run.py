@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,11 +21,11 @@ from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.nodes import nodes_there, nodes_watched, rooms
 from cluster.ray_private.tune import keep_keys_from_tune
-from cluster.runtime import DECODE_CPUS, connect_ray, unwrap
+from cluster.runtime import connect_ray, unwrap
 from cluster.stages import end_killed, locked
 from cluster.storage import run_storage
 from cluster.sweep.board import Board, was_stopped
-from cluster.sweep.population import check_population, generation
+from cluster.sweep.population import check_population, decide, decided, generation
 from cluster.sweep.search import STEP, domains, optuna_search, planned, scheduler, values_of
 from cluster.sweep.space import (
     GOALS,
@@ -86,6 +87,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
     space, goal = space_of(experiment, stage), GOALS[stage]
     if experiment.sweep.search == "population":
         check_population(experiment, stage)
+        if not fresh:
+            decided(experiment, stage)
     known = [make_trial(experiment, stage, values) for values in _values(experiment, stage)]
     if known and all(trial.experiment is None for trial in known):
         raise UserError(f"every trial of the sweep is refused; the first, {known[0].name}: {known[0].why}")
@@ -99,7 +102,7 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
     with locked(folder):
         if fresh:
             files.remove(folder)
-        connect_ray(experiment.cluster)
+        connect_ray(experiment.cluster, many=True)
         run = _open_run(experiment, goal.folder, folder)
         with run.until_end():
             return _run(experiment, stage, space, known, run)
@@ -126,16 +129,11 @@ def _run(
     experiment: Experiment, stage: StageName, space: Mapping[str, Any], known: Sequence[Trial], run: Run
 ) -> list[Row]:
     folder = files.join(experiment.folder, GOALS[stage].folder)
+    population = experiment.sweep.search == "population"
     board = Board(experiment, stage, folder, run.run_id, known)
     try:
-        failures = _train(experiment, stage, space, known, board)
-        if experiment.sweep.search == "population":
-            trials = known
-            for number in range(1, experiment.sweep.generations):
-                before = [read_row(trial, stage, failures) for trial in trials]
-                trials = [make_trial(experiment, stage, each) for each in generation(experiment, stage, number, before)]
-                board.add(trials)
-                failures |= _train(experiment, stage, space, trials, board)
+        train = partial(_train, experiment, stage, space, board)
+        failures = _generations(experiment, stage, board, train) if population else train(known)
     finally:
         try:
             board.close()
@@ -154,8 +152,27 @@ def _run(
     return rows
 
 
+def _generations(
+    experiment: Experiment, stage: StageName, board: Board, train: Callable[[Sequence[Trial]], dict[str, str]]
+) -> dict[str, str]:
+    """Train a population; why members have failed, by name. A generation that has a successor is as it is."""
+    failures: dict[str, str] = {}
+    trials: list[Trial] = []
+    known = decided(experiment, stage)
+    for number in range(experiment.sweep.generations):
+        if number == len(known):
+            before = [read_row(trial, stage, failures) for trial in trials]
+            known.append(generation(experiment, stage, number, before))
+            decide(experiment, stage, known)
+        trials = [make_trial(experiment, stage, values) for values in known[number]]
+        board.add(trials)
+        if number == len(known) - 1:
+            failures |= train(trials)
+    return failures
+
+
 def _train(
-    experiment: Experiment, stage: StageName, space: Mapping[str, Any], trials: Sequence[Trial], board: Board
+    experiment: Experiment, stage: StageName, space: Mapping[str, Any], board: Board, trials: Sequence[Trial]
 ) -> dict[str, str]:
     """Train trials, those that are not there yet, or that the search learns of; why some have failed, by name."""
     optuna = experiment.sweep.search == "optuna"
@@ -165,7 +182,8 @@ def _train(
         return {}
     with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
         results = _tuner(experiment, stage, space, waiting, board).fit()
-    return _failures(results, experiment, stage)
+    good = any(finished(trial, stage) for trial in trials)
+    return _failures(results, experiment, stage, good=good)
 
 
 def _tuner(
@@ -230,6 +248,8 @@ def start_of_full_length(experiment: Experiment, stage: StageName, values: Value
         stage: of the sweep.
         values: of the trial.
     """
+    if experiment.sweep.search == "population":  # whose weights come from other settings, too
+        return ""
     trial, training = make_trial(experiment, stage, values).allowed, GOALS[stage].training
     steps = getattr(experiment, training).steps
     longer = replace(trial, **{training: replace(getattr(trial, training), steps=steps)})
@@ -243,11 +263,11 @@ def room(experiment: Experiment, stage: StageName) -> int:
     fits = sum(rooms(cluster.cpus_per_worker, cluster.gpus_per_worker, nodes)) // cluster.replicas
     if stage == "autoencoder":  # whose images are decoded beside its workers
         cpus = sum(node.get("CPU", 0) for node in nodes)
-        fits = min(fits, int(cpus / (cluster.replicas * cluster.cpus_per_worker + DECODE_CPUS) + 1e-6))
+        fits = min(fits, int(cpus / (cluster.replicas * cluster.cpus_per_worker + cluster.decode_cpus) + 1e-6))
     return max(1, fits)
 
 
-def _failures(results: ResultGrid, experiment: Experiment, stage: StageName) -> dict[str, str]:
+def _failures(results: ResultGrid, experiment: Experiment, stage: StageName, *, good: bool) -> dict[str, str]:
     """Why trials have failed, by name.
 
     Raises:
@@ -258,7 +278,7 @@ def _failures(results: ResultGrid, experiment: Experiment, stage: StageName) -> 
         for result in results
         if result.error is not None and result.config is not None
     }
-    if len(failed) == len(results):
+    if len(failed) == len(results) and not good:  # nor has any at an earlier start
         for failure in failed.values():
             if isinstance(failure, UserError):
                 raise failure

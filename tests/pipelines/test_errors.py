@@ -295,8 +295,8 @@ def test_a_training_worker_that_dies_too_often_is_one_message(
     )
 
 
-def refuse(trial: Experiment, source: str = "", told: object = None) -> str:
-    del source, told
+def refuse(trial: Experiment, source: str = "", told: object = None, exploited: str = "") -> str:
+    del source, told, exploited
     raise UserError(f"`steps` is {trial.sampling.steps}; it must not be", trial.sampling)
 
 

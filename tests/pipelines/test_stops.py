@@ -37,7 +37,7 @@ LONG: dict[str, tuple[list[str], list[str]]] = {
     "run_all.py": ([], []),
 }
 """The stages before each command, and flags that make its work long."""
-IN_PROCESS = {"sample.py", "inpaint.py", "reference.py", "study.py"}
+IN_PROCESS = {"sample.py", "inpaint.py", "reference.py", "study.py", "evaluate.py"}
 """Commands that are tried without Ray; the others with it."""
 
 

@@ -17,7 +17,7 @@ from bld_core.training.checkpoint import read_model_config
 from cluster.config.experiment import Experiment
 from cluster.sweep.config import SweepConfig
 from cluster.sweep.page import write_sweep_report
-from cluster.sweep.population import check_population, explored, generation
+from cluster.sweep.population import check_population, decide, decided, explored, generation
 from cluster.sweep.run import sweep
 from cluster.sweep.space import make_trial, settings_of
 from cluster.sweep.table import Row
@@ -73,12 +73,15 @@ def test_a_trial_of_a_generation_ends_where_the_next_begins() -> None:
         ({"uniform": [0.0, 1.0]}, 0.9, {1.0, 0.75}),
         ({"randint": [1, 9]}, 2, {1, 3}),
         ({"choice": ["a", "b", "c"]}, "b", {"a", "c"}),
-        ([0.0, 0.1, 0.5], 0.0, {0.0, 0.1}),
+        ([0.0, 0.1, 0.5], 0.1, {0.0, 0.5}),
     ],
 )
 def test_settings_move_to_a_neighbour_or_now_and_then_anywhere(among: Any, value: Any, near: set[Any]) -> None:
     seen = Counter(explored(among, value, key_of(n)) for n in range(400))
     assert all(seen[each] > 100 for each in near), "three quarters, half of them up"
+    assert [explored([0.0, 0.1], 0.1, key_of(n)) for n in range(40)].count(0.0) > 30, (
+        "from an end, to where there is room"
+    )
     assert sum(count for each, count in seen.items() if each not in near) < 150
     if isinstance(among, dict) and "choice" not in among:
         [[low, high]] = among.values()
@@ -89,6 +92,7 @@ def test_settings_move_to_a_neighbour_or_now_and_then_anywhere(among: Any, value
 @pytest.mark.parametrize(
     ("training", "space", "message"),
     [
+        ({}, {}, r"sweep.space is empty, but sweep.search is population"),
         ({}, {"prior.width": [32, 64]}, r"has prior.width, which only a new training can change.*prior_training.learn"),
         ({"decay": "cosine"}, SPACE, r"prior_training.decay is 'cosine': its rates .* set it to constant"),
         ({"ema_lengths": [0.1]}, SPACE, r"prior_training.ema_lengths, .* set ema_lengths to \[\]"),
@@ -137,12 +141,16 @@ def test_a_population_that_is_interrupted_goes_on_to_the_same(encoded: Experimen
     }
     assert "24 of 24 steps were trained" in Path(write_sweep_report(whole, "prior", rows, "x")).read_text()
 
+    decide(stopped, "prior", decided(whole, "prior"))
     for row in rows:
         if not row.values["generation"]:  # it was stopped between the generations
             shutil.copytree(f"{whole.folder}/sweep/{row.trial}", f"{stopped.folder}/sweep/{row.trial}")
     assert sweep(stopped) == rows
+    other = replace(stopped, sweep=replace(stopped.sweep, space=SPACE | {"diffusion.vlb_weight": [0.2]}))
+    with pytest.raises(ValueError, match=r"is of a population with other settings.* with sweep.py --fresh"):
+        sweep(other)
     for row in rows:
         finals = [f"{each.folder}/sweep/{row.trial}/prior/final" for each in (whole, stopped)]
         assert len({read_model_config(final)["hash"] for final in finals}) == 1
-    one, other = (files.read_bytes(f"{each.folder}/sweep/table.json") for each in (whole, stopped))
-    assert one == other
+    one, two = (files.read_bytes(f"{each.folder}/sweep/table.json") for each in (whole, stopped))
+    assert one == two

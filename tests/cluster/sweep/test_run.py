@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,6 +35,29 @@ from tests.servers import S3Server
 ROOT = Path(__file__).parents[3]
 
 
+READS = """
+import json, sys
+from mlflow import MlflowClient
+client = MlflowClient(sys.argv[1])
+[experiment] = [each for each in client.search_experiments() if each.name == sys.argv[2]]
+[sweep] = client.search_runs([experiment.experiment_id], "run_name = 'sweep'")
+of_it = f"tags.mlflow.parentRunId = '{sweep.info.run_id}'"
+children = [r for r in client.search_runs([experiment.experiment_id], of_it) if r.info.run_name.startswith("lambda")]
+print(json.dumps({"best": sweep.data.tags["bld.best"], "children": {child.info.run_name: {
+    "status": child.info.status,
+    "lambda": child.data.params["diffusion.vlb_weight"],
+    "best": child.data.tags.get("bld.best"),
+    "bounds": [[m.step, m.value] for m in client.get_metric_history(child.info.run_id, "val_bound")],
+} for child in children}}))
+"""
+
+
+def as_another_process_reads(uri: str, experiment: str) -> Any:
+    """What MLflow's own client says of the sweep's run and its children, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", READS, uri, experiment], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.long
 def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = replace(encoded, sweep=replace(encoded.sweep, vlb_weights=[0.0, 0.5], schedules=["cosine"]))
@@ -49,14 +74,20 @@ def test_a_sweep_ranks_its_trials_and_names_the_best(encoded: Experiment, capsys
     best = yaml.safe_load(Path(encoded.folder, "sweep/best.yaml").read_text())
     assert best == {"diffusion": {"vlb_weight": table["rows"][0]["vlb_weight"], "schedule": "cosine"}}
     assert f"{bounds[0]:.4f}" in sweep_table(rows)
-    with closing(sqlite3.connect(f"{encoded.root}/mlflow.db")) as database:
-        found = database.execute(
-            "SELECT runs.name, runs.status, p.value, c.name FROM runs JOIN tags t ON t.run_uuid = runs.run_uuid "
-            "AND t.key = 'mlflow.parentRunId' JOIN runs c ON c.run_uuid = t.value LEFT JOIN params p ON p.run_uuid = "
-            "runs.run_uuid AND p.key = 'diffusion.vlb_weight' WHERE c.name = 'sweep' AND runs.name LIKE 'lambda%' "
-            "ORDER BY runs.name"
-        ).fetchall()
-    assert found == [(f"lambda{weight:g}-cosine", "FINISHED", str(weight), "sweep") for weight in (0.0, 0.5)]
+    names = [f"lambda{weight:g}-cosine" for weight in (0.0, 0.5)]
+    best_name = names[rows[0].values["diffusion.vlb_weight"] > 0]
+    assert as_another_process_reads(f"sqlite:///{encoded.root}/mlflow.db", encoded.name) == {
+        "best": best_name,
+        "children": {
+            name: {
+                "status": "FINISHED",
+                "lambda": str(weight),
+                "best": "this" if name == best_name else None,
+                "bounds": [[4, row.metrics["val_bound"]] for row in rows if row.trial == name],
+            }
+            for name, weight in zip(names, (0.0, 0.5), strict=True)
+        },
+    }
     # Ray Tune would hand the keys of S3, which are in this process's environment, to its trials by way of Ray's logs.
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "testsecret"
     node = ray_worker._global_node  # pyright: ignore[reportPrivateUsage]
@@ -107,7 +138,7 @@ def test_a_sweep_whose_command_and_workers_are_killed_goes_on_to_the_table_and_w
         training = replace(encoded.prior_training, checkpoint_every=3, log_every=20)
         root = copy_of(encoded, tmp_path / folder, "autoencoder", "latents")
         tracking = replace(encoded.tracking, uri=encoded.tracking.resolve(encoded.root), experiment=folder)
-        cluster = replace(encoded.cluster, max_failures=0)
+        cluster = replace(encoded.cluster, workers=1, max_failures=0)
         changes = {"prior_training": training, "tracking": tracking, "cluster": cluster}
         return replace(encoded, root=str(root), sweep=replace(settings, reduction=2), **changes)
 

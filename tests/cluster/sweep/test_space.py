@@ -107,7 +107,7 @@ def test_what_is_no_distribution_is_refused(values: Any) -> None:
 
 
 def test_a_grid_takes_no_distribution() -> None:
-    with pytest.raises(UserError, match=r"sweep\.search is grid.*set search to random or optuna"):
+    with pytest.raises(UserError, match=r"sweep\.search is grid.*set search to random, optuna or population"):
         SweepConfig(space={"prior.width": {"randint": [1, 3]}})
 
 
