@@ -37,8 +37,8 @@ class ClusterConfig:
         workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
-            decode_tasks is 0, too, that process: Ray is not started at all, and a debugger sees everything. A sweep
-            starts it, and each trial trains in the one process that Ray Tune gives it.
+            decode_tasks is 0, too, that process: Ray is not started, and a debugger sees everything. A sweep starts it,
+            and each of its trials then has one training worker.
         min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
             many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
@@ -217,7 +217,7 @@ def _check(config: ClusterConfig) -> None:
     need = config.need
     if need.cpus > have.get("CPU", 0):
         raise UserError(
-            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {config.decode_cpus} for decoding "
+            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {config.decode_cpus:g} for decoding "
             f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
             "lower cluster.workers or cluster.cpus_per_worker"
         )

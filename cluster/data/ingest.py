@@ -2,10 +2,10 @@
 
 Each worker streams its own share of the shards, in an order that is a function of (seed, epoch). Reading and decoding
 are two stages: a shard is read as a whole and cut into small blocks of image files, which are then decoded in parallel
-(by the worker itself, one after the other, where cluster.decode_tasks is 0);
-so what is held in memory does not grow with the shards. Order is preserved all the way, and every sample that a shard
-holds is a row on the way, also where it cannot be used: a position in the stream is a few numbers, a restart goes on
-with the very next image, and nothing can be lost without notice.
+(by the worker itself, one after the other, where cluster.decode_tasks is 0); so what is held in memory does not grow
+with the shards. Order is preserved all the way, and every sample that a shard holds is a row on the way, also where it
+cannot be used: a position in the stream is a few numbers, a restart goes on with the very next image, and nothing can
+be lost without notice.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ class Board(Callback):
         self._several = sum(node["Alive"] for node in ray.nodes()) > 1
         self._telling = ThreadPoolExecutor(1)  # Tune's loop does not wait for MLflow
         self._told: list[Future[None]] = []
-        self._spans = {trial.name: span_of(experiment, trial.values) for trial in known}
         count = len(known) or experiment.sweep.trials
         self._progress = Progress("sweep", count * experiment.sweep.steps)
 
@@ -65,7 +64,6 @@ class Board(Callback):
     def add(self, trials: Sequence[Trial]) -> None:
         """Take up the next generation of a population."""
         self._trials |= {trial.name: trial for trial in trials}
-        self._spans |= {trial.name: span_of(self._experiment, trial.values) for trial in trials}
 
     def run_of(self, name: str) -> Run:
         """The MLflow run of a trial that is not refused."""
@@ -153,7 +151,7 @@ class Board(Callback):
         self._say()
 
     def _span(self, name: str) -> tuple[int, int]:
-        return self._spans.get(name, (0, self._experiment.sweep.steps))
+        return span_of(self._experiment, self._trials[name].values)
 
     def _say(self) -> None:
         shown = {"ended": len(self._ended), "running": len(self._running)}

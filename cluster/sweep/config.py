@@ -81,7 +81,7 @@ class SweepConfig:
         if self.early_stopping != "none":
             raise UserError(
                 f"sweep.early_stopping is {self.early_stopping}, but sweep.search is population, which ends no member "
-                "early: set one of the two to none or to another search"
+                "early: set it to none, or sweep.search to another"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""A training that begins where a shorter one is, mostly of the same settings: it does not take those steps again."""
+"""A training that begins where a shorter one is, and does not take those steps again."""
 
 from __future__ import annotations
 

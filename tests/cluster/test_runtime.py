@@ -6,17 +6,25 @@ import _thread
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 import cluster.nodes
 from bld_core.errors import UserError
+from cluster.config.experiment import Experiment
 from cluster.nodes import Need, Watch, nodes_watched
 from cluster.runtime import ClusterConfig, connect_ray, finished_on_actors
+from cluster.training.train import train_autoencoder
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -46,6 +54,57 @@ def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> No
     assert list(once) == [(0, 9)]
     with pytest.raises(UserError, match=r"the actor Fragile died 2 times, at last on node \S+, as its worker process"):
         list(twice)
+
+
+class Here:
+    """Says which process it is in."""
+
+    def process(self, number: int) -> tuple[int, int]:
+        return number, os.getpid()
+
+
+def test_without_workers_and_decoding_tasks_this_process_does_it_all(encoded: Experiment, tmp_path: Path) -> None:
+    config = ClusterConfig(workers=0, decode_tasks=0)
+    done = list(finished_on_actors(Here, (), "process", [7, 8], config))
+    assert done == [(0, (7, os.getpid())), (1, (8, os.getpid()))]
+    if not torch.cuda.is_available():  # which Ray would look for elsewhere
+        on_gpu = replace(encoded, root=str(tmp_path), cluster=replace(encoded.cluster, gpu=True))
+        with pytest.raises(UserError, match=r"cluster.gpu is true, but this process, .* sees no GPU: set it to false"):
+            train_autoencoder(on_gpu)
+
+
+WITHOUT_RAY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import ray
+from cluster.data.encode import encode_latents, verify_latents
+from cluster.evaluation.evaluate import evaluate
+from cluster.sampling.grids import GridConfig, draw_grid
+from cluster.training.train import train_autoencoder, train_prior
+from tests.conftest import small_experiment
+root, train, validation = sys.argv[1:]
+experiment = small_experiment(Path(root), {"train": train, "validation": validation})
+train_autoencoder(experiment)
+encode_latents(experiment)
+print(verify_latents(experiment))
+train_prior(experiment)
+draw_grid(experiment, GridConfig(rows=2))
+evaluate(experiment)
+assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.long
+def test_the_whole_order_of_work_starts_no_ray(encoded: Experiment, digits: dict[str, str], tmp_path: Path) -> None:
+    """Nor does it ask for the cluster that is named: nothing listens there."""
+    command = [sys.executable, "-c", WITHOUT_RAY, str(tmp_path), digits["train"], digits["validation"]]
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verified 5 files, 1797 rows" in done.stdout
+    for made in (f"{encoded.name}/latents/manifest.json", f"{encoded.name}/autoencoder/final/model.safetensors"):
+        assert (tmp_path / made).read_bytes() == Path(encoded.root, made).read_bytes()
 
 
 class Damaged:
