@@ -54,7 +54,7 @@ from bld_core.noise import uniform
 from bld_core.precision import Precision, TrainingPrecision, autocast, ieee_float32, training_arithmetic
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import PriorConfig
-from bld_core.training.cost import pass_cost, step_cost
+from bld_core.training.cost import Step, pass_cost, step_cost
 from bld_core.training.inference import Network, for_inference
 from bld_core.training.loop import Batch, Objective, TrainingConfig, TrainState, make_state, train
 
@@ -315,7 +315,7 @@ def speed(unit: str, count: int, operations: float, precision: TrainingPrecision
 def operations_of(stage: Stage) -> int:
     """Of a step, counted."""
     plain = replace(stage.config, channels_last=False)
-    return step_cost(lambda: stage.make(plain, "cpu"), stage.data, plain).operations
+    return step_cost(Step(lambda: stage.make(plain, "cpu"), stage.data, plain)).operations
 
 
 def training(

@@ -92,32 +92,39 @@ class _NormsOfGpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_cost(
-    make: Callable[[], tuple[TrainState, Objective]], data: Callable[[], Tensor], config: TrainingConfig
-) -> StepCost:
-    """Count a training step, of which no number is computed.
+class Step(NamedTuple):
+    """A training step, of which no number is computed.
 
-    Args:
+    Attributes:
         make: the state and what it minimises; called under a mode in which all tensors are fake.
         data: a batch, as in `Batch`; called likewise.
         config: how it is trained.
+    """
 
-    Returns:
-        The cost of its second step: the first makes the optimizer's moments. Operations are counted with plain
-        attention, memory with the fused one, as they run; neither with compiled blocks, which keep less.
+    make: Callable[[], tuple[TrainState, Objective]]
+    data: Callable[[], Tensor]
+    config: TrainingConfig
+
+
+def step_cost(step: Step) -> StepCost:
+    """Count the second step of a training: the first makes the optimizer's moments.
+
+    Operations are counted with plain attention, memory with the fused one, as they run; neither with compiled blocks,
+    which keep less.
     """
     counter = FlopCounterMode(display=False)  # takes operations apart, into more memory than they take
     with sdpa_kernel(SDPBackend.MATH):
-        _second_step(make, data, config, counter)
-    return StepCost(counter.get_total_flops(), _second_step(make, data, config, contextlib.nullcontext()))
+        _second_step(step, counter)
+    return StepCost(counter.get_total_flops(), step_memory(step))
 
 
-def _second_step(
-    make: Callable[[], tuple[TrainState, Objective]],
-    data: Callable[[], Tensor],
-    config: TrainingConfig,
-    counting: contextlib.AbstractContextManager[Any],
-) -> Memory:
+def step_memory(step: Step) -> Memory:
+    """The memory of `step_cost` alone, in half of its time."""
+    return _second_step(step, contextlib.nullcontext())
+
+
+def _second_step(step: Step, counting: contextlib.AbstractContextManager[Any]) -> Memory:
+    make, data, config = step
     unseen = 10**9  # nobody looks at a step, which would read numbers that fake tensors have not
     config = replace(config, steps=unseen, log_every=unseen, evaluate_every=unseen, checkpoint_every=unseen)
     with FakeTensorMode(allow_non_fake_inputs=True), _NormsOfGpu(), _Live() as live:

@@ -19,7 +19,7 @@ from bld_core.autoencoder.perceptual import Perceptual
 from bld_core.errors import UserError
 from bld_core.prior.model import make_model
 from bld_core.prior.transformer import Prior
-from bld_core.training.cost import Memory, StepCost, pass_cost, step_cost
+from bld_core.training.cost import Memory, Step, pass_cost, step_cost, step_memory
 from bld_core.training.loop import Objective, TrainingConfig, TrainState, make_state
 from cluster.config.experiment import Experiment
 from cluster.console import aligned
@@ -133,7 +133,7 @@ def network_sizes(experiment: Experiment) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def stage_1_cost(experiment: Experiment, count: int) -> StepCost:
+def stage_1_step(experiment: Experiment, count: int) -> Step:
     """A step of stage 1 with `count` images, all terms of its loss at work, as in its later part."""
     data, loss = experiment.data, replace(experiment.loss, adversarial_start=0, adversarial_ramp=0)
     training = _plain(experiment.autoencoder_training, count)
@@ -149,10 +149,10 @@ def stage_1_cost(experiment: Experiment, count: int) -> StepCost:
         return state, AutoencoderObjective(loss, experiment.code_shape, 0, perceptual)
 
     shape = (count, data.image_size, data.image_size, data.channels)
-    return step_cost(make, lambda: torch.zeros(shape, dtype=torch.uint8), training)
+    return Step(make, lambda: torch.zeros(shape, dtype=torch.uint8), training)
 
 
-def stage_2_cost(experiment: Experiment, count: int) -> StepCost:
+def stage_2_step(experiment: Experiment, count: int) -> Step:
     """A step of stage 2 with `count` codes."""
     h, w, c = experiment.code_shape
     training = _plain(experiment.prior_training, count)
@@ -162,7 +162,7 @@ def stage_2_cost(experiment: Experiment, count: int) -> StepCost:
     def data() -> Tensor:
         return torch.zeros(count, h * w, c, dtype=torch.uint8)
 
-    return step_cost(lambda: (make_state(model.network(), training), objective), data, training)
+    return Step(lambda: (make_state(model.network(), training), objective), data, training)
 
 
 def _plain(training: TrainingConfig, count: int) -> TrainingConfig:
@@ -172,27 +172,45 @@ def _plain(training: TrainingConfig, count: int) -> TrainingConfig:
 
 def make_plan(experiment: Experiment, plan: PlanConfig) -> list[StagePlan]:
     """Stage 1, the encode job and stage 2 on these GPUs."""
-    gpu, code = GPUS[plan.gpu], math.prod(experiment.code_shape) // 8 + _ROW
-    decoded = next((rate for size, rate in DECODED.items() if experiment.data.image_size <= size), DECODED[1024])
-    sizes = network_sizes(experiment)
-    parameters, operations = sizes["encoder"]
-    rate = plan.gpus * plan.share * gpu.rate / operations
-    read = float(plan.images * plan.image_bytes)
-    rows = plan.images * max(1, experiment.latents.draws) * (2 if experiment.latents.mirror else 1)
-    encode = StagePlan(
-        *("encode", parameters, float(operations), rate, plan.images / rate / 3600, rate / decoded, read),
-        *(_requests(plan.images, plan.image_bytes), float(rows * code), experiment.latents.batch_size),
-    )
-    first = _trained("stage 1", experiment.autoencoder_training, plan, lambda n: stage_1_cost(experiment, n))
-    second = _trained("stage 2", experiment.prior_training, plan, lambda n: stage_2_cost(experiment, n))
+    encode = encode_plan(experiment, plan)
+    first = _trained("stage 1", experiment.autoencoder_training, plan, lambda n: stage_1_step(experiment, n))
+    second = _trained("stage 2", experiment.prior_training, plan, lambda n: stage_2_step(experiment, n))
     used = experiment.autoencoder_training.steps * experiment.autoencoder_training.batch_size
+    each = int(encode.written) // plan.images
     return [
         first._replace(
-            cores=first.rate / decoded, read=float(used * plan.image_bytes), requests=_requests(used, plan.image_bytes)
+            cores=first.rate / _decoded(experiment),
+            read=float(used * plan.image_bytes),
+            requests=_requests(used, plan.image_bytes),
         ),
         encode,
-        second._replace(read=float(rows * code), requests=_requests(plan.images, rows // plan.images * code)),
+        second._replace(read=encode.written, requests=_requests(plan.images, each)),
     ]
+
+
+def encode_plan(experiment: Experiment, plan: PlanConfig) -> StagePlan:
+    """The encode job on these GPUs."""
+    gpu, code = GPUS[plan.gpu], math.prod(experiment.code_shape) // 8 + _ROW
+    parameters, operations = network_sizes(experiment)["encoder"]
+    rate = plan.gpus * plan.share * gpu.rate / operations
+    rows = plan.images * max(1, experiment.latents.draws) * (2 if experiment.latents.mirror else 1)
+    return StagePlan(
+        "encode",
+        parameters,
+        operations=float(operations),
+        rate=rate,
+        hours=plan.images / rate / 3600,
+        cores=rate / _decoded(experiment),
+        read=float(plan.images * plan.image_bytes),
+        requests=_requests(plan.images, plan.image_bytes),
+        written=float(rows * code),
+        at_once=experiment.latents.batch_size,
+    )
+
+
+def _decoded(experiment: Experiment) -> int:
+    """Images a second that one core decodes."""
+    return next((rate for size, rate in DECODED.items() if experiment.data.image_size <= size), DECODED[1024])
 
 
 def _requests(images: int, each: int) -> int:
@@ -200,16 +218,16 @@ def _requests(images: int, each: int) -> int:
     return math.ceil(images / _SHARD) * math.ceil(_SHARD * each / _REQUEST)
 
 
-def _trained(name: str, training: TrainingConfig, plan: PlanConfig, cost: Callable[[int], StepCost]) -> StagePlan:
+def _trained(name: str, training: TrainingConfig, plan: PlanConfig, step: Callable[[int], Step]) -> StagePlan:
     gpu = GPUS[plan.gpu]
     at_once = math.ceil(training.batch_size / (plan.gpus * training.accumulate))
-    found = cost(at_once)
+    found = step_cost(step(at_once))
     operations = found.operations / at_once
     rate = plan.gpus * plan.share * gpu.rate / operations
     hours = training.steps * training.batch_size / rate / 3600
     largest = None
     if plan.fit:
-        here, double = sum(found.memory), sum(cost(2 * at_once).memory)  # activations grow with the batch
+        here, double = sum(found.memory), sum(step_memory(step(2 * at_once)))  # activations grow with the batch
         each = (double - here) / at_once
         largest = max(0, math.floor(at_once + (_USABLE * gpu.memory - here) / each))
     return StagePlan(
