@@ -1,9 +1,10 @@
-"""Real servers for tests: S3 and MLflow servers that can be stopped and started again, and a wire that breaks."""
+"""Real servers for tests: S3, MLflow and Ray nodes that can be stopped and started again, and a wire that breaks."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -100,6 +101,44 @@ class MlflowServer(HttpServer):
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         super().__init__(command, f"{self.uri}/health", folder / "log", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+
+class Nodes:
+    """A Ray cluster of nodes of one core that are processes of this machine.
+
+    Args:
+        folder: of their logs.
+        lacking: beginnings of the names of variables that they are not to have.
+        head_cpus: cores of the head.
+    """
+
+    def __init__(self, folder: Path, *lacking: str, head_cpus: int = 1) -> None:
+        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
+        names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
+        self.environment = {name: os.environ[name] for name in names}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", cpus=head_cpus)
+
+    def start(self, *words: str, cpus: int = 1) -> None:
+        words = words or (f"--address=127.0.0.1:{self.port}",)
+        words += (f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={cpus}", "--disable-usage-stats")
+        command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block"]
+        with open(self.folder / f"node-{len(self.processes)}.log", "wb") as log:
+            self.processes.append(
+                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            )
+
+    def kill(self) -> None:
+        """Kill the node that was started last."""
+        process = self.processes.pop()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+
+    def end(self) -> None:
+        while self.processes:
+            self.kill()
 
 
 class Wire:

@@ -13,7 +13,8 @@ import cluster.nodes
 from bld_core.errors import UserError
 from cluster.nodes import wait_until_held
 from cluster.runtime import ClusterConfig, connect_ray
-from tests.cluster.test_outages import Nodes, looks
+from tests.cluster.test_outages import looks
+from tests.servers import Nodes
 
 
 def test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_waits(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import sqlite3
@@ -31,10 +30,9 @@ from cluster.runtime import ClusterConfig, connect_ray
 from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
 from cluster.training.train import train_autoencoder
 from tests.conftest import small_experiment, small_training
-from tests.servers import free_port
+from tests.servers import Nodes
 
 REPOSITORY = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).with_name("ray"))
 SOON_S = 30
 
 
@@ -152,42 +150,6 @@ def test_a_stop_is_clean(workers: int, stop: signal.Signals, code: int, digits: 
     assert last == f"stopped by {stop.name}; this goes on where it was: this command"
     assert "Traceback" not in command.said()
     assert command.run_status() == "KILLED"
-
-
-class Nodes:
-    """A Ray cluster of nodes of one core that are processes of this machine."""
-
-    def __init__(self, folder: Path, *lacking: str) -> None:
-        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
-        names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
-        self.environment = {name: os.environ[name] for name in names}
-        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.start(
-            "--head",
-            f"--port={self.port}",
-            f"--dashboard-port={self.dashboard}",
-            f"--dashboard-agent-listen-port={free_port()}",
-        )
-
-    def start(self, *words: str) -> None:
-        words = words or (f"--address=127.0.0.1:{self.port}",)
-        command = [RAY, "start", *words, "--block", "--num-cpus=1", "--disable-usage-stats"]
-        with open(self.folder / f"node-{len(self.processes)}.log", "wb") as log:
-            self.processes.append(
-                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
-            )
-
-    def kill(self) -> None:
-        """Kill the node that was started last."""
-        process = self.processes.pop()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
-
-    def end(self) -> None:
-        while self.processes:
-            self.kill()
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from bld_core.storage import files
 from cluster.config.experiment import Experiment
 from cluster.runtime import ClusterConfig
 from cluster.sweep.config import SweepConfig
-from tests.cluster.test_outages import Nodes
 from tests.conftest import copy_of
+from tests.servers import Nodes
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -26,9 +26,10 @@ from cluster.ray_private.train import EvenWorkers
 from cluster.runtime import ClusterConfig
 from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import train_prior
-from tests.cluster.test_outages import REPOSITORY, Nodes
+from tests.cluster.test_outages import REPOSITORY
 from tests.cluster.training.test_train import curve_of
 from tests.conftest import small_experiment, small_training
+from tests.servers import Nodes
 
 
 def test_only_so_many_workers_start_as_share_the_batch_evenly() -> None:
