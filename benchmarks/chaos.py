@@ -96,8 +96,19 @@ class Place:
         if "latents" in work.needs:
             encode_latents(self.base)
         self.nodes = Nodes(folder, head_cpus=0)
-        self.nodes.start()
-        self.nodes.start()
+        self._add_node()
+        self._add_node()
+
+    def _add_node(self) -> None:
+        """A node more, one that stays: under load Ray's raylet may give up the wait for its own agents."""
+        while True:
+            self.nodes.start()
+            log = self.folder / f"node-{len(self.nodes.processes) - 1}.log"
+            while self.nodes.processes[-1].poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return
+                time.sleep(0.2)
+            self.nodes.processes.pop()
 
     def end(self) -> None:
         """End all of them."""
@@ -127,7 +138,7 @@ class Place:
         elif kind == "node":
             self.nodes.kill()
             time.sleep(AWAY_S)
-            self.nodes.start()
+            self._add_node()
         elif kind == "command":
             os.killpg(command.process.pid, signal.SIGKILL)
             command.process.wait()
