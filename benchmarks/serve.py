@@ -1,8 +1,8 @@
 """The studio under load on loopback, beside bare batched sampling and `mlflow models serve`.
 
-    python benchmarks/serve.py runs/demo [seconds]
+    python benchmarks/serve.py runs/demo [seconds [images]]
 
-of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next four images when it has four.
+of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next images, four, when it has them.
 Open loop: requests come at random times, at seven tenths of the rate of 16 clients, whoever is answered. Bare sampling
 draws batches one after the other in a thread, as the replica does; of several sizes the fastest counts. `mlflow models
 serve` has one client, which is what it can do. Everything is measured in turns. At last 5,000 requests of one step, and
@@ -45,7 +45,7 @@ ROUNDS = 3
 CLIENTS = (1, 4, 16, 64)
 SIZES = (8, 16, 32, 64)
 REQUESTS = 5_000
-IMAGES = 4  # of a request
+IMAGES = int(sys.argv[3]) if len(sys.argv) > 3 else 4  # of a request
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ class ServeConfig:
         max_replicas: most replicas; between the two, as many as the requests under way ask for.
         batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
             image has the same bytes whoever else asks.
-        wait_ms: milliseconds for which nobody must come before a pass begins that is not full.
+        wait: for which nobody must come before a pass begins that is not full, in parts of a pass's time.
         queue: images that a replica takes on; who asks for more is told to come again later.
         body_mb: largest request in MiB.
         watch: seconds between looks for a new champion.
@@ -30,7 +30,7 @@ class ServeConfig:
     min_replicas: int = 1
     max_replicas: int = 1
     batch: int = 16
-    wait_ms: float = 10.0
+    wait: float = 0.1
     queue: int = 256
     body_mb: int = 8
     watch: float = 10.0
@@ -45,8 +45,8 @@ class ServeConfig:
             )
         if self.batch < 1:
             raise UserError(f"serve.batch is {self.batch}; it must be at least 1")
-        if not self.wait_ms >= 0:
-            raise UserError(f"serve.wait_ms is {self.wait_ms}; it must be 0 or more")
+        if not 0 <= self.wait <= 1:
+            raise UserError(f"serve.wait is {self.wait}; it must lie in [0, 1]")
         if self.queue < MOST_IMAGES:
             raise UserError(f"serve.queue is {self.queue}; one request may ask for {MOST_IMAGES} images: at least that")
         if self.body_mb < 1:

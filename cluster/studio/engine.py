@@ -85,7 +85,7 @@ class Engine:
 
     def __init__(self, pair: Pair, config: ServeConfig) -> None:
         self.pair, self.config = pair, config
-        self._passes = Passes(config.batch, config.wait_ms / 1000)
+        self._passes = Passes(config.batch, config.wait)
         self._asked = 0  # images that are asked for and not yet answered
 
     @property

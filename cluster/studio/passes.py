@@ -78,7 +78,9 @@ class Passes:
 
     Args:
         size: images in one pass.
-        wait: seconds for which nobody must come before a pass begins that is not full.
+        wait: for which nobody must come before a pass begins that is not full, in parts of the last one's time: answers
+            go out and the next questions come in while the networks wait, so that clients do not fall into two groups
+            that take turns, each with half a pass.
 
     Attributes:
         seconds: that the last pass took.
@@ -133,7 +135,7 @@ class Passes:
         """Wait while more and more comes: those who were answered together ask again together."""
         before = 0
         while before < (now := sum(work.left for work in self._gatherable())) < self.size:
-            await asyncio.sleep(self.wait)
+            await asyncio.sleep(self.wait * self.seconds)
             before = now
 
     def _gatherable(self) -> list[Work]:

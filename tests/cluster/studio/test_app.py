@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import json
@@ -11,6 +12,7 @@ import random
 import re
 import socket
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -18,8 +20,11 @@ import pytest
 import torch
 
 from bld_core.latents.bits import unpack_bits
+from cluster.studio.api import SamplesRequest
 from cluster.studio.config import ServeConfig
+from cluster.studio.engine import Engine
 from cluster.studio.pair import Pair
+from cluster.studio.passes import Passes, Share
 from tests.cluster.studio.client import ask, pixels, png_of
 from tests.cluster.studio.conftest import TOKEN, AppServer
 
@@ -238,3 +243,31 @@ def test_without_the_token_nothing_is_answered_and_no_log_has_it(pair: Pair, cap
         assert TOKEN not in caplog.text
     finally:
         server.close()
+
+
+def test_those_who_are_answered_together_ask_again_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they come at first: they do not take turns, each group with a pass that is half empty."""
+    rows, real = list[int](), Passes._pass  # pyright: ignore[reportPrivateUsage]
+
+    def slow(self: Passes, shares: list[Share]) -> None:
+        rows.append(sum(part.stop - part.start for _, part in shares))
+        began = time.monotonic()
+        real(self, shares)
+        time.sleep(0.3)
+        self.seconds = time.monotonic() - began
+
+    monkeypatch.setattr(Passes, "_pass", slow)
+
+    async def ask() -> None:
+        engine = Engine(pair, ServeConfig(batch=8, wait=0.5))
+
+        async def user(seed: int) -> None:
+            await asyncio.sleep(0.1 * (seed % 2))  # half of them come once the first pass has begun
+            for _ in range(3):
+                await engine.answer(SamplesRequest(seed=seed, count=1, label=3))
+                await asyncio.sleep(0.05)
+
+        await asyncio.gather(*(user(seed) for seed in range(8)))
+
+    asyncio.run(ask())
+    assert rows == [4, 8, 8, 4]

@@ -47,7 +47,7 @@ class Serving:
         self.uri = f"sqlite:///{root}/mlflow.db"
         self.crown(0)
         config = ServeConfig(
-            port=free_port(), min_replicas=2, max_replicas=2, batch=BATCH, queue=QUEUE, watch=0.5, wait_ms=20
+            port=free_port(), min_replicas=2, max_replicas=2, batch=BATCH, queue=QUEUE, watch=0.5, wait=0.5
         )
         self._open = ExitStack()
         self.url = self._open.enter_context(
