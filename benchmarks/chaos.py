@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +48,8 @@ from tests.servers import MlflowServer, Nodes, S3Server
 REPOSITORY = Path(__file__).parents[1]
 EVENTS = 2
 AWAY_S = 8.0  # of a server; and until a node is replaced
-LIMIT_S = 600.0  # of a round
+LIMIT_S = 600.0  # from one event to the next, and from the last to the end
+_TRIES = 5
 
 
 class Work(NamedTuple):
@@ -71,8 +74,8 @@ WORKS = {
 }
 
 
-class Place:
-    """The machines and servers, and the small experiment whose stages all rounds begin with.
+class Machines:
+    """Nodes and servers, and the small experiment whose stages all rounds begin with.
 
     Args:
         folder: of everything.
@@ -80,14 +83,24 @@ class Place:
     """
 
     def __init__(self, folder: Path, work: Work) -> None:
-        self.folder, self.work = folder, work
+        self.folder, self.work, self._open = folder, work, ExitStack()
+        try:
+            self._start()
+        except BaseException:
+            self.end()
+            raise
+
+    def _start(self) -> None:
+        folder, work = self.folder, self.work
         self.s3, self.tracking = S3Server(folder / "s3"), folder / "mlflow"
         for path in (self.s3.folder / "bucket", self.tracking):
             path.mkdir(parents=True)
         os.environ |= self.s3.settings
         self.s3.start()
+        self._open.callback(self.s3.stop)
         self._files = S3FileSystem()  # rclone does not see what is put into its folder otherwise
         self.mlflow = MlflowServer(self.tracking)
+        self._open.callback(self.mlflow.kill)
         shards = make_shards(ShardConfig(output=str(folder / "digits"), images_per_shard=60)).patterns
         small = small_experiment(folder / "base", shards)
         small = replace(small, autoencoder=replace(small.autoencoder, channels=32, blocks=2))
@@ -96,31 +109,31 @@ class Place:
         if "latents" in work.needs:
             encode_latents(self.base)
         self.nodes = Nodes(folder, head_cpus=0)
+        self._open.callback(self.nodes.end)
         self._add_node()
         self._add_node()
 
     def _add_node(self) -> None:
         """A node more, one that stays: under load Ray's raylet may give up the wait for its own agents."""
-        while True:
+        log = self.folder / f"node-{len(self.nodes.processes)}.log"
+        for _ in range(_TRIES):
             self.nodes.start()
-            log = self.folder / f"node-{len(self.nodes.processes) - 1}.log"
             while self.nodes.processes[-1].poll() is None:
                 if "Ray runtime started" in log.read_text():
                     return
                 time.sleep(0.2)
             self.nodes.processes.pop()
+        raise RuntimeError(f"no node has stayed, of {_TRIES}:\n{log.read_text()}")
 
     def end(self) -> None:
         """End all of them."""
-        self.nodes.end()
-        self.mlflow.kill()
-        self.s3.stop()
+        self._open.close()
 
     def experiment(self, name: str) -> tuple[list[str], Path]:
         """The command in a folder of its own, and where that lies."""
-        machines = ClusterConfig(address=f"127.0.0.1:{self.nodes.port}", workers=2, decode_tasks=0, wait_for_nodes=60)
+        cluster = ClusterConfig(address=f"127.0.0.1:{self.nodes.port}", workers=2, decode_tasks=0, wait_for_nodes=60)
         made: Experiment = replace(
-            self.base, root=f"s3://bucket/{name}", cluster=machines, tracking=TrackingConfig(uri=self.mlflow.uri)
+            self.base, root=f"s3://bucket/{name}", cluster=cluster, tracking=TrackingConfig(uri=self.mlflow.uri)
         )
         settings, place = self.folder / f"{name}.yaml", self.s3.folder / "bucket" / name / self.base.name
         settings.write_text(yaml.safe_dump(asdict(made)))
@@ -131,17 +144,17 @@ class Place:
     def happens(self, kind: str, command: Command, dice: random.Random) -> bool:
         """One event; whether there was something that it could happen to."""
         if kind == "worker":
-            there = [p for p in psutil.process_iter(["cmdline"]) if f"{p.info['cmdline']}".startswith(self._process)]
+            there = self._workers()
             if not there:  # they are being started again
                 return False
-            dice.choice(there).kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                dice.choice(there).kill()
         elif kind == "node":
             self.nodes.kill()
             time.sleep(AWAY_S)
             self._add_node()
         elif kind == "command":
-            os.killpg(command.process.pid, signal.SIGKILL)
-            command.process.wait()
+            command.end()
             command.start()
         elif kind == "S3":
             self.s3.stop()
@@ -153,9 +166,15 @@ class Place:
             self.mlflow.start()
         return True
 
-    @property
-    def _process(self) -> str:
-        return f"['{self.work.worker}"
+    def _workers(self) -> list[psutil.Process]:
+        """The processes of the command's workers, on these nodes alone."""
+        found = list[psutil.Process]()
+        for node in self.nodes.processes:
+            for each in psutil.Process(node.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                    if each.cmdline()[:1] and each.cmdline()[0].startswith(self.work.worker):
+                        found.append(each)
+        return found
 
 
 KINDS = ("worker", "node", "command", "S3", "MLflow")
@@ -186,10 +205,15 @@ class Command:
             if until():
                 return True
             if time.monotonic() > ends:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                raise TimeoutError(self.said())
+                self.end()
             time.sleep(0.05)
         return False
+
+    def end(self) -> None:
+        """Kill it, where it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def digest(place: Path, made: str) -> dict[str, str]:
@@ -208,48 +232,52 @@ class Round(NamedTuple):
     made: dict[str, str]
 
 
-def play(place: Place, name: str, dice: random.Random, span: float) -> Round:
-    """Run the command; two events come at random times within `span` seconds of the beginning of its work."""
-    words, where = place.experiment(name)
+def play(machines: Machines, name: str, dice: random.Random, span: float) -> Round:
+    """Run the command; events come at random times after one another, within half of `span` seconds each."""
+    words, where = machines.experiment(name)
     planned = [(dice.uniform(0, span / EVENTS), dice.choice(KINDS)) for _ in range(EVENTS if span else 0)]
-    began, log, events = time.monotonic(), place.folder / f"{name}.log", list[tuple[str, float]]()
-    command = Command(words, log, place.nodes)
-    command.wait(lambda: re.search(r"(prior|encode)  \d", command.said()) is not None)
-    working = time.monotonic()
-    for gap, kind in planned:
-        due = time.monotonic() + gap
-        if not command.wait(lambda due=due: time.monotonic() >= due):
-            break
-        now = round(time.monotonic() - working, 1)
-        if place.happens(kind, command, dice):
-            events.append((kind, now))
-    command.wait(lambda: False)
-    if command.process.returncode:
-        raise RuntimeError(f"{name} ended with {command.process.returncode}, after {events}:\n{command.said()}")
+    began, log, events = time.monotonic(), machines.folder / f"{name}.log", list[tuple[str, float]]()
+    command = Command(words, log, machines.nodes)
+    try:
+        command.wait(lambda: re.search(r"(prior|encode)  \d", command.said()) is not None)
+        working = time.monotonic()
+        for gap, kind in planned:
+            due = time.monotonic() + gap
+            if not command.wait(lambda due=due: time.monotonic() >= due):
+                break
+            now = round(time.monotonic() - working, 1)
+            if machines.happens(kind, command, dice):
+                events.append((kind, now))
+        command.wait(lambda: False)
+    finally:
+        command.end()
     over = time.monotonic()
-    return Round(over - began, over - working, events, digest(where, place.work.made))
+    if command.process.returncode:
+        print(f"{name} ended with {command.process.returncode}, after {events}:\n{command.said()}", file=sys.stderr)
+    return Round(over - began, over - working, events, digest(where, machines.work.made))
 
 
 @contextlib.contextmanager
-def made(work: Work) -> Generator[Place]:
-    """The place, for as long as it is needed."""
+def machines_of(work: Work) -> Generator[Machines]:
+    """The machines, for as long as they are needed."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         os.environ["BLD_CACHE"] = f"{folder}/cache"
-        place = Place(Path(folder), work)
+        machines = Machines(Path(folder), work)
         try:
-            yield place
+            yield machines
         finally:
-            place.end()
+            machines.end()
 
 
 def main(kind: str, rounds: int, seed: int) -> None:
-    with made(WORKS[kind]) as place:
-        calm = play(place, "undisturbed", random.Random(), 0)
-        equal, lost = 0, list[float]()
+    with machines_of(WORKS[kind]) as machines:
+        calm = play(machines, "undisturbed", random.Random(), 0)
+        equal, lost, kinds = 0, list[float](), Counter[str]()
         for number in range(rounds):
-            one = play(place, f"round-{number}", random.Random(f"{seed} {kind} {number}"), calm.worked)
+            one = play(machines, f"round-{number}", random.Random(f"{seed} {kind} {number}"), calm.worked)
             same = one.made == calm.made and len(calm.made) > 0
             equal += same
+            kinds.update(kind for kind, _ in one.events)
             if one.events:
                 lost.append((one.took - calm.took) / len(one.events))
             print(
@@ -274,6 +302,7 @@ def main(kind: str, rounds: int, seed: int) -> None:
                     "unit": "rounds equal",
                     "peer": "rounds",
                     "ratio": equal / rounds,
+                    "events": kinds,
                     "undisturbed_s": round(calm.took, 1),
                     "median_s_lost_an_event": round(statistics.median(lost), 1) if lost else None,
                     "worst_s_lost_an_event": round(max(lost), 1) if lost else None,

@@ -87,7 +87,8 @@ class HttpServer:
 
     def kill(self) -> None:
         """End it at once, in the middle of whatever it does."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -133,7 +134,8 @@ class Nodes:
     def kill(self) -> None:
         """Kill the node that was started last."""
         process = self.processes.pop()
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
 
     def end(self) -> None:

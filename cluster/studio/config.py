@@ -19,7 +19,7 @@ class ServeConfig:
         max_replicas: most replicas; between the two, as many as the requests under way ask for.
         batch: images in one pass of the networks, of any users who ask with the same settings. Fewer are filled up: an
             image has the same bytes whoever else asks.
-        wait: for which nobody must come before a pass begins that is not full, in parts of a pass's time.
+        wait: share of a pass's time for which nobody new must come before it begins without being full, in [0, 1].
         queue: images that a replica takes on; who asks for more is told to come again later.
         body_mb: largest request in MiB.
         watch: seconds between looks for a new champion.

@@ -7,6 +7,7 @@ index, class and settings, and of the size of its pass; so it has the same bytes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ T = TypeVar("T")
 Tell = Callable[[Tensor, int, int, int], None]
 """Is told of some of the images of a request, the index of the first, the step, and the number of all steps."""
 _FRAMES = 16
+_QUIET_TIMES = 5
 
 
 @dataclass(eq=False)
@@ -78,9 +80,9 @@ class Passes:
 
     Args:
         size: images in one pass.
-        wait: for which nobody must come before a pass begins that is not full, in parts of the last one's time: answers
-            go out and the next questions come in while the networks wait, so that clients do not fall into two groups
-            that take turns, each with half a pass.
+        wait: share of a pass's time for which nobody new must come before it begins without being full: answers go out
+            and the next questions come in while the networks wait, so that clients do not fall into two groups that
+            take turns, each with half a pass. It never waits for more than five times that.
 
     Attributes:
         seconds: that the last pass took.
@@ -89,7 +91,7 @@ class Passes:
 
     def __init__(self, size: int, wait: float) -> None:
         self.size, self.wait = size, wait
-        self.seconds = 0.1
+        self.seconds, self._step_seconds = 0.1, 0.01  # until a pass has been
         self.failure: Exception | None = None
         self._thread = ThreadPoolExecutor(1, "networks")
         self._waiting: list[Work] = []
@@ -132,11 +134,24 @@ class Passes:
             del shares  # else they keep their pair, which another may have followed
 
     async def _filled(self) -> None:
-        """Wait while more and more comes: those who were answered together ask again together."""
-        before = 0
-        while before < (now := sum(work.left for work in self._gatherable())) < self.size:
-            await asyncio.sleep(self.wait * self.seconds)
-            before = now
+        """Wait while more and more comes, and no other settings wait: those answered together ask again together."""
+        alike = self._gatherable()
+        if not alike:
+            return
+        quiet = self.wait * self._step_seconds * alike[0].pair.prior.model.steps(alike[0].config)
+        ends = time.monotonic() + _QUIET_TIMES * quiet
+        while (left := min(quiet, ends - time.monotonic())) > 0 and not self._enough():
+            self._came.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._came.wait(), left)
+            if not self._came.is_set():
+                break
+        self._came.set()
+
+    def _enough(self) -> bool:
+        """Whether a pass is full, or keeps others waiting."""
+        alike = self._gatherable()
+        return sum(work.left for work in alike) >= self.size or len(alike) < len(self._waiting)
 
     def _gatherable(self) -> list[Work]:
         """What can share the next pass with the oldest."""
@@ -177,6 +192,7 @@ class Passes:
         images, codes = generator.images(codes, config), codes.cpu()
         self._tell(shares, lambda rows: images[rows], of, of)
         self.seconds, begins = time.monotonic() - began, 0
+        self._step_seconds = self.seconds / of
         for work, part in shares:
             ends = begins + part.stop - part.start
             work.codes.append(codes[begins:ends])

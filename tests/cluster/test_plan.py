@@ -15,7 +15,7 @@ TABLE = (Path(__file__).parents[2] / "benchmarks/README.md").read_text().split("
 
 
 def paper_s_encoder(blocks: int = 2) -> Experiment:
-    """A small experiment with the paper's encoder, and images of its size."""
+    """A small experiment with the paper's encoder, or one of fewer blocks, and images of its size."""
     experiment = Experiment()
     paper = {"channels": 128, "multipliers": [1, 1, 2, 2, 4], "blocks": blocks, "attention": [16], "bits": 32}
     autoencoder = replace(experiment.autoencoder, **paper)
