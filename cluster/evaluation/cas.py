@@ -92,16 +92,20 @@ class CasTask(ImageTask):
 
         return cross_entropy
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+    def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:
         """How often the true class of a held-out image is the likeliest, or among the five likeliest; in percent."""
-        data, hits, seen = self.experiment.data, torch.zeros(2, dtype=torch.int64), 0
-        for url in self.held_out:
-            for some in read_batches(url, data, self.experiment.latents.batch_size, Skipped()):
-                logits = network(_planes(stack(some).to(device))).cpu()
-                hits += hits_of(logits, [image.label for image in some])
-                seen += len(some)
-        top1, top5 = (100 * hits.double() / seen).tolist()
-        return Evaluation({"cas_top1": top1, "cas_top5": top5}, {})
+        counts = worker.shared(lambda shard: self._counts(network, self.held_out[shard], worker), len(self.held_out))
+        hits1, hits5, seen = (sum(each) for each in zip(*counts, strict=True))
+        return Evaluation({"cas_top1": 100 * hits1 / seen, "cas_top5": 100 * hits5 / seen}, {})
+
+    def _counts(self, network: nn.Module, url: str, worker: Worker) -> list[int]:
+        """Of the images of a shard: those whose class is the likeliest, those where it is among five, and all."""
+        hits, seen = torch.zeros(2, dtype=torch.int64), 0
+        for some in read_batches(url, self.experiment.data, self.experiment.latents.batch_size, Skipped()):
+            logits = network(_planes(stack(some).to(worker.device))).cpu()
+            hits += hits_of(logits, [image.label for image in some])
+            seen += len(some)
+        return [*hits.tolist(), seen]
 
 
 def _planes(images: Tensor) -> Tensor:

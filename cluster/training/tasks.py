@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, replace
-from typing import NamedTuple
+from itertools import pairwise
+from math import ceil
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -22,9 +24,9 @@ from bld_core.autoencoder.perceptual import Perceptual, load_perceptual
 from bld_core.data.images import first_images, stack
 from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
-from bld_core.diffusion.bound import Bound
+from bld_core.diffusion.bound import merge_bounds
 from bld_core.diffusion.process import CodeBatch
-from bld_core.diffusion.sampling import SampleSpec, SamplingConfig
+from bld_core.diffusion.sampling import SampleSpec
 from bld_core.latents.loader import latent_batches
 from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.prior.model import make_model
@@ -36,10 +38,12 @@ from cluster.config.experiment import Experiment
 from cluster.data.ingest import Position, image_batches, resume_position
 from cluster.plots import bit_usage_plot, profile_plot
 
-_VALIDATION_IMAGES = 256
-_VALIDATION_CODES = 512
+_VALIDATION_IMAGES, _IMAGES_A_PIECE = 256, 32
+_VALIDATION_CODES, _CODES_A_PIECE = 512, 64
 _PICTURE_IMAGES = 16
 _PICTURE_SAMPLES = 40
+
+T = TypeVar("T")
 
 
 class Worker(NamedTuple):
@@ -55,6 +59,17 @@ class Worker(NamedTuple):
         if self.world > 1:
             torch.distributed.all_gather_object(everyone, message)
         return "\n".join(dict.fromkeys(said for said in everyone if said))
+
+    def shared(self, work: Callable[[int], T], pieces: int) -> list[T]:
+        """Do some of numbered pieces of work, as the other workers do the rest; returns what all have made, in order.
+
+        What becomes of a piece depends on its number alone, so that the number of workers changes nothing.
+        """
+        mine = [work(piece) for piece in range(self.rank, pieces, self.world)]
+        everyone = [mine] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(everyone, mine)
+        return [everyone[piece % self.world][piece // self.world] for piece in range(pieces)]
 
 
 class Evaluation(NamedTuple):
@@ -105,13 +120,18 @@ class Task(ABC):
         """Samples that this worker has left out of its data since the first step; `skipped` accounts for new ones."""
         return 0
 
-    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
-        """Which of several averages of the weights is the best; the first, where the stage has no measure of it."""
+    def choose(self, networks: Sequence[nn.Module], worker: Worker) -> int:
+        """Which of several averages of the weights is the best; the first, where the stage has no measure of it.
+
+        All workers take part, as in `evaluate`.
+        """
         return 0
 
     @abstractmethod
-    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
-        """Measure a network on held-out data."""
+    def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:
+        """Measure a network on held-out data: each worker a part of it. All of them know the metrics, and the first
+        has the pictures.
+        """
 
 
 class ImageTask(Task):
@@ -143,7 +163,7 @@ class AutoencoderTask(ImageTask):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
-        self._held_out: Tensor | None = None
+        self._held_out: tuple[int, dict[int, Tensor]] | None = None
         self._lpips: Perceptual | None = None
 
     def network(self) -> nn.Module:
@@ -166,23 +186,42 @@ class AutoencoderTask(ImageTask):
         fade = self.training.steps if experiment.autoencoder.codes == "fade" else 0
         return AutoencoderObjective(experiment.loss, experiment.code_shape, experiment.seed, perceptual, fade=fade)
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
-        assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
+    def _pieces(self, worker: Worker) -> tuple[int, dict[int, Tensor]]:
+        """How many pieces the held-out images are cut into, and those of this worker, by number."""
         if self._held_out is None:
             data = self.experiment.data
-            self._held_out = stack(first_images(data.validation, data, _VALIDATION_IMAGES))
-        found, outputs = ReconstructionMetrics(), list[Tensor]()
-        for images in self._held_out.split(self.experiment.latents.batch_size):
-            outputs.append(found.update(network, images.to(device), self._lpips).cpu())
+            images = first_images(data.validation, data, _VALIDATION_IMAGES)
+            count = ceil(len(images) / _IMAGES_A_PIECE)
+            mine = range(worker.rank, count, worker.world)
+            self._held_out = (
+                count,
+                {piece: stack(images[piece * _IMAGES_A_PIECE : (piece + 1) * _IMAGES_A_PIECE]) for piece in mine},
+            )
+        return self._held_out
+
+    def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:
+        assert isinstance(network, Autoencoder), "stage 1 trains an autoencoder"
+        pieces, mine = self._pieces(worker)
+        count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
+        shown: dict[str, Image] = {}
+
+        def reconstruct(piece: int) -> ReconstructionMetrics:
+            found = ReconstructionMetrics()
+            outputs = found.update(network, mine[piece].to(worker.device), self._lpips)
+            if piece == 0:
+                shown["reconstructions"] = reconstruction_grid(mine[piece][:count], outputs[:count].cpu())
+            return found
+
+        found = ReconstructionMetrics()
+        for part in worker.shared(reconstruct, pieces):
+            found.merge(part)
         found_metrics = found.metrics(self.experiment.loss.vgg_sha256)
         metrics = {name: value for name, value in found_metrics.items() if not name.endswith("_std")}
         if isinstance(network.bottleneck, VectorBottleneck):
             metrics["perplexity"] = float(network.bottleneck.perplexity)
-        count = fitting(self.experiment.data.image_size, _PICTURE_IMAGES, 3)
-        pictures = {"reconstructions": reconstruction_grid(self._held_out[:count], torch.cat(outputs)[:count])}
-        if found.health.count:
-            pictures["bit-usage"] = bit_usage_plot(found.health.usage)
-        return Evaluation({f"val_{name}": value for name, value in metrics.items()}, pictures)
+        if shown and found.health.count:
+            shown["bit-usage"] = bit_usage_plot(found.health.usage)
+        return Evaluation({f"val_{name}": value for name, value in metrics.items()}, shown)
 
 
 class PriorTask(Task):
@@ -195,7 +234,7 @@ class PriorTask(Task):
         self.source, self.codes = source, codes
         h, w, c = experiment.code_shape
         self.model = make_model(experiment.prior, experiment.diffusion, h * w, c)
-        self._held_out: CodeBatch | None = None
+        self._held_out: list[CodeBatch] | None = None
 
     def network(self) -> nn.Module:
         return self.model.network()
@@ -210,24 +249,45 @@ class PriorTask(Task):
             latents, self.training, experiment.seed, step, worker.rank, worker.world, latents_gb, device
         )
 
-    def _bound(self, network: nn.Module, device: torch.device, sampling: SamplingConfig | None = None) -> Bound:
+    def _pieces(self, device: torch.device) -> list[CodeBatch]:
+        """The held-out codes, in pieces of almost the same size."""
         if self._held_out is None:
             held_out = self.codes.held_out.read()
-            self._held_out = CodeBatch.numbered(*held_out.part(slice(_VALIDATION_CODES), device))
-        return self.model.bound(network, self._held_out, self.experiment.seed, sampling)
+            codes = CodeBatch.numbered(*held_out.part(slice(_VALIDATION_CODES), device))
+            count = ceil(len(codes) / _CODES_A_PIECE)
+            edges = [len(codes) * number // count for number in range(count + 1)]
+            self._held_out = [codes.slice(start, stop) for start, stop in pairwise(edges)]
+        return self._held_out
 
-    def choose(self, networks: Sequence[nn.Module], device: torch.device) -> int:
-        bounds = [self._bound(network, device).bits_per_bit for network in networks]
+    def choose(self, networks: Sequence[nn.Module], worker: Worker) -> int:
+        pieces, seed = self._pieces(worker.device), self.experiment.seed
+        found = worker.shared(
+            lambda piece: [self.model.bound(network, pieces[piece], seed) for network in networks], len(pieces)
+        )
+        bounds = [merge_bounds(parts).bits_per_bit for parts in zip(*found, strict=True)]
         return bounds.index(min(bounds))
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+    def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:
         experiment, model, seed = self.experiment, self.model, self.experiment.seed
-        bound, sampled = (self._bound(network, device, sampling) for sampling in (None, experiment.sampling))
-        index = torch.arange(_PICTURE_SAMPLES, device=device)
-        labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
-        images = load_autoencoder(self.source, str(device)).decode(z.view(-1, *experiment.code_shape)).cpu()
+        pieces = self._pieces(worker.device)
+        grids = None, experiment.sampling
+        found = worker.shared(
+            lambda piece: [model.bound(network, pieces[piece], seed, grid) for grid in grids], len(pieces)
+        )
+        bound, sampled = (merge_bounds(parts) for parts in zip(*found, strict=True))
         metrics = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         metrics["val_bound_sampling"] = sampled.bits_per_bit
+        images = torch.cat(worker.shared(lambda piece: self._samples(network, piece, worker), worker.world))
+        if worker.rank:
+            return Evaluation(metrics, {}, bound.per_code)
         pictures = {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)}
         return Evaluation(metrics, pictures, bound.per_code)
+
+    def _samples(self, network: nn.Module, piece: int, worker: Worker) -> Tensor:
+        """A worker's share of the samples of the picture: images, uint8."""
+        experiment = self.experiment
+        index = torch.arange(_PICTURE_SAMPLES, device=worker.device).tensor_split(worker.world)[piece]
+        labels = index % experiment.prior.classes if experiment.prior.classes else None
+        z = self.model.sample(network, SampleSpec(index, labels, experiment.seed), experiment.sampling)
+        autoencoder = load_autoencoder(self.source, str(worker.device))
+        return autoencoder.decode(z.view(-1, *experiment.code_shape)).cpu()

@@ -345,6 +345,8 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
                 if snapshot and worker.rank == 0:
                     keep_snapshot(job.folder, state)
+                if snapshot and last:
+                    worker.said_by_all("")  # all of them read it
                 if due:
                     metrics = _evaluate(job, state, worker, nodes)
                 if due or keep or snapshot:
@@ -389,22 +391,22 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
 
 
 def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the averaged weights, the best of them, on rank 0; the other ranks have nothing to do.
+    """Evaluate the averaged weights, the best of them: each worker a part of the held-out data; rank 0 tells of it.
 
     After the last step those that are made of the snapshots in the stage's folder are among them.
     """
-    if worker.rank:
-        return {}
     task, run = job.task, job.run
     averages = candidates(state, job.folder, task.training)
     networks = [copy.deepcopy(state.module).eval() for _ in averages]
     for network, (_, _, weights) in zip(networks, averages, strict=True):
         network.load_state_dict(weights)
     with torch.no_grad(), ieee_float32():
-        best = task.choose(networks, worker.device) if len(networks) > 1 else 0
-        metrics, pictures, per_code = task.evaluate(networks[best], worker.device)
+        best = task.choose(networks, worker) if len(networks) > 1 else 0
+        metrics, pictures, per_code = task.evaluate(networks[best], worker)
     name, value, _ = averages[best]
     metrics[name] = value
+    if worker.rank:
+        return metrics
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
         run.picture(picture, f"{name}/step-{state.step:07d}.png")

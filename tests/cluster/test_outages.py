@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import cluster.training.train as cluster_train
@@ -99,7 +98,7 @@ class FailingTask(AutoencoderTask):
         finally:
             FailingTask.closed = True
 
-    def evaluate(self, network: nn.Module, device: torch.device) -> Evaluation:
+    def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:
         raise RuntimeError("as it fails")
 
 

@@ -52,7 +52,7 @@ from cluster.sampling.grids import GridConfig, draw_grid
 from cluster.sampling.inpainting import InpaintConfig, inpaint, read_images, read_mask
 from cluster.sampling.sampler import Draw, drawn_labels
 from cluster.sweep.run import sweep
-from cluster.training.tasks import PriorTask
+from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import train_prior
 from tests.bld_core.toys import toy_samples
 from tests.cluster.evaluation.test_exactness import small_file
@@ -65,7 +65,7 @@ def test_the_average_with_the_best_bound_is_the_one_that_is_kept(finished: Exper
     checkpoint = max(Path(finished.folder, "prior").glob("checkpoint-*"))
     for number, network in enumerate(networks):
         network.load_state_dict(load_file(checkpoint / f"{average_name(number)}.safetensors"))
-    best = task.choose(networks, torch.device("cpu"))
+    best = task.choose(networks, Worker(0, 1, torch.device("cpu")))
     assert read_model_config(f"{finished.folder}/prior/final")["metrics"]["ema_decay"] == decays[best]
     kept = load_file(f"{finished.folder}/prior/final/model.safetensors")
     for number, network in enumerate(networks):
