@@ -65,6 +65,7 @@ from cluster.training.checkpoints import (
     training_faults,
 )
 from cluster.training.history import Evaluated, keep_evaluation
+from cluster.training.notices import Notices
 from cluster.training.onward import TrainedStage, begin_with, first_checkpoint
 from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
 
@@ -324,14 +325,19 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     progress = Progress(job.label, training.steps, state.step, shown) if worker.rank == 0 else None
     nodes = tuple(worker.said_by_all(node_name()).splitlines()) if job.told else ()
     batches = task.batches(state.step, positions, worker)
+    notices = Notices()
     metrics: dict[str, float] = {}
     try:
         with Keeper(job.folder) as keeper:
             for report in train(state, batches, task.objective(worker), training):
                 last = report.step == training.steps
-                keep = last or report.step % training.checkpoint_every == 0
+                logs = last or report.step % training.log_every == 0
+                notice = notices.new() if logs else ""
+                keep = last or report.step % training.checkpoint_every == 0 or notice != ""
+                if notice and worker.rank == 0:
+                    sys.stderr.write(f"{job.label}: {notice}; keeping a checkpoint of step {report.step}\n")
                 positions = _gather(task.position(), worker) if keep else []  # before what takes long on rank 0 alone
-                if last or report.step % training.log_every == 0:
+                if logs:
                     terms = _logged(report, state, task, worker)
                     if run is not None and load is not None and progress is not None:
                         named = {f"train_{name}": value for name, value in terms.items()}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.train import ScalingConfig
 
 import cluster.training.train as cluster_train
@@ -24,6 +25,7 @@ from cluster.config.artifacts import Codes, open_codes
 from cluster.config.experiment import Experiment
 from cluster.ray_private.train import EvenWorkers
 from cluster.runtime import ClusterConfig
+from cluster.training.checkpoints import checkpoints
 from cluster.training.tasks import PriorTask, Worker
 from cluster.training.train import train_prior
 from tests.cluster.test_outages import REPOSITORY
@@ -69,62 +71,98 @@ class SeenTask(PriorTask):
             yield batch
 
 
-def elastic(experiment: Experiment) -> Experiment:
-    return replace(experiment, prior_training=small_training(STEPS, checkpoint_every=5))
+class NoticedTask(PriorTask):
+    """Stage 2, which stands still until there is notice of a node, and takes its time from then on."""
+
+    def __init__(self, experiment: Experiment, source: str, codes: Codes, folder: Path) -> None:
+        super().__init__(experiment, source, codes)
+        self.folder = folder
+
+    def batches(self, step: int, positions: list[list[int]], worker: Worker) -> Generator[Batch]:
+        (self.folder / f"begins-{worker.world}-{step}").touch()
+        for now, batch in enumerate(super().batches(step, positions, worker), step):
+            while worker.world == 2 and now == SHRINKS and not (self.folder / "noticed").exists():
+                [here] = [node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id()]
+                if "node:__internal_head__" not in here["Resources"]:
+                    (self.folder / "node").write_text(here["NodeID"])
+                    (self.folder / "waits-2").touch()
+                time.sleep(0.1)
+            if worker.world == 2 and now > SHRINKS:
+                time.sleep(0.5)
+            yield batch
 
 
-def work(root: str, source: str, digits: dict[str, str], machines: dict[str, Any], folder: str) -> None:
+def elastic(experiment: Experiment, checkpoint_every: int = 5) -> Experiment:
+    return replace(experiment, prior_training=small_training(STEPS, checkpoint_every=checkpoint_every))
+
+
+def work(root: str, source: str, digits: dict[str, str], machines: dict[str, Any], folder: str, noticed: bool) -> None:
     """The command."""
-    small = elastic(small_experiment(Path(root), digits))
-    cluster_train.PriorTask = partial(SeenTask, folder=Path(folder))  # pyright: ignore[reportAttributeAccessIssue]
+    small = elastic(small_experiment(Path(root), digits), 1000 if noticed else 5)
+    task = partial(NoticedTask if noticed else SeenTask, folder=Path(folder))
+    cluster_train.PriorTask = task  # pyright: ignore[reportAttributeAccessIssue]
     train_prior(replace(small, cluster=replace(small.cluster, **machines)), source=source)
+
+
+class OnNodes:
+    """The command on a head and a node that goes, and what it says.
+
+    Args:
+        tmp_path: of everything.
+        encoded: has the latents.
+        digits: its images.
+        noticed: whether there is notice of a node that goes.
+    """
+
+    def __init__(self, tmp_path: Path, encoded: Experiment, digits: dict[str, str], *, noticed: bool) -> None:
+        self.nodes = Nodes(tmp_path)
+        self.folder, self._log = tmp_path / "seen", tmp_path / "log"
+        self.folder.mkdir()
+        machines = {
+            "address": f"127.0.0.1:{self.nodes.port}",
+            "workers": 2,
+            "min_workers": 1,
+            "cpus_per_worker": 0.7,
+            "max_failures": 0 if noticed else 1,
+            "wait_for_nodes": 120,
+        }
+        self._arguments = json.dumps(
+            [str(tmp_path / "runs"), encoded.folder, digits, machines, str(self.folder), noticed]
+        )
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        call = "import json, sys; from tests.cluster.training.test_elastic import work; work(*json.loads(sys.argv[1]))"
+        command = [sys.executable, "-c", call, self._arguments]
+        with open(self._log, "wb") as output:
+            return subprocess.Popen(command, cwd=REPOSITORY, env=self.nodes.environment, stdout=output, stderr=output)
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, found: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 180
+        while not found():
+            assert time.monotonic() < deadline, self.said()
+            if self.process.poll() is not None:  # the head does not answer yet
+                assert "no Ray cluster" in self.said(), self.said()
+                self.process = self._start()
+            time.sleep(0.2)
 
 
 @pytest.mark.long
 def test_the_group_shrinks_and_grows_with_its_nodes_and_each_step_has_the_same_samples(
     encoded: Experiment, digits: dict[str, str], tmp_path: Path
 ) -> None:
-    nodes = Nodes(tmp_path)
-    folder, log = tmp_path / "seen", tmp_path / "log"
-    folder.mkdir()
-    machines = {
-        "address": f"127.0.0.1:{nodes.port}",
-        "workers": 2,
-        "min_workers": 1,
-        "cpus_per_worker": 0.7,
-        "max_failures": 1,
-    }
-    arguments = json.dumps([str(tmp_path / "runs"), encoded.folder, digits, machines, str(folder)])
-    call = "import json, sys; from tests.cluster.training.test_elastic import work; work(*json.loads(sys.argv[1]))"
-    keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-
-    def start() -> subprocess.Popen[bytes]:
-        with open(log, "wb") as output:
-            command = [sys.executable, "-c", call, arguments]
-            return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | keys, stdout=output, stderr=output)
-
-    def wait_for(file: str) -> subprocess.Popen[bytes]:
-        process, deadline = start(), time.monotonic() + 180
-        while not (folder / file).exists():
-            assert time.monotonic() < deadline, log.read_text()
-            if process.poll() is not None:  # the nodes are not there yet
-                assert "lower cluster.workers" in log.read_text() or "no Ray cluster" in log.read_text(), (
-                    log.read_text()
-                )
-                process = start()
-            time.sleep(0.2)
-        return process
-
+    command = OnNodes(tmp_path, encoded, digits, noticed=False)
+    nodes, folder = command.nodes, command.folder
     try:
         nodes.start()
-        process = wait_for("waits-2")
+        command.wait_for((folder / "waits-2").exists)
         nodes.kill()
-        deadline = time.monotonic() + 150
-        while not (folder / "waits-1").exists():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        command.wait_for((folder / "waits-1").exists)
         nodes.start()
-        assert process.wait(150) == 0, log.read_text()
+        assert command.process.wait(150) == 0, command.said()
     finally:
         nodes.end()
 
@@ -146,3 +184,33 @@ def test_the_group_shrinks_and_grows_with_its_nodes_and_each_step_has_the_same_s
     curves = [curve_of(each, "prior") for each in (whole, replace(whole, root=str(tmp_path / "runs")))]
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == [*range(1, STEPS + 1)]
     assert max(abs(one - other) for (_, one), (_, other) in zip(*curves, strict=True)) <= 1e-4
+
+
+@pytest.mark.long
+def test_notice_of_a_node_that_will_go_keeps_a_checkpoint(
+    encoded: Experiment, digits: dict[str, str], tmp_path: Path
+) -> None:
+    """With neither a checkpoint of the plan nor a failure allowed, the training goes on from where the notice came."""
+    command = OnNodes(tmp_path, encoded, digits, noticed=True)
+    nodes, folder = command.nodes, command.folder
+    try:
+        nodes.start()
+        command.wait_for((folder / "waits-2").exists)
+        words = ["--node-id", (folder / "node").read_text(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "its machine goes", "--deadline-remaining-seconds", "20"]
+        drain = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address=127.0.0.1:{nodes.port}", *words]
+        subprocess.run(drain, check=True, env=nodes.environment, capture_output=True)
+        time.sleep(6)  # every 5 seconds Ray Train looks
+        (folder / "noticed").touch()
+        command.wait_for(lambda: bool(checkpoints(str(tmp_path / "runs/small/prior"))))
+        nodes.kill()
+        assert command.process.wait(150) == 0, command.said()
+    finally:
+        nodes.end()
+    said = re.search(
+        r"prior: node \w{8} will be taken away in (\d+) s; keeping a checkpoint of step (\d+)", command.said()
+    )
+    assert said is not None, command.said()
+    kept = int(said[2])
+    assert kept > SHRINKS
+    assert {path.name for path in folder.glob("begins-*")} == {"begins-2-0", f"begins-1-{kept}"}
