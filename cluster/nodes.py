@@ -16,11 +16,13 @@ from datetime import datetime
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.storage.patience import time_limit
+from cluster.ray_private.autoscaler import growth
 
 _log = logging.getLogger(__name__)
 LOOK_S = 5.0
@@ -149,34 +151,67 @@ def _look(urls: list[str], names: list[str]) -> tuple[str, list[str]]:
     return "", missing
 
 
-def wait_until_held(check: Callable[[], None], seconds: float) -> None:
+def wait_until_held(
+    check: Callable[[], None], seconds: float, bundles: Sequence[Resources] = (), patience: float = 0.0
+) -> None:
     """Wait for nodes that are yet to join a cluster that is too small for the work.
 
     Args:
         check: raises a UserError that says what is missing.
-        seconds: to wait; with 0 it is looked once.
+        seconds: to wait for nodes that somebody starts; with 0 it is looked once.
+        bundles: what the work needs, each on one node: an autoscaler, where the cluster has one, is asked for it.
+        patience: seconds to wait for an autoscaler.
 
     Raises:
-        UserError: of the last check.
+        UserError: of the last check; also where the autoscaler can never make what is missing.
     """
+    try:
+        check()
+        return
+    except UserError:
+        grows = bool(bundles) and growth() is not None
     began, since, said = time.monotonic(), f"{datetime.now():%H:%M:%S}", 0.0
-    while True:
-        try:
-            check()
-            return
-        except UserError as error:
-            now = time.monotonic()
-            left = began + seconds - now
-            if left <= 0:
-                raise
-            if now - said >= LOOK_S:
-                said = now
-                address = ray.get_runtime_context().gcs_address
-                _say(
-                    f"waiting for nodes, since {since}, for {left:.0f} s more: {error}; `ray status "
-                    f"--address={address}` shows what is there"
-                )
-        time.sleep(_TURN_S)
+    # A group that waits is what an autoscaler grows for, and is gone with this command; a request would be for ever.
+    group = placement_group([dict(bundle) for bundle in bundles]) if grows else None
+    try:
+        while True:
+            try:
+                check()
+                return
+            except UserError as error:
+                now = time.monotonic()
+                left = began + max(seconds, patience if grows else 0) - now
+                if left <= 0:
+                    raise
+                if now - said >= LOOK_S:
+                    said = now
+                    _say(f"waiting for nodes, since {since}, for {left:.0f} s more: {_grown(error, group, seconds)}")
+            time.sleep(_TURN_S)
+    finally:
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _grown(error: UserError, group: PlacementGroup | None, seconds: float) -> str:
+    """What is missing, and what the autoscaler does about it.
+
+    Raises:
+        UserError: it never can, where nobody else holds anything, and nobody was said to start nodes by hand.
+    """
+    found = growth(group) if group is not None else None
+    if found is not None and found.impossible and not seconds and _idle():
+        raise UserError(
+            f"{error}; and its autoscaler has no kinds of nodes, or too few of them, that would hold it"
+        ) from error
+    doing = f"; {found}" if found is not None and str(found) else ""
+    address = ray.get_runtime_context().gcs_address
+    return f"{error}{doing}; `ray status --address={address}` shows what is there"
+
+
+def _idle() -> bool:
+    """Whether nobody holds a core or GPU of the cluster."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    return all(free.get(kind, 0) >= have.get(kind, 0) - _ROUNDING for kind in ("CPU", "GPU"))
 
 
 def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,7 +55,8 @@ class ClusterConfig:
             begins the count again), and that a piece of work of another job is begun again.
         patience: seconds to wait for nodes that were there and are gone, before the command ends.
         wait_for_nodes: seconds to wait, before the work begins, for nodes that are yet to join; 0 refuses at once what
-            the cluster does not hold.
+            the cluster does not hold, nor its autoscaler, if it has one, can make: that is asked, and waited for, for
+            `patience` seconds.
     """
 
     address: str = ""
@@ -147,6 +148,12 @@ class ClusterConfig:
         return Need(self.replicas * self.cpus_per_worker + self.decode_cpus, self.replicas * self.gpus_per_worker)
 
     @property
+    def bundles(self) -> list[Mapping[str, float]]:
+        """The same, each part as a node has to hold it."""
+        worker = {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpu else {})
+        return [worker] * self.replicas + ([{"CPU": self.decode_cpus}] if self.decode_tasks else [])
+
+    @property
     def decode_cpus(self) -> float:
         """What one task that decodes reserves; 0 where there is none."""
         return DECODE_CPUS if self.decode_tasks else 0.0
@@ -206,7 +213,7 @@ def connect_ray(config: ClusterConfig, *, many: bool = False) -> None:
                 ray.init(address="local", logging_level=logging.WARNING, **options)
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
-    wait_until_held(partial(_check, config), config.wait_for_nodes)
+    wait_until_held(partial(_check, config), config.wait_for_nodes, config.bundles, config.patience)
     if config.joined:  # else there are no others
         say_if_busy(config.need, ray.available_resources)
 
