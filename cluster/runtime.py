@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,20 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes import LOOK_S, Need, Watch, check_nodes, died, nodes_there, say_if_busy, wait_until_held
-from cluster.ray_private.core import local_cluster, set_environment
+from cluster.nodes.labels import check_selector
+from cluster.nodes.placement import (
+    Bundle,
+    Need,
+    check_match,
+    check_nodes,
+    cluster_has,
+    cluster_has_free,
+    nodes_there,
+    part_of_cluster,
+    rooms,
+)
+from cluster.nodes.watch import LOOK_S, Watch, died, say_if_busy, wait_until_held
+from cluster.ray_private.core import local_cluster, near, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
@@ -49,6 +61,10 @@ class ClusterConfig:
         gpu: give each worker one GPU.
         gpu_share: of a GPU, for each worker where `gpu` is set: below 1, small trials of a sweep, each of one worker,
             or replicas of the studio stand side by side on one.
+        worker_nodes: labels of the nodes that take workers, by Ray's label selectors: {pool: gpu}, {pool: "!spot"},
+            {pool: "in(a,b)"} or {pool: "!in(a,b)"}; empty: all nodes. A node has its labels of `ray start --labels`,
+            and of Ray itself ray.io/accelerator-type, such as H100.
+        decode_nodes: labels of the nodes that decode images for them; empty: all nodes, the worker's own first.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
@@ -66,6 +82,8 @@ class ClusterConfig:
     decode_tasks: int = 2
     gpu: bool = False
     gpu_share: float = 1.0
+    worker_nodes: dict[str, str] = field(default_factory=dict[str, str])
+    decode_nodes: dict[str, str] = field(default_factory=dict[str, str])
     latents_gb: float = 8.0
     max_failures: int = 3
     patience: float = 1800.0
@@ -98,6 +116,8 @@ class ClusterConfig:
                 f"cluster.gpu_share is {self.gpu_share} with cluster.workers {self.workers}: two workers of a training "
                 "might share a GPU, which NCCL, by which they speak, refuses: set one of the two to 1"
             )
+        check_selector("cluster.worker_nodes", self.worker_nodes)
+        check_selector("cluster.decode_nodes", self.decode_nodes)
         if self.cpus_per_worker <= 0:
             raise UserError(f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         if not self.patience >= 0:
@@ -144,14 +164,19 @@ class ClusterConfig:
 
     @property
     def need(self) -> Need:
-        """What all workers, and one task that decodes, reserve."""
-        return Need(self.replicas * self.cpus_per_worker + self.decode_cpus, self.replicas * self.gpus_per_worker)
+        """What all workers, and one task that decodes, reserve: together, and each on its nodes."""
+        workers = Need(self.replicas * self.cpus_per_worker, self.replicas * self.gpus_per_worker, (self.worker_nodes,))
+        decoding = Need(self.decode_cpus, 0, (self.decode_nodes,))
+        on = (self.worker_nodes, self.decode_nodes) if self.decode_tasks else (self.worker_nodes,)
+        parts = tuple(part for part in (workers, decoding) if part.cpus and all(part.on))
+        return Need(workers.cpus + decoding.cpus, workers.gpus, on if all(on) else (), parts)
 
     @property
-    def bundles(self) -> list[Mapping[str, float]]:
+    def bundles(self) -> list[Bundle]:
         """The same, each part as a node has to hold it."""
-        worker = {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpu else {})
-        return [worker] * self.replicas + ([{"CPU": self.decode_cpus}] if self.decode_tasks else [])
+        gpus = {"GPU": self.gpus_per_worker} if self.gpu else {}
+        decodes = [Bundle({"CPU": self.decode_cpus}, self.decode_nodes)] if self.decode_tasks else []
+        return [Bundle({"CPU": self.cpus_per_worker} | gpus, self.worker_nodes)] * self.replicas + decodes
 
     @property
     def decode_cpus(self) -> float:
@@ -167,6 +192,11 @@ class ClusterConfig:
     def training_need(self) -> Need:
         """What the fewest training workers, and one task that decodes, reserve."""
         return replace(self, workers=self.fewest).need
+
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Where Ray is to run the tasks that decode for this process."""
+        return {"label_selector": self.decode_nodes} if self.decode_nodes else near()
 
     def check_device(self) -> None:
         """See that the GPU is there that work in this process is to have; elsewhere Ray knows.
@@ -215,25 +245,35 @@ def connect_ray(config: ClusterConfig, *, many: bool = False) -> None:
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     wait_until_held(partial(_check, config), config.wait_for_nodes, config.bundles, config.patience)
     if config.joined:  # else there are no others
-        say_if_busy(config.need, ray.available_resources)
+        say_if_busy(config.need, cluster_has_free)
 
 
 def _check(config: ClusterConfig) -> None:
     """Whether the cluster, as it is now, holds the work."""
-    have = ray.cluster_resources()
     need = config.need
-    if need.cpus > have.get("CPU", 0):
+    workers = {"cluster.worker_nodes": config.worker_nodes}
+    decoding = {"cluster.decode_nodes": config.decode_nodes} if config.decode_tasks else {}
+    for name, selector in (workers | decoding).items():
+        check_match(name, selector)
+    have, there = cluster_has(*need.on)["CPU"], part_of_cluster(workers | decoding)
+    if need.cpus > have:
         raise UserError(
             f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {config.decode_cpus:g} for decoding "
-            f"need {need.cpus}, but the Ray cluster has {have.get('CPU', 0):g}: "
-            "lower cluster.workers or cluster.cpus_per_worker"
+            f"need {need.cpus}, but {there} has {have:g}: lower cluster.workers or cluster.cpus_per_worker"
         )
-    if need.gpus > have.get("GPU", 0):
+    have, there = cluster_has(config.worker_nodes)["GPU"], part_of_cluster(workers)
+    if need.gpus > have:
         raise UserError(
-            f"{config.replicas} workers need {need.gpus:g} GPUs, but the Ray cluster has {have.get('GPU', 0):g}: "
+            f"{config.replicas} workers need {need.gpus:g} GPUs, but {there} has {have:g}: "
             "lower cluster.workers, or set cluster.gpu to false"
         )
-    check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes_there())
+    nodes = nodes_there(config.worker_nodes)
+    check_nodes(config.replicas, config.cpus_per_worker, config.gpus_per_worker, nodes, there)
+    if decoding and not any(rooms(config.decode_cpus, 0, nodes_there(config.decode_nodes))):
+        raise UserError(
+            f"a task that decodes images takes {config.decode_cpus:g} CPU cores, which no single node of "
+            f"{part_of_cluster(decoding)} has: correct cluster.decode_nodes, or give such nodes a core"
+        )
 
 
 def map_on_actors(
@@ -298,9 +338,10 @@ def finished_on_actors(
             here = actor_class(*arguments)
             yield from ((position, getattr(here, method)(item)) for position, item in enumerate(items))
         return
-    remote = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(
-        type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
-    )
+    holder = type(actor_class.__name__, (_Holder,), {})  # Ray shows the name, of its processes, too
+    remote = ray.remote(
+        num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, label_selector=config.worker_nodes
+    )(holder)
 
     def start() -> Any:
         return remote.options(max_concurrency=calls).remote(actor_class, arguments)

@@ -20,7 +20,7 @@ from bld_core.storage.lease import BEAT_S, BEATS, Lease
 from bld_core.storage.records import Fault, named_faults, part_of, read_record, set_aside, write_record
 from cluster.config.experiment import BEFORE, Experiment
 from cluster.console import COMMANDS
-from cluster.nodes import check_access, ended_by
+from cluster.nodes.watch import check_access, ended_by
 from cluster.runtime import connect_ray
 from cluster.secrets import without_secrets
 

@@ -111,19 +111,23 @@ class Nodes:
         folder: of their logs.
         lacking: beginnings of the names of variables that they are not to have.
         head_cpus: cores of the head.
+        labels: of the head, as "pool=gpu".
     """
 
-    def __init__(self, folder: Path, *lacking: str, head_cpus: int = 1) -> None:
+    def __init__(self, folder: Path, *lacking: str, head_cpus: int = 1, labels: str = "") -> None:
         self.folder, self.port, self.dashboard = folder, free_port(), free_port()
         names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
         self.environment = {name: os.environ[name] for name in names}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", cpus=head_cpus)
+        self.start(
+            *("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}"), cpus=head_cpus, labels=labels
+        )
 
-    def start(self, *words: str, cpus: int = 1) -> None:
+    def start(self, *words: str, cpus: int = 1, labels: str = "") -> None:
         words = words or (f"--address=127.0.0.1:{self.port}",)
+        words += (f"--labels={labels}",) if labels else ()
         words += (f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={cpus}", "--disable-usage-stats")
         command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block"]
         with open(self.folder / f"node-{len(self.processes)}.log", "wb") as log:

@@ -55,8 +55,9 @@ ARROWS = {
     "bld_core.generator": "errors noise precision training diffusion prior trained",
     "cluster": "",
     "cluster.secrets": "",
-    "cluster.ray_private": "",
-    "cluster.nodes": "",
+    "cluster.nodes.labels": "",
+    "cluster.ray_private": "nodes.labels",
+    "cluster.nodes": "ray_private nodes.labels",
     "cluster.plots": "",
     "cluster.storage": "",
     "cluster.evaluation.config": "",
@@ -64,7 +65,7 @@ ARROWS = {
     "cluster.studio.config": "",
     "cluster.console": "secrets",
     "cluster.lineage": "secrets",
-    "cluster.runtime": "console nodes ray_private",
+    "cluster.runtime": "console nodes ray_private nodes.labels",
     "cluster.config": "secrets console runtime evaluation.config sweep.config studio.config",
     "cluster.tracking": "secrets lineage config",
     "cluster.stages": "secrets console nodes runtime config tracking",
@@ -74,8 +75,8 @@ ARROWS = {
     "cluster.evaluation": "secrets plots lineage runtime config stages data training sampling evaluation.config",
     "cluster.study": "plots console data config runtime stages training sampling evaluation",
     "cluster.report": "secrets plots console lineage config tracking stages evaluation evaluation.config",
-    "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data training"
-    " report sweep.config",
+    "cluster.sweep": "ray_private nodes plots storage console lineage runtime config tracking stages data"
+    " training report sweep.config",
     "cluster.registry": "secrets lineage config tracking evaluation",
     "cluster.studio": "nodes runtime registry studio.config",
     "cluster.serving": "studio",
@@ -139,8 +140,7 @@ def modules_imported(tree: ast.AST, ring: str) -> Iterator[str]:
 
 def room(module: str) -> str:
     """The room or wing that a module belongs to."""
-    ring, *parts = module.split(".")
-    return module if parts[1:] == ["config"] else ".".join([ring, *parts[:1]])
+    return module if module in ARROWS else ".".join(module.split(".")[:2])
 
 
 def wrong_arrows(module: str, tree: ast.AST) -> set[str]:

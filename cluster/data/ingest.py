@@ -169,6 +169,7 @@ class Stream:
                 read_visit,  # pyright: ignore[reportArgumentType]  # Ray's type leaves out fn_kwargs and batch_format
                 batch_size=1,
                 num_cpus=0,
+                **cluster.decode_options,
                 compute=ray.data.TaskPoolStrategy(size=1 + cluster.decode_tasks // _DECODE_TASKS_PER_READ),
                 fn_kwargs={"data": data, "seed": seed},
             )
@@ -177,6 +178,7 @@ class Stream:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=DECODE_CPUS,
+                **cluster.decode_options,
                 compute=ray.data.TaskPoolStrategy(size=cluster.blocks),
                 fn_kwargs={"data": data, "augmentation": self.experiment.augmentation, "seed": seed},
             )

@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
 
 from bld_core.errors import UserError
+from cluster.nodes.labels import matches
 from cluster.ray_private.core import without_dashboard
 
 _ANSWER_S = 3.0
@@ -88,7 +89,7 @@ class EvenWorkers(ElasticScalingPolicy):
     """As many workers as the cluster holds, of those numbers that share the global batch evenly.
 
     A group that starts again is only counted on nodes that answer: that one is gone Ray knows after half a minute, and
-    until then it would begin to wait, for ten, for a worker there.
+    until then it would begin to wait, for ten, for a worker there. With a label selector, only on nodes that match.
 
     Args:
         config: Ray's.
@@ -108,6 +109,13 @@ class EvenWorkers(ElasticScalingPolicy):
             self._starts = False
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, dict[str, float]]) -> int:
+        if selector := self.scaling_config.label_selector:  # Ray reserves whatever the labels, perhaps where none is
+            assert isinstance(selector, dict), "all workers have the same"
+            reserved_resources = {
+                node["NodeID"]: node["Resources"]
+                for node in ray.nodes()
+                if node["Alive"] and matches(node["Labels"], selector)
+            }
         answering = _answering() if self._starts else {*reserved_resources}
         there = {node: have for node, have in reserved_resources.items() if node in answering}
         possible = super()._count_possible_workers(there)

@@ -26,7 +26,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from bld_core.errors import UserError
-from cluster.nodes import check_nodes, nodes_there
+from cluster.nodes.placement import check_nodes, nodes_there, part_of_cluster
 from cluster.runtime import ClusterConfig, connect_ray
 from cluster.studio.api import BusyError, Model, Pictures, SamplesRequest, Step
 from cluster.studio.app import digest, make_app
@@ -199,8 +199,9 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
     """
     if not cluster.joined:
         _check_free(config)
-    connect_ray(replace(cluster, workers=1, min_workers=0))
-    check_nodes(config.min_replicas, cluster.cpus_per_worker, cluster.gpus_per_worker, nodes_there())
+    connect_ray(replace(cluster, workers=1, min_workers=0, decode_nodes={}))  # it decodes no images of shards
+    nodes, where = nodes_there(cluster.worker_nodes), part_of_cluster({"cluster.worker_nodes": cluster.worker_nodes})
+    check_nodes(config.min_replicas, cluster.cpus_per_worker, cluster.gpus_per_worker, nodes, where)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     there = serve.status()
     if APP in there.applications:
@@ -220,7 +221,11 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
             max_replicas=config.max_replicas,
             target_ongoing_requests=2 * config.batch,
         ),
-        ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
+        ray_actor_options={
+            "num_cpus": cluster.cpus_per_worker,
+            "num_gpus": cluster.gpus_per_worker,
+            "label_selector": cluster.worker_nodes,
+        },
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,

@@ -19,7 +19,8 @@ from bld_core.storage.records import read_record, write_record
 from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
-from cluster.nodes import nodes_there, nodes_watched, rooms
+from cluster.nodes.placement import cluster_has, nodes_there, rooms
+from cluster.nodes.watch import nodes_watched
 from cluster.ray_private.tune import keep_keys_from_tune
 from cluster.runtime import connect_ray, unwrap
 from cluster.stages import end_killed, locked
@@ -259,11 +260,11 @@ def start_of_full_length(experiment: Experiment, stage: StageName, values: Value
 def room(experiment: Experiment, stage: StageName) -> int:
     """How many trials the cluster holds at the same time, each with all of its workers: no two wait for each other."""
     cluster = experiment.cluster
-    nodes = nodes_there()
+    nodes = nodes_there(cluster.worker_nodes)
     fits = sum(rooms(cluster.cpus_per_worker, cluster.gpus_per_worker, nodes)) // cluster.replicas
     if stage == "autoencoder":  # whose images are decoded beside its workers
-        cpus = sum(node.get("CPU", 0) for node in nodes)
-        fits = min(fits, int(cpus / (cluster.replicas * cluster.cpus_per_worker + cluster.decode_cpus) + 1e-6))
+        for need in (cluster.need, *cluster.need.parts):
+            fits = min(fits, int(cluster_has(*need.on)["CPU"] / need.cpus + 1e-6))
     return max(1, fits)
 
 

@@ -46,7 +46,7 @@ from cluster.console import Progress, on_terminal
 from cluster.data.check import check_data
 from cluster.data.ingest import check_feed
 from cluster.lineage import lineage
-from cluster.nodes import died, node_name, nodes_watched
+from cluster.nodes.watch import died, node_name, nodes_watched
 from cluster.ray_private.core import bar
 from cluster.ray_private.train import PlainTrainer, death, quiet_training, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
@@ -237,6 +237,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
             num_workers=(cluster.fewest, cluster.workers) if cluster.min_workers else cluster.workers,
             use_gpu=cluster.gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpu_share} if cluster.gpu else {}),
+            label_selector=cluster.worker_nodes or None,
             elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
         run_config=RunConfig(

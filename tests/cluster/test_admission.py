@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 
-import cluster.nodes
+import cluster.nodes.watch
 from bld_core.errors import UserError
-from cluster.nodes import wait_until_held
+from cluster.nodes.watch import wait_until_held
 from cluster.runtime import ClusterConfig, connect_ray
 from tests.cluster.test_outages import looks
 from tests.servers import Nodes
@@ -20,7 +20,7 @@ from tests.servers import Nodes
 def test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_waits(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.nodes, "_TURN_S", 0.01)
+    monkeypatch.setattr(cluster.nodes.watch, "_TURN_S", 0.01)
     connect_ray(ClusterConfig(cpus_per_worker=0.25))
     capsys.readouterr()
     refusals = iter([UserError("1 of 2 CPU cores")] * 3)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import ray
 
-import cluster.nodes
+import cluster.nodes.watch
 from bld_core.errors import UserError
-from cluster.nodes import Need, check_nodes, say_if_busy
+from cluster.nodes.placement import Need, check_nodes
+from cluster.nodes.watch import say_if_busy
 from cluster.runtime import ClusterConfig, connect_ray
 
 TWO, FOUR, GPUS = {"CPU": 2.0}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}
@@ -52,7 +53,7 @@ def test_two_workers_of_a_training_share_no_gpu() -> None:
 def test_a_busy_cluster_is_said_in_one_line_and_one_that_becomes_free_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.nodes, "_SETTLES_S", 0.3)
+    monkeypatch.setattr(cluster.nodes.watch, "_SETTLES_S", 0.3)
     seen = iter([{"CPU": 1.0}, {"CPU": 4.0}])
     say_if_busy(Need(4.0, 0), lambda: next(seen))
     assert capsys.readouterr().err == ""

@@ -24,7 +24,7 @@ import cluster.training.train as cluster_train
 from bld_core.storage import files
 from bld_core.training.loop import Batch
 from cluster.console import user_errors_answered
-from cluster.nodes import check_access
+from cluster.nodes.watch import check_access
 from cluster.runtime import ClusterConfig, connect_ray
 from cluster.training.tasks import AutoencoderTask, Evaluation, Worker
 from cluster.training.train import train_autoencoder

@@ -17,10 +17,11 @@ import pytest
 import ray
 import torch
 
-import cluster.nodes
+import cluster.nodes.watch
 from bld_core.errors import UserError
 from cluster.config.experiment import Experiment
-from cluster.nodes import Need, Watch, nodes_watched
+from cluster.nodes.placement import Need
+from cluster.nodes.watch import Watch, nodes_watched
 from cluster.runtime import ClusterConfig, connect_ray, finished_on_actors
 from cluster.training.train import train_autoencoder
 
@@ -124,7 +125,7 @@ def test_what_an_actor_finds_at_its_start_is_raised_as_it_was() -> None:
 def test_nodes_that_are_gone_are_named_and_not_waited_for_without_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.nodes, "LOOK_S", 0.0)
+    monkeypatch.setattr(cluster.nodes.watch, "LOOK_S", 0.0)
     connect_ray(ClusterConfig(cpus_per_worker=0.25))
     cpus = ray.cluster_resources()["CPU"]
     assert Watch(Need(cpus, 0), 0).look() is None, "all is there"
@@ -140,7 +141,7 @@ def test_nodes_that_are_gone_are_named_and_not_waited_for_without_end(
 
 
 def test_waiting_for_ray_ends_with_the_nodes_and_by_ctrl_c(monkeypatch: pytest.MonkeyPatch, ctrl_c: None) -> None:
-    monkeypatch.setattr(cluster.nodes, "LOOK_S", 0.1)
+    monkeypatch.setattr(cluster.nodes.watch, "LOOK_S", 0.1)
     connect_ray(ClusterConfig(cpus_per_worker=0.25))
     with pytest.raises(UserError, match="of 1000 CPU cores"), nodes_watched(Need(1000, 0), 0.2):
         ray.get(sleep.remote(60))

@@ -1,4 +1,4 @@
-"""Whether the nodes hold the work: refused where they never will, said and waited for where they do not now."""
+"""Nodes that the work waits for, or is watched on: what is missing is said, and waited for as long as it may be."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from datetime import datetime
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.storage.patience import time_limit
+from cluster.nodes.placement import ROUNDING, Bundle, Need, Resources, cluster_has, cluster_has_free, reserve
 from cluster.ray_private.autoscaler import growth
 
 _log = logging.getLogger(__name__)
@@ -30,74 +30,9 @@ LOOK_S = 5.0
 _SAY_S = 30.0
 _SETTLES_S = 3.0  # within which Ray counts as free what has just ended
 _TURN_S = 0.2
-_ROUNDING = 1e-6
 _ACCESS_S = 60.0
 _ACCESS_TRIES_S = 10.0  # for which a node asks a storage that does not answer
 _OF_STORAGE = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")  # variables that clients of storage read
-
-Resources = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Need:
-    """What the work needs of the cluster at the same time."""
-
-    cpus: float
-    gpus: float
-
-    def missing(self, have: Resources) -> str:
-        """What there is too little of, in words; "" where all is there."""
-        kinds = [("CPU cores", self.cpus, have.get("CPU", 0.0)), ("GPUs", self.gpus, have.get("GPU", 0.0))]
-        return " and ".join(f"{there:g} of {need:g} {kind}" for kind, need, there in kinds if there < need - 1e-6)
-
-
-def rooms(cpus: float, gpus: float, nodes: Sequence[Resources]) -> list[int]:
-    """How many workers each node holds at the same time.
-
-    Args:
-        cpus: cores of each worker.
-        gpus: GPUs of each: 1, a share of one, which is never spread over several, or 0.
-        nodes: what each node has.
-    """
-    found = [int(node.get("CPU", 0) / cpus + _ROUNDING) for node in nodes]
-    if not gpus:
-        return found
-    on_gpus = [int(node.get("GPU", 0)) * int(1 / gpus + _ROUNDING) for node in nodes]
-    return [min(pair) for pair in zip(found, on_gpus, strict=True)]
-
-
-def nodes_there() -> list[Resources]:
-    """What each node has that is there."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def check_nodes(workers: int, cpus: float, gpus: float, nodes: Sequence[Resources]) -> None:
-    """Refuse workers that the nodes never hold, though there may be enough of all of them together.
-
-    Args:
-        workers: that run at the same time, each on one node.
-        cpus: cores of each.
-        gpus: as in `rooms`.
-        nodes: what each node has.
-
-    Raises:
-        UserError: Ray would wait for ever.
-    """
-    there = rooms(cpus, gpus, nodes)
-    if sum(there) >= workers:
-        return
-    share = f" and {'a' if gpus == 1 else f'{gpus:g} of a'} GPU" if gpus else ""
-    one = f"{cpus:g} CPU cores{share}"
-    if not any(there):
-        able = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU", 0) >= 1]
-        most = f"the largest{' with a GPU' if gpus else ''} has {max(able, default=0):g} CPU cores"
-        raise UserError(
-            f"a worker of {one} fits on no single node of the Ray cluster, {most}: lower cluster.cpus_per_worker"
-        )
-    raise UserError(
-        f"{workers} workers of {one} each do not fit on the nodes of the Ray cluster, which hold {sum(there)}, as no "
-        "worker is shared between nodes: lower cluster.workers or cluster.cpus_per_worker"
-    )
 
 
 def check_access(urls: Sequence[str]) -> None:
@@ -152,7 +87,7 @@ def _look(urls: list[str], names: list[str]) -> tuple[str, list[str]]:
 
 
 def wait_until_held(
-    check: Callable[[], None], seconds: float, bundles: Sequence[Resources] = (), patience: float = 0.0
+    check: Callable[[], None], seconds: float, bundles: Sequence[Bundle] = (), patience: float = 0.0
 ) -> None:
     """Wait for nodes that are yet to join a cluster that is too small for the work.
 
@@ -165,31 +100,34 @@ def wait_until_held(
     Raises:
         UserError: of the last check; also where the autoscaler can never make what is missing.
     """
-    try:
-        check()
+    if (error := _refusal(check)) is None:
         return
-    except UserError:
-        grows = bool(bundles) and growth() is not None
     began, since, said = time.monotonic(), f"{datetime.now():%H:%M:%S}", 0.0
     # A group that waits is what an autoscaler grows for, and is gone with this command; a request would be for ever.
-    group = placement_group([dict(bundle) for bundle in bundles]) if grows else None
+    group = reserve(bundles) if bundles and growth() is not None else None
+    limit = seconds if group is None else max(seconds, patience)
     try:
-        while True:
-            try:
-                check()
-                return
-            except UserError as error:
-                now = time.monotonic()
-                left = began + max(seconds, patience if grows else 0) - now
-                if left <= 0:
-                    raise
-                if now - said >= LOOK_S:
-                    said = now
-                    _say(f"waiting for nodes, since {since}, for {left:.0f} s more: {_grown(error, group, seconds)}")
+        while error is not None:
+            now = time.monotonic()
+            left = began + limit - now
+            if left <= 0:
+                raise error
+            if now - said >= LOOK_S:
+                said = now
+                _say(f"waiting for nodes, since {since}, for {left:.0f} s more: {_grown(error, group, seconds)}")
             time.sleep(_TURN_S)
+            error = _refusal(check)
     finally:
         if group is not None:
             remove_placement_group(group)
+
+
+def _refusal(check: Callable[[], None]) -> UserError | None:
+    try:
+        check()
+    except UserError as error:
+        return error
+    return None
 
 
 def _grown(error: UserError, group: PlacementGroup | None, seconds: float) -> str:
@@ -210,19 +148,19 @@ def _grown(error: UserError, group: PlacementGroup | None, seconds: float) -> st
 
 def _idle() -> bool:
     """Whether nobody holds a core or GPU of the cluster."""
-    have, free = ray.cluster_resources(), ray.available_resources()
-    return all(free.get(kind, 0) >= have.get(kind, 0) - _ROUNDING for kind in ("CPU", "GPU"))
+    have, free = cluster_has(), cluster_has_free()
+    return all(free[kind] >= have[kind] - ROUNDING for kind in have)
 
 
-def say_if_busy(need: Need, free: Callable[[], Resources]) -> None:
+def say_if_busy(need: Need, free: Callable[..., Resources]) -> None:
     """Say what the work waits for, where others hold it now.
 
     Args:
         need: of the work.
-        free: asks the cluster what nobody holds.
+        free: asks the cluster what nobody holds, as `cluster_has_free`.
     """
     deadline = time.monotonic() + _SETTLES_S
-    while busy := need.missing(free()):
+    while busy := need.missing(free):
         if time.monotonic() >= deadline:
             _say(f"waiting: of what the work needs {busy} are free; others hold the rest until they end")
             return
@@ -249,7 +187,7 @@ class Watch:
         if now < self._looked + LOOK_S:
             return None
         self._looked = now
-        missing = self._need.missing(ray.cluster_resources())
+        missing = self._need.missing(cluster_has)
         if not missing:
             self._nodes |= _nodes()
             if self._since:

@@ -1,0 +1,1 @@
+"""The machines: their labels, whether they hold the work, and how it waits for them."""
