@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from ray.train import ScalingConfig
 import cluster.data.encode
 import cluster.data.ingest
 import cluster.ray_private.train
+import cluster.runtime
 import cluster.training.train
 from bld_core.errors import UserError
 from bld_core.training.loop import Batch
@@ -85,7 +87,7 @@ def test_a_wrong_selector_on_the_command_line_is_one_message(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "stage1_ae.py", "--config", "configs/demo.yaml", *words) == 2
-    assert __import__("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 GPU, CPU = {"CPU": 4.0, "GPU": 1.0}, {"CPU": 16.0}
@@ -226,7 +228,11 @@ def work(root: str, digits: dict[str, str], machines: dict[str, Any]) -> None:
     train_autoencoder(small)
     cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
     held = cluster.data.encode.finished_on_actors
-    cluster.data.encode.finished_on_actors = lambda kind, arguments, *more: held(kind, (folder, *arguments), *more)
+
+    def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any) -> Any:
+        return held(kind, (folder, *arguments), *more)
+
+    cluster.data.encode.finished_on_actors = told_the_folder
     encode_latents(small)
 
 
@@ -237,7 +243,7 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
     nodes = Nodes(tmp_path, head_cpus=2, labels="pool=gpu")
     call = "import json, sys; from tests.cluster.test_placement import work; work(*json.loads(sys.argv[1]))"
     keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    machines: dict[str, Any] = {"address": f"127.0.0.1:{nodes.port}", "cpus_per_worker": 0.5, "wait_for_nodes": 60}
+    machines: dict[str, Any] = {"address": f"127.0.0.1:{nodes.port}", "cpus_per_worker": 0.5, "wait_for_nodes": 300}
 
     def places(name: str, **labels: dict[str, str]) -> dict[str, Counter[str]]:
         """Where the worker, the encoder and each task of the two stages ran."""
