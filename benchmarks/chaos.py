@@ -1,13 +1,14 @@
 """Seeded disasters: commands that lose workers, nodes, themselves and their servers, and what they make all the same.
 
-    python -m benchmarks.chaos training|encoding [--rounds 10] [--seed 0]
+    python -m benchmarks.chaos autoencoder|encoding|training|evaluation [--rounds 10] [--seed 0]
+                               [--events 2] [--kinds worker node command S3 MLflow]
 
-A Ray cluster of a head and two nodes of one core, an S3 server and an MLflow server run on this machine. A command of
-stage 2, or of the encode job, with two workers first goes undisturbed. Each round then runs it in a folder of its own,
-and twice, after a random time, something happens: a worker or a node is killed, and the node replaced after some
-seconds; the command is killed, and run again; the S3 or the MLflow server is away for some seconds. Prints one JSON
-line a round: its seconds, what happened when, and whether what was made is the undisturbed one's, bit by bit; at last
-how many rounds were, and the seconds that an event has cost.
+A Ray cluster of a head and two nodes of one core, an S3 server and an MLflow server run on this machine. A command with
+two workers first goes undisturbed: stage 1, the encode job, stage 2, or the evaluation. Each round then runs it in a
+folder of its own, and twice, after a random time, something happens: a worker or a node is killed, and the node
+replaced after some seconds; the command is killed, and run again; the S3 or the MLflow server is away for some seconds.
+Prints one JSON line a round: its seconds, what happened when, and whether what was made is the undisturbed one's, bit
+by bit; at last how many rounds were, and the seconds that an event has cost.
 """
 
 from __future__ import annotations
@@ -26,30 +27,34 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
 from s3fs import S3FileSystem
 
+from bld_core.autoencoder.network import AutoencoderConfig
 from cluster.config.experiment import Experiment
 from cluster.config.tracking import TrackingConfig
 from cluster.data.encode import encode_latents
 from cluster.data.shards import ShardConfig, make_shards
+from cluster.evaluation.config import EvaluationConfig
 from cluster.runtime import ClusterConfig
-from cluster.training.train import train_autoencoder
+from cluster.training.train import train_autoencoder, train_prior
 from tests.conftest import small_experiment, small_training
 from tests.servers import MlflowServer, Nodes, S3Server
 
 REPOSITORY = Path(__file__).parents[1]
-EVENTS = 2
+KINDS = ("worker", "node", "command", "S3", "MLflow")
 AWAY_S = 8.0  # of a server; and until a node is replaced
 LIMIT_S = 600.0  # from one event to the next, and from the last to the end
 _TRIES = 5
+_MIDDLE = (0.1, 0.8)  # of its share of the undisturbed work, within which an event comes
+STAGES = (("autoencoder", train_autoencoder), ("latents", encode_latents), ("prior", train_prior))
 
 
 class Work(NamedTuple):
@@ -57,63 +62,54 @@ class Work(NamedTuple):
 
     Attributes:
         script: of the command.
-        needs: the stages before it.
-        worker: the beginning of the names of its workers' processes.
+        before: how many of the stages it needs.
+        worker: what Ray calls its workers' processes.
         made: the files that count.
+        settings: of the experiment, by which it takes long enough to be disturbed.
     """
 
     script: str
-    needs: list[str]
+    before: int
     worker: str
     made: str
+    settings: dict[str, Any]
 
 
+_STEPS = {"log_every": 20, "checkpoint_every": 50}
+_LARGE = {"autoencoder": AutoencoderConfig(bits=8, channels=32, multipliers=[1, 2, 2, 2], blocks=2, attention=[])}
+_STAGE1 = {"autoencoder_training": small_training(200, **_STEPS)}
+_STAGE2 = {"prior_training": small_training(600, **_STEPS)}
+_MEASURED = {"evaluation": EvaluationConfig(samples=8000, batch_size=100, class_accuracy=True)}
+_FINAL = "final/*.safetensors"
 WORKS = {
-    "training": Work("stage2_prior.py", ["autoencoder", "latents"], "ray::RayTrainWorker", "prior/final/*.safetensors"),
-    "encoding": Work("encode_latents.py", ["autoencoder"], "ray::Encoder", "latents/*/*.parquet"),
+    "autoencoder": Work("stage1_ae.py", 0, "RayTrainWorker", f"autoencoder/{_FINAL}", _STAGE1),
+    "encoding": Work("encode_latents.py", 1, "Encoder", "latents/*/*.parquet", _LARGE),
+    "training": Work("stage2_prior.py", 2, "RayTrainWorker", f"prior/{_FINAL}", _STAGE2),
+    "evaluation": Work("evaluate.py", 3, "Evaluator", "evaluation/report.json", _MEASURED),
 }
 
 
+@dataclass
 class Machines:
     """Nodes and servers, and the small experiment whose stages all rounds begin with.
 
-    Args:
+    Attributes:
         folder: of everything.
         work: that is disturbed.
+        base: the experiment, with what the work needs.
+        s3: whose bucket holds the experiments.
+        mlflow: that they report to.
+        nodes: a head without cores, and two of one.
     """
 
-    def __init__(self, folder: Path, work: Work) -> None:
-        self.folder, self.work, self._open = folder, work, ExitStack()
-        try:
-            self._start()
-        except BaseException:
-            self.end()
-            raise
+    folder: Path
+    work: Work
+    base: Experiment
+    s3: S3Server
+    mlflow: MlflowServer
+    nodes: Nodes
 
-    def _start(self) -> None:
-        folder, work = self.folder, self.work
-        self.s3, self.tracking = S3Server(folder / "s3"), folder / "mlflow"
-        for path in (self.s3.folder / "bucket", self.tracking):
-            path.mkdir(parents=True)
-        os.environ |= self.s3.settings
-        self.s3.start()
-        self._open.callback(self.s3.stop)
-        self._files = S3FileSystem()  # rclone does not see what is put into its folder otherwise
-        self.mlflow = MlflowServer(self.tracking)
-        self._open.callback(self.mlflow.kill)
-        shards = make_shards(ShardConfig(output=str(folder / "digits"), images_per_shard=60)).patterns
-        small = small_experiment(folder / "base", shards)
-        small = replace(small, autoencoder=replace(small.autoencoder, channels=32, blocks=2))
-        self.base = replace(small, prior_training=small_training(600, log_every=20, checkpoint_every=50))
-        train_autoencoder(self.base)
-        if "latents" in work.needs:
-            encode_latents(self.base)
-        self.nodes = Nodes(folder, head_cpus=0)
-        self._open.callback(self.nodes.end)
-        self._add_node()
-        self._add_node()
-
-    def _add_node(self) -> None:
+    def add_node(self) -> None:
         """A node more, one that stays: under load Ray's raylet may give up the wait for its own agents."""
         log = self.folder / f"node-{len(self.nodes.processes)}.log"
         for _ in range(_TRIES):
@@ -125,10 +121,6 @@ class Machines:
             self.nodes.processes.pop()
         raise RuntimeError(f"no node has stayed, of {_TRIES}:\n{log.read_text()}")
 
-    def end(self) -> None:
-        """End all of them."""
-        self._open.close()
-
     def experiment(self, name: str) -> tuple[list[str], Path]:
         """The command in a folder of its own, and where that lies."""
         cluster = ClusterConfig(address=f"127.0.0.1:{self.nodes.port}", workers=2, decode_tasks=0, wait_for_nodes=60)
@@ -137,8 +129,9 @@ class Machines:
         )
         settings, place = self.folder / f"{name}.yaml", self.s3.folder / "bucket" / name / self.base.name
         settings.write_text(yaml.safe_dump(asdict(made)))
-        for stage in self.work.needs:
-            self._files.put(f"{self.base.folder}/{stage}", f"{made.folder}/{stage}", recursive=True)
+        storage = S3FileSystem()  # rclone does not see what is put into its folder otherwise
+        for stage, _ in STAGES[: self.work.before]:
+            storage.put(f"{self.base.folder}/{stage}", f"{made.folder}/{stage}", recursive=True)
         return [sys.executable, f"pipelines/{self.work.script}", "--config", str(settings)], place
 
     def happens(self, kind: str, command: Command, dice: random.Random) -> bool:
@@ -152,7 +145,7 @@ class Machines:
         elif kind == "node":
             self.nodes.kill()
             time.sleep(AWAY_S)
-            self._add_node()
+            self.add_node()
         elif kind == "command":
             command.end()
             command.start()
@@ -172,12 +165,34 @@ class Machines:
         for node in self.nodes.processes:
             for each in psutil.Process(node.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                    if each.cmdline()[:1] and each.cmdline()[0].startswith(self.work.worker):
+                    if each.cmdline()[:1] and each.cmdline()[0].startswith(f"ray::{self.work.worker}"):
                         found.append(each)
         return found
 
 
-KINDS = ("worker", "node", "command", "S3", "MLflow")
+@contextlib.contextmanager
+def machines_of(work: Work) -> Generator[Machines]:
+    """The machines, for as long as they are needed."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        s3, tracking = S3Server(folder / "s3"), folder / "mlflow"
+        for path in (s3.folder / "bucket", tracking):
+            path.mkdir(parents=True)
+        os.environ |= s3.settings | {"BLD_CACHE": f"{folder}/cache"}
+        stack.callback(s3.stop)
+        s3.start()
+        mlflow = MlflowServer(tracking)
+        stack.callback(mlflow.kill)
+        shards = make_shards(ShardConfig(output=str(folder / "digits"), images_per_shard=60)).patterns
+        base = replace(small_experiment(folder / "base", shards), **work.settings)
+        for _, make in STAGES[: work.before]:
+            make(base)
+        nodes = Nodes(folder, head_cpus=0)
+        stack.callback(nodes.end)
+        machines = Machines(folder, work, base, s3, mlflow, nodes)
+        machines.add_node()
+        machines.add_node()
+        yield machines
 
 
 class Command:
@@ -232,16 +247,15 @@ class Round(NamedTuple):
     made: dict[str, str]
 
 
-def play(machines: Machines, name: str, dice: random.Random, span: float) -> Round:
-    """Run the command; events come at random times after one another, within half of `span` seconds each."""
+def play(machines: Machines, name: str, dice: random.Random, plan: Sequence[tuple[float, str]] = ()) -> Round:
+    """Run the command; each event of the plan comes so many seconds after the one before, the first as work begins."""
     words, where = machines.experiment(name)
-    planned = [(dice.uniform(0, span / EVENTS), dice.choice(KINDS)) for _ in range(EVENTS if span else 0)]
     began, log, events = time.monotonic(), machines.folder / f"{name}.log", list[tuple[str, float]]()
     command = Command(words, log, machines.nodes)
     try:
-        command.wait(lambda: re.search(r"(prior|encode)  \d", command.said()) is not None)
+        command.wait(lambda: re.search(r"(autoencoder|encode|prior|evaluate)  \d", command.said()) is not None)
         working = time.monotonic()
-        for gap, kind in planned:
+        for gap, kind in plan:
             due = time.monotonic() + gap
             if not command.wait(lambda due=due: time.monotonic() >= due):
                 break
@@ -257,58 +271,41 @@ def play(machines: Machines, name: str, dice: random.Random, span: float) -> Rou
     return Round(over - began, over - working, events, digest(where, machines.work.made))
 
 
-@contextlib.contextmanager
-def machines_of(work: Work) -> Generator[Machines]:
-    """The machines, for as long as they are needed."""
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        os.environ["BLD_CACHE"] = f"{folder}/cache"
-        machines = Machines(Path(folder), work)
-        try:
-            yield machines
-        finally:
-            machines.end()
-
-
-def main(kind: str, rounds: int, seed: int) -> None:
-    with machines_of(WORKS[kind]) as machines:
-        calm = play(machines, "undisturbed", random.Random(), 0)
-        equal, lost, kinds = 0, list[float](), Counter[str]()
+def main(name: str, rounds: int, seed: int, events: int, kinds: Sequence[str]) -> None:
+    with machines_of(WORKS[name]) as machines:
+        calm = play(machines, "undisturbed", random.Random())
+        equal, lost, counts = 0, list[float](), Counter[str]()
         for number in range(rounds):
-            one = play(machines, f"round-{number}", random.Random(f"{seed} {kind} {number}"), calm.worked)
+            dice = random.Random(f"{seed} {name} {number}")
+            plan = [(dice.uniform(*_MIDDLE) * calm.worked / events, dice.choice(kinds)) for _ in range(events)]
+            one = play(machines, f"round-{number}", dice, plan)
             same = one.made == calm.made and len(calm.made) > 0
             equal += same
-            kinds.update(kind for kind, _ in one.events)
+            counts.update(kind for kind, _ in one.events)
             if one.events:
                 lost.append((one.took - calm.took) / len(one.events))
-            print(
-                json.dumps(
-                    {
-                        "name": f"chaos, {kind}, round {number}",
-                        "value": round(one.took, 1),
-                        "unit": "s",
-                        "peer": "undisturbed",
-                        "ratio": round(one.took / calm.took, 2),
-                        "events": one.events,
-                        "equal": same,
-                    }
-                ),
-                flush=True,
-            )
-        print(
-            json.dumps(
-                {
-                    "name": f"chaos, {kind}",
-                    "value": equal,
-                    "unit": "rounds equal",
-                    "peer": "rounds",
-                    "ratio": equal / rounds,
-                    "events": kinds,
-                    "undisturbed_s": round(calm.took, 1),
-                    "median_s_lost_an_event": round(statistics.median(lost), 1) if lost else None,
-                    "worst_s_lost_an_event": round(max(lost), 1) if lost else None,
-                }
-            )
-        )
+            line = {
+                "name": f"chaos, {name}, round {number}",
+                "value": round(one.took, 1),
+                "unit": "s",
+                "peer": "undisturbed",
+                "ratio": round(one.took / calm.took, 2),
+                "events": one.events,
+                "equal": same,
+            }
+            print(json.dumps(line), flush=True)
+    line = {
+        "name": f"chaos, {name}",
+        "value": equal,
+        "unit": "rounds equal",
+        "peer": "rounds",
+        "ratio": equal / rounds,
+        "events": counts,
+        "undisturbed_s": round(calm.took, 1),
+        "median_s_lost_an_event": round(statistics.median(lost), 1) if lost else None,
+        "worst_s_lost_an_event": round(max(lost), 1) if lost else None,
+    }
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
@@ -316,5 +313,8 @@ if __name__ == "__main__":
     words.add_argument("work", choices=WORKS)
     words.add_argument("--rounds", type=int, default=10)
     words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--events", type=int, default=2, help="of a round")
+    words.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of events")
     given = words.parse_args()
-    main(given.work, given.rounds, given.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nodes and servers end with it
+    main(given.work, given.rounds, given.seed, given.events, given.kinds)
