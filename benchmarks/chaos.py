@@ -316,5 +316,5 @@ if __name__ == "__main__":
     words.add_argument("--events", type=int, default=2, help="of a round")
     words.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of events")
     given = words.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nodes and servers end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nodes and servers end with it, too
     main(given.work, given.rounds, given.seed, given.events, given.kinds)
