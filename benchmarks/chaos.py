@@ -8,14 +8,13 @@ two workers first goes undisturbed: stage 1, the encode job, stage 2, or the eva
 folder of its own, and twice, after a random time, something happens: a worker or a node is killed, and the node
 replaced after some seconds; the command is killed, and run again; the S3 or the MLflow server is away for some seconds.
 Prints one JSON line a round: its seconds, what happened when, and whether what was made is the undisturbed one's, bit
-by bit; at last how many rounds were, and the seconds that an event has cost.
+by bit, and when after the last event it went on; at last how many rounds were, and the seconds that an event has cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,21 +142,19 @@ class Machines:
                 return False
             with contextlib.suppress(psutil.NoSuchProcess):
                 dice.choice(there).kill()
-        elif kind == "node":
-            self.nodes.kill()
-            time.sleep(AWAY_S)
-            self.add_node()
+            time.sleep(1)  # what they have said until now is passed on
         elif kind == "command":
             command.end()
             command.start()
-        elif kind == "S3":
-            self.s3.stop()
-            time.sleep(AWAY_S)
-            self.s3.start()
         else:
-            self.mlflow.kill()
+            goes, comes = {
+                "node": (self.nodes.kill, self.add_node),
+                "S3": (self.s3.stop, self.s3.start),
+                "MLflow": (self.mlflow.kill, self.mlflow.start),
+            }[kind]
+            goes()
             time.sleep(AWAY_S)
-            self.mlflow.start()
+            comes()
         return True
 
     def _workers(self) -> list[psutil.Process]:
@@ -210,6 +208,10 @@ class Command:
                 self._words, cwd=REPOSITORY, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
 
+    def works(self, since: int = 0) -> bool:
+        """Whether it has said that it goes on, after so many characters."""
+        return re.search(r"(autoencoder|encode|prior|evaluate)  \d", self.said()[since:]) is not None
+
     def said(self) -> str:
         return self._log.read_text()
 
@@ -231,20 +233,14 @@ class Command:
         self.process.wait()
 
 
-def digest(place: Path, made: str) -> dict[str, str]:
-    """The files that count, and their sha256."""
-    return {
-        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.glob(made))
-    }
-
-
 class Round(NamedTuple):
-    """How a round went: its seconds, those of its work alone, its events, and what was made."""
+    """How a round went: its seconds, of its work alone, and until it went on; its events, and what was made."""
 
     took: float
     worked: float
+    paused: float
     events: list[tuple[str, float]]
-    made: dict[str, str]
+    made: dict[Path, bytes]
 
 
 def play(machines: Machines, name: str, dice: random.Random, plan: Sequence[tuple[float, str]] = ()) -> Round:
@@ -253,22 +249,25 @@ def play(machines: Machines, name: str, dice: random.Random, plan: Sequence[tupl
     began, log, events = time.monotonic(), machines.folder / f"{name}.log", list[tuple[str, float]]()
     command = Command(words, log, machines.nodes)
     try:
-        command.wait(lambda: re.search(r"(autoencoder|encode|prior|evaluate)  \d", command.said()) is not None)
-        working = time.monotonic()
+        command.wait(command.works)
+        working = hit = time.monotonic()
         for gap, kind in plan:
             due = time.monotonic() + gap
             if not command.wait(lambda due=due: time.monotonic() >= due):
                 break
-            now = round(time.monotonic() - working, 1)
+            hit = time.monotonic()
             if machines.happens(kind, command, dice):
-                events.append((kind, now))
+                events.append((kind, round(hit - working, 1)))
+        command.wait(partial(command.works, len(command.said())))
+        paused = time.monotonic() - hit
         command.wait(lambda: False)
     finally:
         command.end()
     over = time.monotonic()
     if command.process.returncode:
         print(f"{name} ended with {command.process.returncode}, after {events}:\n{command.said()}", file=sys.stderr)
-    return Round(over - began, over - working, events, digest(where, machines.work.made))
+    made = {path.relative_to(where): path.read_bytes() for path in where.glob(machines.work.made)}
+    return Round(over - began, over - working, paused, events, made)
 
 
 def main(name: str, rounds: int, seed: int, events: int, kinds: Sequence[str]) -> None:
@@ -291,6 +290,7 @@ def main(name: str, rounds: int, seed: int, events: int, kinds: Sequence[str]) -
                 "peer": "undisturbed",
                 "ratio": round(one.took / calm.took, 2),
                 "events": one.events,
+                "went_on_after_s": round(one.paused, 1) if one.events else None,
                 "equal": same,
             }
             print(json.dumps(line), flush=True)
