@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
@@ -368,9 +368,10 @@ def finished_on_actors(
             try:
                 result = fetch(done)
             # Ray's own max_restarts and max_task_retries raise ActorUnavailableError through themselves (2.60).
-            except RayActorError as error:  # it or its node has died: another one does the work again
+            # It or its node has died, maybe with a result that had not come over: another one does the work again.
+            except (RayActorError, ObjectLostError) as error:
                 deaths[position] += 1
-                if error.actor_init_failed:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
                     raise
                 if deaths[position] > config.max_failures:
                     raise died(f"the actor {actor_class.__name__}", deaths[position], error) from error

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from datetime import datetime
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -216,7 +216,7 @@ def node_name() -> str:
     return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
-def died(who: str, times: int, error: RayActorError) -> UserError:
+def died(who: str, times: int, error: RayError) -> UserError:
     """What to tell of a worker whose process, or node, has died more often than it may.
 
     Args:

@@ -214,7 +214,13 @@ class PlacedEncoder(Encoder):
 
     def __init__(self, folder: Path, *arguments: Any) -> None:
         note(folder, "encoder")
-        cluster.data.encode.decode_shard = noted(folder, "decode_shard", cluster.data.encode.decode_shard)
+        decode = cluster.data.encode.decode_shard
+
+        def noting(*some: Any) -> Any:
+            note(folder, "decode_shard")
+            yield from decode(*some)
+
+        cluster.data.encode.decode_shard = noting
         super().__init__(*arguments)
 
 

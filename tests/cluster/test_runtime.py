@@ -12,12 +12,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from ray.exceptions import ObjectReconstructionFailedError
 
 import cluster.nodes.watch
+import cluster.runtime
 from bld_core.errors import UserError
 from cluster.config.experiment import Experiment
 from cluster.nodes.placement import Need
@@ -50,6 +53,30 @@ def test_a_piece_of_work_is_begun_again_max_failures_times(tmp_path: Path) -> No
     assert next(done) == (0, 9)
     with pytest.raises(UserError, match=r"the actor Fragile died 2 times, at last on node \S+, as its worker process"):
         next(done)
+
+
+class Large:
+    """An actor whose results are too large to come along with the answer: Ray keeps them on the actor's node."""
+
+    def square(self, number: int) -> list[int]:
+        return [number**2] * 200_000
+
+
+def test_a_result_that_was_lost_with_its_node_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ClusterConfig(cpus_per_worker=0.25, max_failures=1)
+    connect_ray(config)
+    lost = list[Any]()
+
+    def fetch(reference: Any) -> list[int]:
+        if not lost:
+            lost.append(reference)
+            raise ObjectReconstructionFailedError(reference.hex(), None, "")
+        assert reference != lost[0]
+        return ray.get(reference)
+
+    monkeypatch.setattr(cluster.runtime, "fetch", fetch)
+    done = dict(finished_on_actors(Large, (), "square", [3, 4], config))
+    assert {number: result[0] for number, result in done.items()} == {0: 9, 1: 16}
 
 
 class Here:
