@@ -24,21 +24,6 @@ class Later:
 
 
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of an optimizer, fused AdamW or Muon; where `bad`, a float32 scalar, is 1, it does nothing.
-
-    Muon knows no such flag. Where it is set its momentum is its gradient, which leaves the momentum as it is, and the
-    matrices are put back.
-    """
-    if not isinstance(optimizer, torch.optim.Muon):
-        setattr(optimizer, "found_inf", bad)  # noqa: B010  # what gradient scalers set; its class does not declare it
-        optimizer.step()
-        return
-    moved = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-    before = [weight.detach().clone() for weight in moved]
-    for weight in moved:
-        momentum = optimizer.state.get(weight, {}).get("momentum_buffer", 0.0)
-        weight.grad.copy_(torch.where(bad > 0, momentum, weight.grad))
+    """One step of an optimizer, fused AdamW or Muon; where `bad`, a float32 scalar, is 1, it does nothing."""
+    setattr(optimizer, "found_inf", bad)  # noqa: B010  # what gradient scalers set; AdamW's class does not declare it
     optimizer.step()
-    with torch.no_grad():
-        for weight, old in zip(moved, before, strict=True):
-            weight.copy_(torch.where(bad > 0, old, weight))

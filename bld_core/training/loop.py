@@ -19,6 +19,7 @@ from bld_core.precision import TrainingPrecision, autocast, training_arithmetic
 from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
 from bld_core.training.gate import Later, step_unless
 from bld_core.training.layers import Layers, compile_layers
+from bld_core.training.muon import Muon
 from bld_core.training.replicas import gradients_laid_out_as_weights
 
 _SNAPSHOTS = 16
@@ -245,7 +246,7 @@ def _optimizers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.O
             "set it to adamw",
             config,
         )
-    muon = torch.optim.Muon(matrices, lr=_MUON_RATE * rate, weight_decay=decay / _MUON_RATE, adjust_lr_fn="original")
+    muon = Muon(matrices, lr=_MUON_RATE * rate, weight_decay=decay / _MUON_RATE)
     chosen = {*matrices}
     inputs = {part.weight: part.in_features for part in module.modules() if isinstance(part, nn.Linear)}
     by_rate: dict[float, list[nn.Parameter]] = {}

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import ray
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+from ray.core.generated.autoscaler_pb2 import (
+    GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # generated
+)
 from ray.util.placement_group import PlacementGroup
 
 _ANSWER_S = 10

@@ -274,7 +274,7 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
         assert head != other
         assert [*apart["encoder"]] == [head]
         assert [*apart["read_visit"]] == [*apart["decode_shard"]] == [other]
-        assert apart["decode_block"].total() > 10
+        assert apart["decode_block"].total() > 1
         together = places("together", worker_nodes={"pool": "decode"})
         assert [*together["worker"]] == [*together["encoder"]] == [other]
         assert [*together["read_visit"]] == [other]
