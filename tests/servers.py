@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -13,6 +14,8 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+
+from ray.util import get_node_ip_address
 
 
 def free_port() -> int:
@@ -114,16 +117,56 @@ class Nodes:
         labels: of the head, as "pool=gpu".
     """
 
-    def __init__(self, folder: Path, *lacking: str, head_cpus: int = 1, labels: str = "") -> None:
+    def __init__(self, folder: Path, *lacking: str, head_cpus: int = 1, labels: str = "", grows: int = 0) -> None:
         self.folder, self.port, self.dashboard = folder, free_port(), free_port()
         names = {name for name in os.environ if not name.startswith(("RAY_", *lacking))}
         self.environment = {name: os.environ[name] for name in names}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment |= {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.start(
-            *("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}"), cpus=head_cpus, labels=labels
-        )
+        words = ("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}")
+        self.start(*words, *(self._autoscaler(grows) if grows else ()), cpus=head_cpus, labels=labels)
+
+    def _autoscaler(self, most: int) -> tuple[str]:
+        """The real one, whose cloud is this machine: what of `ray start` makes it run."""
+        head = f"{0:051}".replace("0", "f") + "00000"  # as that cloud numbers its nodes
+        self.environment |= {
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        self.environment |= {"RAY_CLOUD_INSTANCE_ID": head, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head}
+        cloud = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+        address = f"{get_node_ip_address()}:{self.port}"
+        kinds = {"ray.head.default": (0, 0), "small": (1, most)}
+        nothing = {name: [] for name in ("initialization_commands", "setup_commands", "head_setup_commands")}
+        nothing |= {name: [] for name in ("worker_setup_commands", "head_start_ray_commands", "rsync_exclude")}
+        nothing |= {name: [] for name in ("worker_start_ray_commands", "cluster_synced_files", "rsync_filter")}
+        settings = {
+            "cluster_name": "small",
+            "max_workers": most,
+            "idle_timeout_minutes": 5,
+            "provider": {
+                "type": "external",
+                "module": cloud,
+                "launch_multiple": True,
+                "head_node_id": head,
+                "gcs_address": address,
+            },
+            "available_node_types": {
+                kind: {"resources": {"CPU": cpus}, "node_config": {}, "min_workers": 0, "max_workers": count}
+                for kind, (cpus, count) in kinds.items()
+            },
+            "head_node_type": "ray.head.default",
+            "upscaling_speed": 1.0,
+            "docker": {},
+            "auth": {},
+            "file_mounts": {},
+            "file_mounts_sync_continuously": False,
+            **nothing,
+        }
+        (self.folder / "autoscaler.json").write_text(json.dumps(settings))
+        return (f"--autoscaling-config={self.folder}/autoscaler.json",)
 
     def start(self, *words: str, cpus: int = 1, labels: str = "") -> None:
         words = words or (f"--address=127.0.0.1:{self.port}",)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +65,9 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for matrices in by_shape.values():
-                self._move(matrices, group)
+                self._move(matrices, group["lr"], group["weight_decay"])
 
-    def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+    def _move(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
         """A step of matrices of one shape."""
         rows, columns = matrices[0].shape
         for matrix in matrices:
@@ -83,8 +82,8 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - _MOMENTUM)
         update = gradient.lerp_(momentum, _MOMENTUM)
         update = orthogonalized(update.bfloat16() if update.is_cuda else update).to(momentum.dtype)
-        rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        kept = 1 - good * (group["lr"] * group["weight_decay"])
+        rate = lr * math.sqrt(max(1.0, rows / columns))
+        kept = 1 - good * (lr * weight_decay)
         for matrix, held, new, direction in zip(matrices, momenta, momentum, update, strict=True):
             held.copy_(new)
             matrix.mul_(kept).sub_(direction * (good * rate))

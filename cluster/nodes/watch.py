@@ -137,7 +137,7 @@ def _grown(error: UserError, group: PlacementGroup | None, seconds: float) -> st
         UserError: it never can, where nobody else holds anything, and nobody was said to start nodes by hand.
     """
     found = growth(group) if group is not None else None
-    if found is not None and found.impossible and not seconds and _idle():
+    if found is not None and found.impossible and not found.coming and not seconds and _idle():
         raise UserError(
             f"{error}; and its autoscaler has no kinds of nodes, or too few of them, that would hold it"
         ) from error

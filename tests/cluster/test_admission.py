@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,5 +54,22 @@ def test_work_begins_when_a_node_has_joined(tmp_path: Path) -> None:
         code, said = looks(nodes, workers=2, cpus_per_worker=0.8, wait_for_nodes=300)
         joins.join()
         assert code == 0, said
+    finally:
+        nodes.end()
+
+
+@pytest.mark.long
+def test_an_autoscaler_is_asked_for_what_is_missing_and_what_it_never_can_make_is_refused(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, head_cpus=0, grows=2)
+    try:
+        code, said = looks(nodes, workers=2, cpus_per_worker=0.7)
+        assert code == 0, said
+        assert "0.25 for decoding need 1.65, but the Ray cluster has 0: lower cluster.workers" in said
+        began = time.monotonic()
+        code, said = looks(nodes, workers=3, cpus_per_worker=0.7)
+        assert code == 2, said
+        assert "need 2.35, but the Ray cluster has 2: lower cluster.workers" in said
+        assert "; and its autoscaler has no kinds of nodes, or too few of them, that would hold it" in said
+        assert time.monotonic() - began < 60
     finally:
         nodes.end()
