@@ -195,7 +195,7 @@ class ClusterConfig:
 
     @property
     def decode_options(self) -> dict[str, Any]:
-        """Where Ray is to run the tasks that decode for this process."""
+        """Where Ray, which runs already, is to run the tasks that decode for this process."""
         return {"label_selector": self.decode_nodes} if self.decode_nodes else near()
 
     def check_device(self) -> None:

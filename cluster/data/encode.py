@@ -214,7 +214,7 @@ class Encoder:
         self.turn = threading.Lock()
         self.decode = ray.remote(decode_shard).options(
             num_cpus=DECODE_CPUS,
-            **experiment.cluster.decode_options,
+            **(experiment.cluster.decode_options if experiment.cluster.decode_tasks else {}),
             num_returns="streaming",
             max_retries=experiment.cluster.max_failures,
             **ahead(_BATCHES_AHEAD),
