@@ -258,7 +258,7 @@ def _check(config: ClusterConfig) -> None:
     have, there = cluster_has(*need.on)["CPU"], part_of_cluster(workers | decoding)
     if need.cpus > have:
         raise UserError(
-            f"{config.replicas} workers of {config.cpus_per_worker:g} CPU cores and {config.decode_cpus:g} for decoding "
+            f"{config.replicas} workers of {config.cpus_per_worker} CPU cores and {config.decode_cpus:g} for decoding "
             f"need {need.cpus:g}, but {there} has {have:g}: lower cluster.workers or cluster.cpus_per_worker"
         )
     have, there = cluster_has(config.worker_nodes)["GPU"], part_of_cluster(workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -40,22 +39,6 @@ def test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_wa
         rf"`ray status --address={address}` shows what is there\n"
     )
     assert re.fullmatch(line, capsys.readouterr().err), "once in 5 seconds"
-
-
-@pytest.mark.long
-def test_work_begins_when_a_node_has_joined(tmp_path: Path) -> None:
-    nodes = Nodes(tmp_path)
-    try:
-        code, said = looks(nodes, workers=2, cpus_per_worker=0.8)
-        assert code == 2, said
-        assert "2 workers of 0.8 CPU cores and 0.25 for decoding need 1.85, but the Ray cluster has 1: lower" in said
-        joins = threading.Timer(3, nodes.start)
-        joins.start()
-        code, said = looks(nodes, workers=2, cpus_per_worker=0.8, wait_for_nodes=300)
-        joins.join()
-        assert code == 0, said
-    finally:
-        nodes.end()
 
 
 @pytest.mark.long

@@ -224,14 +224,16 @@ class PlacedEncoder(Encoder):
         super().__init__(*arguments)
 
 
-def work(root: str, digits: dict[str, str], machines: dict[str, Any]) -> None:
-    """Stage 1 and the encode job."""
+def work(root: str, digits: dict[str, str], machines: dict[str, Any], encodes: bool) -> None:
+    """Stage 1, and the encode job."""
     folder = Path(root)
     small = small_experiment(folder, digits)
     training, machine = small_training(12), replace(small.cluster, workers=1, decode_tasks=1, **machines)
     small = replace(small, autoencoder_training=training, cluster=machine)
     cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
     train_autoencoder(small)
+    if not encodes:
+        return
     cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
     held = cluster.data.encode.finished_on_actors
 
@@ -251,16 +253,15 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
     keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     machines: dict[str, Any] = {"address": f"127.0.0.1:{nodes.port}", "cpus_per_worker": 0.5, "wait_for_nodes": 300}
 
-    def places(name: str, **labels: dict[str, str]) -> dict[str, Counter[str]]:
+    def places(name: str, *whats: str, **labels: dict[str, str]) -> dict[str, Counter[str]]:
         """Where the worker, the encoder and each task of the two stages ran."""
         root = tmp_path / name
         root.mkdir()
-        command = [sys.executable, "-c", call, json.dumps([str(root), digits, machines | labels])]
+        command = [sys.executable, "-c", call, json.dumps([str(root), digits, machines | labels, "encoder" in whats])]
         done = subprocess.run(
             command, cwd=REPOSITORY, env=os.environ | keys, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        whats = ("worker", "read_visit", "decode_block", "encoder", "decode_shard")
         return {what: Counter((root / what).read_text().split()) for what in whats}
 
     try:
@@ -268,15 +269,23 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
         assert code == 2, said
         assert "cluster.worker_nodes is {pool: gpus}, which none of the 1 nodes of the Ray cluster matches" in said
         nodes.start(labels="pool=decode")
-        apart = places("apart", worker_nodes={"pool": "!decode"}, decode_nodes={"pool": "decode"})
+        stage1 = "worker", "read_visit", "decode_block"
+        apart = places(
+            "apart",
+            *stage1,
+            "encoder",
+            "decode_shard",
+            worker_nodes={"pool": "!decode"},
+            decode_nodes={"pool": "decode"},
+        )
         assert all(len(where) == 1 for where in apart.values()), apart
         [head], [other] = apart["worker"], apart["decode_block"]
         assert head != other
         assert [*apart["encoder"]] == [head]
         assert [*apart["read_visit"]] == [*apart["decode_shard"]] == [other]
         assert apart["decode_block"].total() > 1
-        together = places("together", worker_nodes={"pool": "decode"})
-        assert [*together["worker"]] == [*together["encoder"]] == [other]
+        together = places("together", *stage1, worker_nodes={"pool": "decode"})
+        assert [*together["worker"]] == [other]
         assert [*together["read_visit"]] == [other]
         assert together["decode_block"][other] > together["decode_block"].total() / 2, together
     finally:
