@@ -188,10 +188,13 @@ class ClusterConfig:
         """Training workers without which it does not go on."""
         return self.min_workers or self.workers
 
-    @property
-    def training_need(self) -> Need:
-        """What the fewest training workers, and one task that decodes, reserve."""
-        return replace(self, workers=self.fewest).need
+    def training_need(self, *, decodes: bool) -> Need:
+        """What the fewest training workers reserve, and one task that decodes, where the training has some."""
+        return replace(self.of_work(decodes=decodes), workers=self.fewest).need
+
+    def of_work(self, *, decodes: bool) -> ClusterConfig:
+        """The settings as they count for work that decodes by tasks, or does without `decode_nodes`, which may be gone."""
+        return self if decodes else replace(self, decode_nodes={})
 
     @property
     def decode_options(self) -> dict[str, Any]:
@@ -318,6 +321,8 @@ def finished_on_actors(
     items: Sequence[Any],
     config: ClusterConfig,
     calls: int = 1,
+    *,
+    decodes: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """The same, each result with the position of its item as soon as it is there.
 
@@ -328,6 +333,7 @@ def finished_on_actors(
         items: arguments of the calls.
         config: how many actors, and what each may use.
         calls: that an actor works on at the same time, each in a thread of its own.
+        decodes: whether they have tasks of their own that decode images.
 
     Raises:
         Exception: what a call has raised, as it was raised there.
@@ -351,7 +357,7 @@ def finished_on_actors(
     waiting = deque(range(len(items)))
     running: dict[Any, tuple[int, int, Any]] = {}
     deaths: Counter[int] = Counter()
-    watch = Watch(config.need, config.patience)
+    watch = Watch(config.of_work(decodes=decodes).need, config.patience)
     try:
         while running or waiting:
             while idle and waiting:
@@ -368,10 +374,17 @@ def finished_on_actors(
             try:
                 result = fetch(done)
             # Ray's own max_restarts and max_task_retries raise ActorUnavailableError through themselves (2.60).
-            # It or its node has died, maybe with a result that had not come over: another one does the work again.
-            except (RayActorError, ObjectLostError) as error:
+            except (
+                ObjectLostError
+            ) as error:  # with a node: a result that had not come over, or what a call had asked for
                 deaths[position] += 1
-                if isinstance(error, RayActorError) and error.actor_init_failed:
+                if deaths[position] > config.max_failures:
+                    what = f"what the actor {actor_class.__name__} had made, or was given,"
+                    raise died(what, deaths[position], error, how="was lost") from error
+                waiting.appendleft(position)
+            except RayActorError as error:  # it or its node has died: another one does the work again
+                deaths[position] += 1
+                if error.actor_init_failed:
                     raise
                 if deaths[position] > config.max_failures:
                     raise died(f"the actor {actor_class.__name__}", deaths[position], error) from error

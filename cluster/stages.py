@@ -80,6 +80,7 @@ def open_stage(
     on_change: Literal["refuse", "redo"] = "refuse",
     faults: Callable[[], list[Fault]] | None = None,
     reads: Sequence[str] = (),
+    decodes: bool = False,
 ) -> Generator[Stage]:
     """Open a stage for work, or find it done.
 
@@ -93,6 +94,7 @@ def open_stage(
         faults: what is wrong with a finished stage by its own record: these files are set aside, and the stage is not
             done. By default, what shows in the result file itself, and in the files that `Stage.write` has written.
         reads: files outside of the experiment that each node must reach, some of each kind.
+        decodes: whether its images are decoded by Ray tasks, on `cluster.decode_nodes`.
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds a stage of another fingerprint; or the Ray cluster
@@ -138,7 +140,7 @@ def open_stage(
         if experiment.cluster.in_process:
             experiment.cluster.check_device()
         else:
-            connect_ray(experiment.cluster)
+            connect_ray(experiment.cluster.of_work(decodes=decodes))
             if experiment.cluster.joined:
                 check_access([experiment.folder, *reads])
         run = start_run(experiment, name, record["run"] if record else None)

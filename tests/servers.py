@@ -114,6 +114,7 @@ class Nodes:
         folder: of their logs.
         lacking: beginnings of the names of variables that they are not to have.
         head_cpus: cores of the head.
+        grows: how many nodes of one core Ray's own autoscaler may start.
         labels: of the head, as "pool=gpu".
     """
 

@@ -110,7 +110,9 @@ def encode_latents(experiment: Experiment, fresh: bool = False, mend: bool = Fal
         fingerprint["class_names"] = list(experiment.data.names)
     folder = files.join(experiment.folder, LATENTS)
     faults, reads = lambda: _faults(experiment, jobs, deep=mend), [jobs[0].source]
-    with open_stage(experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=faults, reads=reads) as stage:
+    with open_stage(
+        experiment, LATENTS, fingerprint, MANIFEST, fresh=fresh, faults=faults, reads=reads, decodes=True
+    ) as stage:
         if not stage.done:
             listed = {file.file: file for file in _listed(folder)}
             jobs = [job._replace(listed=listed.get(job.file)) for job in jobs]
@@ -134,7 +136,9 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     progress = Progress("encode", len(jobs))
     arguments, calls = (experiment, manifest), max(1, experiment.cluster.decode_tasks)
     try:
-        for position, encoded in finished_on_actors(Encoder, arguments, "encode", jobs, experiment.cluster, calls):
+        for position, encoded in finished_on_actors(
+            Encoder, arguments, "encode", jobs, experiment.cluster, calls, decodes=True
+        ):
             encoded_files[position] = encoded.file
             totals["images"] += encoded.file.rows // views
             totals["rows"] += encoded.file.rows

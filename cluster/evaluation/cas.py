@@ -128,7 +128,8 @@ def measure_cas(experiment: Experiment, held_out: Sequence[str], identity: Mappi
     """
     fingerprint = {**identity} | experiment.fingerprint("data", "augmentation", "autoencoder_training")
     faults = partial(training_faults, files.join(experiment.folder, _STAGE), deep=False)
-    with open_stage(experiment, _STAGE, fingerprint, f"{FINAL}/{CONFIG}", on_change="redo", faults=faults) as stage:
+    result = f"{FINAL}/{CONFIG}"
+    with open_stage(experiment, _STAGE, fingerprint, result, on_change="redo", faults=faults, decodes=True) as stage:
         if not stage.done:
             fit(stage, CasTask(experiment, held_out), {"classes": experiment.prior.classes})
         metrics = read_model_config(stage.url(FINAL))["metrics"]

@@ -34,7 +34,7 @@ def check_selector(name: str, selector: Selector) -> None:
 
 
 def matches(labels: Mapping[str, str], selector: Selector) -> bool:
-    """Whether a node of these labels is one that a selector means, by Ray's rule: what lacks a label is not of it."""
+    """Whether a selector means a node of these labels. As Ray has it, one without the label matches `!` forms alone."""
     for key, value in selector.items():
         found = _VALUE.fullmatch(value)
         assert found is not None, "checked with the settings"

@@ -19,7 +19,7 @@ Resources = Mapping[str, float]
 
 
 class Bundle(NamedTuple):
-    """What one node has to hold: a worker, or a task that decodes.
+    """What has to be on one node as a whole: a worker, or a task that decodes.
 
     Attributes:
         resources: that it takes.

@@ -216,20 +216,21 @@ def node_name() -> str:
     return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
-def died(who: str, times: int, error: RayError) -> UserError:
+def died(who: str, times: int, error: RayError, how: str = "died") -> UserError:
     """What to tell of a worker whose process, or node, has died more often than it may.
 
     Args:
         who: has died.
         times: one more than `cluster.max_failures`.
         error: of the last time, as Ray says it.
+        how: what has happened to it.
     """
     said = str(error)
     reason = re.search(r"because ([^.\n]+)", said)
     node = re.search(r"\bip: (\S+)", said)
     where = f" on node {node[1]}" if node else ""
     return UserError(
-        f"{who} died {times} {'time' if times == 1 else 'times'}, at last{where}, as "
+        f"{who} {how} {times} {'time' if times == 1 else 'times'}, at last{where}, as "
         f"{reason[1] if reason else said.splitlines()[0]}; cluster.max_failures is {times - 1}: see whether that node "
         "is there and has memory enough, or raise it, then run the same command again, which goes on where it stopped"
     )

@@ -10,6 +10,7 @@ from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated.autoscaler_pb2 import (
     GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # generated
 )
+from ray.exceptions import RpcError
 from ray.util.placement_group import PlacementGroup
 
 _ANSWER_S = 10
@@ -44,7 +45,10 @@ def growth(group: PlacementGroup | None = None) -> Growth | None:
     """
     reply = GetClusterStatusReply()
     address = ray.get_runtime_context().gcs_address
-    reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=_ANSWER_S))
+    try:
+        reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=_ANSWER_S))
+    except RpcError:  # it may answer the next time
+        return None
     state = reply.autoscaling_state
     if not state.autoscaler_state_version:
         return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -89,7 +90,8 @@ class EvenWorkers(ElasticScalingPolicy):
     """As many workers as the cluster holds, of those numbers that share the global batch evenly.
 
     A group that starts again is only counted on nodes that answer: that one is gone Ray knows after half a minute, and
-    until then it would begin to wait, for ten, for a worker there. With a label selector, only on nodes that match.
+    until then it would begin to wait, for ten, for a worker there. With a label selector, only on nodes that match,
+    and there on all of their cores: what other work of this kind holds is not seen.
 
     Args:
         config: Ray's.
@@ -123,9 +125,11 @@ class EvenWorkers(ElasticScalingPolicy):
 
 
 def _answering() -> set[str]:
-    """The nodes that take a connection now."""
-    found = set[str]()
+    """The nodes that take a connection now, and of which there is no notice that they will go."""
+    found, leaving = set[str](), state.get_draining_nodes()
     for node in ray.nodes():
+        if node["NodeID"] in leaving:
+            continue
         place = node["NodeManagerAddress"], node["NodeManagerPort"]
         with contextlib.suppress(OSError), socket.create_connection(place, timeout=_ANSWER_S):
             found.add(node["NodeID"])

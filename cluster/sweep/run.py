@@ -103,7 +103,7 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
     with locked(folder):
         if fresh:
             files.remove(folder)
-        connect_ray(experiment.cluster, many=True)
+        connect_ray(experiment.cluster.of_work(decodes=stage == "autoencoder"), many=True)
         run = _open_run(experiment, goal.folder, folder)
         with run.until_end():
             return _run(experiment, stage, space, known, run)
@@ -181,7 +181,7 @@ def _train(
     waiting = [trial for trial in trials if trial.experiment and (replayed or not finished(trial, stage))]
     if not (waiting or optuna):
         return {}
-    with nodes_watched(experiment.cluster.need, experiment.cluster.patience):
+    with nodes_watched(experiment.cluster.of_work(decodes=stage == "autoencoder").need, experiment.cluster.patience):
         results = _tuner(experiment, stage, space, waiting, board).fit()
     good = any(finished(trial, stage) for trial in trials)
     return _failures(results, experiment, stage, good=good)

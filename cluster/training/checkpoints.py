@@ -182,10 +182,12 @@ def keep_snapshot(folder: str, state: TrainState) -> None:
             save_model(url, average.weights, {"step": state.step, "length": average.length})
 
 
-def candidates(state: TrainState, folder: str, training: TrainingConfig) -> list[tuple[str, float, dict[str, Tensor]]]:
+def candidates(
+    state: TrainState, folder: str, training: TrainingConfig, worker: Worker
+) -> list[tuple[str, float, dict[str, Tensor]]]:
     """The averages to choose from: what its decay or relative length is called, its value, and the weights.
 
-    After the last step those that are made of the snapshots in the stage's folder are among them.
+    After the last step those are among them that rank 0 makes of the snapshots in the stage's folder, for all workers.
     """
     found = [
         ("ema_length", average.length, average.weights)
@@ -193,8 +195,14 @@ def candidates(state: TrainState, folder: str, training: TrainingConfig) -> list
         else ("ema_decay", average.decay, average.weights)
         for average in state.averages
     ]
-    if state.step == training.steps:
-        found += [("ema_length", length, average_of_length(folder, length)) for length in training.ema_lengths]
+    if state.step == training.steps and training.ema_lengths:
+        made = None
+        if worker.rank == 0:
+            averages = {f"{length}": average_of_length(folder, length) for length in training.ema_lengths}
+            made = SavedState({}, averages, None)
+        made = said_by_first(made, worker.device)
+        assert made is not None, "rank 0 has made them"
+        found += [("ema_length", length, dict(made.tensors[f"{length}"])) for length in training.ema_lengths]
     return found
 
 

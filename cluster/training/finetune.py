@@ -66,7 +66,9 @@ def finetune_decoder(experiment: Experiment, fresh: bool = False, mend: bool = F
     }
     faults = partial(training_faults, files.join(experiment.folder, "decoder"), mend)
     result, reads = f"{FINAL}/{CONFIG}", shards[:1]
-    with open_stage(experiment, "decoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
+    with open_stage(
+        experiment, "decoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads, decodes=True
+    ) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(trained.autoencoder),

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, replace
+from functools import cache
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple, TypeVar
@@ -41,7 +42,7 @@ from cluster.plots import bit_usage_plot, profile_plot
 _VALIDATION_IMAGES, _IMAGES_A_PIECE = 256, 32
 _VALIDATION_CODES, _CODES_A_PIECE = 512, 64
 _PICTURE_IMAGES = 16
-_PICTURE_SAMPLES = 40
+_PICTURE_SAMPLES, _SAMPLES_A_PIECE = 40, 10
 
 T = TypeVar("T")
 
@@ -277,17 +278,16 @@ class PriorTask(Task):
         bound, sampled = (merge_bounds(parts) for parts in zip(*found, strict=True))
         metrics = {"val_bound": bound.bits_per_bit, "val_bound_se": bound.standard_error}
         metrics["val_bound_sampling"] = sampled.bits_per_bit
-        images = torch.cat(worker.shared(lambda piece: self._samples(network, piece, worker), worker.world))
+        autoencoder = cache(lambda: load_autoencoder(self.source, str(worker.device)))
+
+        def draw(piece: int) -> Tensor:
+            index = torch.arange(_SAMPLES_A_PIECE, device=worker.device) + piece * _SAMPLES_A_PIECE
+            labels = index % experiment.prior.classes if experiment.prior.classes else None
+            z = model.sample(network, SampleSpec(index, labels, seed), experiment.sampling)
+            return autoencoder().decode(z.view(-1, *experiment.code_shape)).cpu()
+
+        images = torch.cat(worker.shared(draw, _PICTURE_SAMPLES // _SAMPLES_A_PIECE))
         if worker.rank:
             return Evaluation(metrics, {}, bound.per_code)
         pictures = {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)}
         return Evaluation(metrics, pictures, bound.per_code)
-
-    def _samples(self, network: nn.Module, piece: int, worker: Worker) -> Tensor:
-        """A worker's share of the samples of the picture: images, uint8."""
-        experiment = self.experiment
-        index = torch.arange(_PICTURE_SAMPLES, device=worker.device).tensor_split(worker.world)[piece]
-        labels = index % experiment.prior.classes if experiment.prior.classes else None
-        z = self.model.sample(network, SampleSpec(index, labels, experiment.seed), experiment.sampling)
-        autoencoder = load_autoencoder(self.source, str(worker.device))
-        return autoencoder.decode(z.view(-1, *experiment.code_shape)).cpu()

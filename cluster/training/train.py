@@ -67,7 +67,7 @@ from cluster.training.checkpoints import (
 from cluster.training.history import Evaluated, keep_evaluation
 from cluster.training.notices import Notices
 from cluster.training.onward import TrainedStage, begin_with, first_checkpoint
-from cluster.training.tasks import AutoencoderTask, PriorTask, Task, Worker
+from cluster.training.tasks import AutoencoderTask, ImageTask, PriorTask, Task, Worker
 
 _LONGEST_COLLECTIVE, _DAY = 1800, 86_400  # seconds
 _RESIZE_S = 30.0  # between two looks for nodes that are new: each change costs the steps since the last checkpoint
@@ -111,7 +111,9 @@ def train_autoencoder(
     first = first_checkpoint(experiment, "autoencoder", fingerprint, start, fresh=fresh, exploited=exploited)
     faults = partial(training_faults, files.join(experiment.folder, "autoencoder"), mend)
     result, reads = f"{FINAL}/{CONFIG}", shards[:1]
-    with open_stage(experiment, "autoencoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads) as stage:
+    with open_stage(
+        experiment, "autoencoder", fingerprint, result, fresh=fresh, faults=faults, reads=reads, decodes=True
+    ) as stage:
         if not stage.done:
             config = {
                 "autoencoder": asdict(experiment.autoencoder),
@@ -247,11 +249,12 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: UserCallbac
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[told] if told else [],
         ),
-        # Rank 0 waits for MLflow between two collectives, in which the others wait for it.
+        # Rank 0 waits for MLflow between two collectives, and each worker for the others' share of an evaluation.
         torch_config=TorchConfig(timeout_s=_LONGEST_COLLECTIVE + ceil(min(stage.experiment.tracking.patience, _DAY))),
     )
+    need = cluster.training_need(decodes=isinstance(task, ImageTask))
     try:
-        with nullcontext() if cluster.in_process else nodes_watched(cluster.training_need, cluster.patience):
+        with nullcontext() if cluster.in_process else nodes_watched(need, cluster.patience):
             result = trainer.fit()
     except TrainingFailedError as error:
         if (failure := _user_error(error) or _deaths(error, cluster)) is not None:
@@ -352,8 +355,6 @@ def _work(settings: dict[str, Job]) -> Exception | None:
                 snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
                 if snapshot and worker.rank == 0:
                     keep_snapshot(job.folder, state)
-                if snapshot and last:
-                    worker.said_by_all("")  # all of them read it
                 if due:
                     metrics = _evaluate(job, state, worker, nodes)
                 if due or keep or snapshot:
@@ -403,10 +404,13 @@ def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...
     After the last step those that are made of the snapshots in the stage's folder are among them.
     """
     task, run = job.task, job.run
-    averages = candidates(state, job.folder, task.training)
+    averages = candidates(state, job.folder, task.training, worker)
     networks = [copy.deepcopy(state.module).eval() for _ in averages]
     for network, (_, _, weights) in zip(networks, averages, strict=True):
         network.load_state_dict(weights)
+        if worker.world > 1:  # statistics, as of batch norm, are each replica's own; those of rank 0 are kept
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
     with torch.no_grad(), ieee_float32():
         best = task.choose(networks, worker) if len(networks) > 1 else 0
         metrics, pictures, per_code = task.evaluate(networks[best], worker)

@@ -167,6 +167,15 @@ def test_what_is_missing_is_said_of_the_nodes_that_lack_it() -> None:
 
 
 @pytest.mark.usefixtures("five")
+def test_work_that_decodes_nothing_does_without_the_nodes_that_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = ClusterConfig(worker_nodes={"pool": "cpu"}, decode_nodes={"pool": "x"})
+    assert "on nodes of {pool: x}" in gone.of_work(decodes=True).need.missing(cluster_has)
+    assert gone.of_work(decodes=False).need.missing(cluster_has) == ""
+    assert gone.training_need(decodes=False).missing(cluster_has) == ""
+    assert [bundle.on for bundle in gone.of_work(decodes=False).bundles] == [{"pool": "cpu"}, {}]
+
+
+@pytest.mark.usefixtures("five")
 def test_a_training_of_changing_width_counts_nodes_that_match(monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"CPU": 1.0}
     policy = EvenWorkers(

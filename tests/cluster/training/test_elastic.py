@@ -88,7 +88,7 @@ class NoticedTask(PriorTask):
                     (self.folder / "waits-2").touch()
                 time.sleep(0.1)
             if worker.world == 2 and now > SHRINKS:
-                time.sleep(0.5)
+                time.sleep(2)
             yield batch
 
 
@@ -203,8 +203,7 @@ def test_notice_of_a_node_that_will_go_keeps_a_checkpoint(
         time.sleep(6)  # every 5 seconds Ray Train looks
         (folder / "noticed").touch()
         command.wait_for(lambda: bool(checkpoints(str(tmp_path / "runs/small/prior"))))
-        nodes.kill()
-        assert command.process.wait(150) == 0, command.said()
+        assert command.process.wait(150) == 0, command.said()  # the node outlives its notice, but takes no part
     finally:
         nodes.end()
     said = re.search(
