@@ -26,12 +26,13 @@ from cluster.nodes.placement import (
     check_nodes,
     cluster_has,
     cluster_has_free,
+    near,
     nodes_there,
     part_of_cluster,
     rooms,
 )
 from cluster.nodes.watch import LOOK_S, Watch, died, say_if_busy, wait_until_held
-from cluster.ray_private.core import local_cluster, near, set_environment
+from cluster.ray_private.core import local_cluster, set_environment
 
 DECODE_CPUS = 0.25
 """Cores reserved by one task that decodes a block of images."""
@@ -193,7 +194,7 @@ class ClusterConfig:
         return replace(self.of_work(decodes=decodes), workers=self.fewest).need
 
     def of_work(self, *, decodes: bool) -> ClusterConfig:
-        """The settings as they count for work that decodes by tasks, or does without `decode_nodes`, which may be gone."""
+        """The settings for work that decodes by tasks; or for what does not, for which `decode_nodes` may be gone."""
         return self if decodes else replace(self, decode_nodes={})
 
     @property

@@ -28,6 +28,12 @@ THROUGH = {
     ),
     "cluster.console": "pipelines/test_commands.py::test_a_mistake_is_one_message_and_exit_code_2",
     "cluster.data.folder": "cluster/data/test_shards.py::test_bmp_and_tiff_become_png_without_loss",
+    "cluster.ray_private.autoscaler": (
+        "cluster/test_admission.py::test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_waits"
+    ),
+    "cluster.training.notices": (
+        "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
+    ),
     "cluster.ray_private.core": (
         "cluster/training/test_train.py::test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one"
     ),

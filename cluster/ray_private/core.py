@@ -10,13 +10,11 @@ import socket
 from collections.abc import Generator
 from typing import Any
 
-import ray
 import tqdm
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray.experimental import tqdm_ray
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put  # pyright: ignore[reportPrivateUsage]
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bld_core.errors import UserError
 
@@ -117,15 +115,6 @@ def ahead(results: int) -> dict[str, Any]:
     Without it, the task decodes a whole shard into Ray's object store.
     """
     return {"_generator_backpressure_num_objects": results}
-
-
-def near() -> dict[str, Any]:
-    """The option of a task by which it runs on this process's node where that has a core free, and else on any other.
-
-    What Ray does without it sends half of Ray Data's tasks away; a node that is only preferred (`soft`) is waited for.
-    """
-    node = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)}
 
 
 def free_of_nodes() -> dict[str, dict[str, float]]:
