@@ -26,7 +26,6 @@ from cluster.nodes.placement import (
     check_nodes,
     cluster_has,
     cluster_has_free,
-    near,
     nodes_there,
     part_of_cluster,
     rooms,
@@ -65,7 +64,7 @@ class ClusterConfig:
         worker_nodes: labels of the nodes that take workers, by Ray's label selectors: {pool: gpu}, {pool: "!spot"},
             {pool: "in(a,b)"} or {pool: "!in(a,b)"}; empty: all nodes. A node has its labels of `ray start --labels`,
             and of Ray itself ray.io/accelerator-type, such as H100.
-        decode_nodes: labels of the nodes that decode images for them; empty: all nodes, the worker's own first.
+        decode_nodes: labels of the nodes that decode images for them; empty: all nodes.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
@@ -199,8 +198,8 @@ class ClusterConfig:
 
     @property
     def decode_options(self) -> dict[str, Any]:
-        """Where Ray, which runs already, is to run the tasks that decode for this process."""
-        return {"label_selector": self.decode_nodes} if self.decode_nodes else near()
+        """Where Ray is to run the tasks that decode."""
+        return {"label_selector": self.decode_nodes} if self.decode_nodes else {}
 
     def check_device(self) -> None:
         """See that the GPU is there that work in this process is to have; elsewhere Ray knows.

@@ -196,8 +196,8 @@ def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[Lab
 class Encoder:
     """An actor that holds the encoder and turns image shards into latent shards, several at a time.
 
-    Images are decoded by Ray tasks, on this node or wherever there is a core, or on the nodes of cluster.decode_nodes
-    (or here, where cluster.decode_tasks is 0), and arrive through Ray's object store: a few batches of each shard wait
+    Images are decoded by Ray tasks, wherever there is a core, or on the nodes of cluster.decode_nodes (or here, where
+    cluster.decode_tasks is 0), and arrive through Ray's object store: a few batches of each shard wait
     there, never a whole one. While one shard's batch is encoded, the others' are decoded.
     """
 
@@ -218,7 +218,7 @@ class Encoder:
         self.turn = threading.Lock()
         self.decode = ray.remote(decode_shard).options(
             num_cpus=DECODE_CPUS,
-            **(experiment.cluster.decode_options if experiment.cluster.decode_tasks else {}),
+            **experiment.cluster.decode_options,
             num_returns="streaming",
             max_retries=experiment.cluster.max_failures,
             **ahead(_BATCHES_AHEAD),

@@ -37,15 +37,6 @@ def reserve(bundles: Sequence[Bundle]) -> PlacementGroup:
     )
 
 
-def near() -> dict[str, Any]:
-    """The options of a task by which it runs on this process's node where that has a core free, and else on any other.
-
-    What Ray does without them sends half of Ray Data's tasks away.
-    """
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return {"label_selector": here, "fallback_strategy": [{"label_selector": dict[str, str]()}]}
-
-
 @dataclass(frozen=True)
 class Need:
     """What the work needs of the cluster at the same time.

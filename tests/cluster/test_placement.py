@@ -233,7 +233,7 @@ class PlacedEncoder(Encoder):
         super().__init__(*arguments)
 
 
-def work(root: str, digits: dict[str, str], machines: dict[str, Any], encodes: bool) -> None:
+def work(root: str, digits: dict[str, str], machines: dict[str, Any]) -> None:
     """Stage 1, and the encode job."""
     folder = Path(root)
     small = small_experiment(folder, digits)
@@ -241,8 +241,6 @@ def work(root: str, digits: dict[str, str], machines: dict[str, Any], encodes: b
     small = replace(small, autoencoder_training=training, cluster=machine)
     cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
     train_autoencoder(small)
-    if not encodes:
-        return
     cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
     held = cluster.data.encode.finished_on_actors
 
@@ -254,9 +252,7 @@ def work(root: str, digits: dict[str, str], machines: dict[str, Any], encodes: b
 
 
 @pytest.mark.long
-def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_together(
-    digits: dict[str, str], tmp_path: Path
-) -> None:
+def test_workers_and_decoding_are_where_their_labels_say(digits: dict[str, str], tmp_path: Path) -> None:
     nodes = Nodes(tmp_path, head_cpus=2, labels="pool=gpu")
     call = "import json, sys; from tests.cluster.test_placement import work; work(*json.loads(sys.argv[1]))"
     keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
@@ -266,7 +262,7 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
         """Where the worker, the encoder and each task of the two stages ran."""
         root = tmp_path / name
         root.mkdir()
-        command = [sys.executable, "-c", call, json.dumps([str(root), digits, machines | labels, "encoder" in whats])]
+        command = [sys.executable, "-c", call, json.dumps([str(root), digits, machines | labels])]
         done = subprocess.run(
             command, cwd=REPOSITORY, env=os.environ | keys, capture_output=True, text=True, check=False
         )
@@ -293,9 +289,5 @@ def test_workers_and_decoding_are_where_their_labels_say_and_without_labels_toge
         assert [*apart["encoder"]] == [head]
         assert [*apart["read_visit"]] == [*apart["decode_shard"]] == [other]
         assert apart["decode_block"].total() > 1
-        together = places("together", *stage1, worker_nodes={"pool": "decode"})
-        assert [*together["worker"]] == [other]
-        assert [*together["read_visit"]] == [other]
-        assert together["decode_block"][other] > together["decode_block"].total() / 2, together
     finally:
         nodes.end()
