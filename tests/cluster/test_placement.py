@@ -244,8 +244,8 @@ def work(root: str, digits: dict[str, str], machines: dict[str, Any]) -> None:
     cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
     held = cluster.data.encode.finished_on_actors
 
-    def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any) -> Any:
-        return held(kind, (folder, *arguments), *more)
+    def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any, **named: Any) -> Any:
+        return held(kind, (folder, *arguments), *more, **named)
 
     cluster.data.encode.finished_on_actors = told_the_folder
     encode_latents(small)
