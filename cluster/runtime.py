@@ -374,9 +374,7 @@ def finished_on_actors(
             try:
                 result = fetch(done)
             # Ray's own max_restarts and max_task_retries raise ActorUnavailableError through themselves (2.60).
-            except (
-                ObjectLostError
-            ) as error:  # with a node: a result that had not come over, or what a call had asked for
+            except ObjectLostError as error:  # gone with a node: a result not yet here, or what a call had asked for
                 deaths[position] += 1
                 if deaths[position] > config.max_failures:
                     what = f"what the actor {actor_class.__name__} had made, or was given,"

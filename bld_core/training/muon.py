@@ -18,7 +18,7 @@ def orthogonalized(matrices_NAB: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz iterations (Jordan et al. 2024).
 
     X <- a X + (b S + c S^2) X with S = X X^T, from X of Frobenius norm 1; a, b and c make small singular values grow
-    fastest, and leave all of them at .7 to 1.2.
+    fastest, and leave those above .02 at .65 to 1.25.
 
     Args:
         matrices_NAB: any float type, in whose arithmetic it is computed.
@@ -39,8 +39,8 @@ def orthogonalized(matrices_NAB: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` with Nesterov momentum .95, for all matrices of a shape at once, and a flag to do nothing.
 
-    Orthogonalises in bfloat16 on a GPU, as that does, and in float32 on a CPU, which has no faster arithmetic: there
-    bfloat16 takes up to ten times as long.
+    Orthogonalises in bfloat16 on a GPU, as that does everywhere, and in float32 on a CPU: one without instructions for
+    bfloat16 takes many times as long in it (benchmarks/RESULTS.md), and those that have some gain nothing.
 
     Args:
         matrices: 2-D weights.
