@@ -199,7 +199,7 @@ def studio(source: Source, config: ServeConfig, cluster: ClusterConfig) -> Gener
     """
     if not cluster.joined:
         _check_free(config)
-    connect_ray(replace(cluster, workers=1, min_workers=0, decode_nodes={}))  # it decodes no images of shards
+    connect_ray(replace(cluster.of_work(decodes=False), workers=1, min_workers=0))
     nodes, where = nodes_there(cluster.worker_nodes), part_of_cluster({"cluster.worker_nodes": cluster.worker_nodes})
     check_nodes(config.min_replicas, cluster.cpus_per_worker, cluster.gpus_per_worker, nodes, where)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
