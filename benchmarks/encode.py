@@ -39,9 +39,10 @@ from PIL import Image
 
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
-from bld_core.data.images import ImageConfig, LabelledImage, read_images, stack, to_float
+from bld_core.data.images import ImageConfig, LabelledImage, read_images
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack, to_float
 from bld_core.storage import files
 from bld_core.trained import AUTOENCODER, load_autoencoder
 from bld_core.training.checkpoint import save_model

@@ -30,7 +30,8 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from bld_core.data.images import EXTENSIONS, ImageConfig, first_images, stack
+from bld_core.data.images import EXTENSIONS, ImageConfig, first_images
+from bld_core.data.tensors import stack
 from bld_core.metrics.frechet import FeatureMoments
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.extractors import Inception

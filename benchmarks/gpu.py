@@ -46,7 +46,7 @@ from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.autoencoder.objective import AutoencoderObjective
 from bld_core.autoencoder.perceptual import Perceptual
 from bld_core.autoencoder.quantizer import quantize
-from bld_core.data.images import to_float
+from bld_core.data.tensors import to_float
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.generator import Generator
 from bld_core.latents.bits import pack_bits, unpack_bits

@@ -27,9 +27,11 @@ from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.data.images import ImageConfig, first_images
+from bld_core.data.tensors import stack
 from bld_core.metrics.reconstruction import ReconstructionMetrics
-from bld_core.noise import key_of, permutation
+from bld_core.noise import permutation
+from bld_core.splitmix import key_of
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 
 BITS = {8: 32, 4: 128}

@@ -32,7 +32,8 @@ def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     On a GPU a product is of 8192 x 8192, and one of the five is the mean of 50 without a wait, by the GPU's own clock,
     so that neither the start of a kernel nor its first clock rate counts.
     """
-    size = 8192 if device == "cuda" else 2048
+    on_cpu = 2048 if dtype == torch.float32 else 512  # without instructions for a type a large product takes minutes
+    size = 8192 if device == "cuda" else on_cpu
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     if device != "cuda":
         return size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(5)) / 1e9

@@ -28,7 +28,8 @@ import torch
 import yaml
 
 from bld_core.autoencoder.network import AutoencoderConfig
-from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.data.images import ImageConfig, first_images
+from bld_core.data.tensors import stack
 from bld_core.latents.loader import latent_batches
 from bld_core.noise import permutation
 from bld_core.prior.transformer import PriorConfig

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig
 from bld_core.errors import MissingError, UserError
-from bld_core.noise import key_of
 from bld_core.precision import Precision, autocast, ieee_float32
 from bld_core.prior.binary import BinaryModel
+from bld_core.splitmix import key_of
 from bld_core.trained import TrainedAutoencoder, TrainedPrior, has_prior, load_autoencoder, load_prior
 from bld_core.training.inference import for_inference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder, AutoencoderConfig
 from bld_core.autoencoder.quantizer import quantize
-from bld_core.data.images import to_float, to_uint8
+from bld_core.data.tensors import to_float, to_uint8
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import DamagedError, UserError

@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 import bld_core
-from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.data.images import ImageConfig, first_images
 from bld_core.data.pictures import read_picture
+from bld_core.data.tensors import stack
 from bld_core.latents import open_latents
 from bld_core.storage import files
 from cluster.registry.registry import fetch_model

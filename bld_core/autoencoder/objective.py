@@ -19,7 +19,7 @@ from bld_core.autoencoder.losses import (
 )
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.perceptual import Perceptual
-from bld_core.data.images import to_float
+from bld_core.data.tensors import to_float
 from bld_core.noise import uniform
 from bld_core.training.loop import Batch, TrainState
 

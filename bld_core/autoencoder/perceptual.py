@@ -135,7 +135,7 @@ class Perceptual(nn.Module):
         if not (x_BCHW.is_floating_point() and low >= -_RANGE and high <= _RANGE):
             raise ValueError(
                 f"the perceptual loss got {x_BCHW.dtype} images from {low:g} to {high:g}; they must be floats in "
-                "[-1, 1]: convert uint8 images with bld_core.data.images.to_float (x / 127.5 - 1; not to [0, 1], a "
+                "[-1, 1]: convert uint8 images with bld_core.data.tensors.to_float (x / 127.5 - 1; not to [0, 1], a "
                 "common mistake that no check can see)"
             )
         return self.distance(x_BCHW, y_BCHW)

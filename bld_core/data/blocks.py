@@ -1,6 +1,6 @@
-"""Visits to a shard as tables: a shard is read whole and cut into blocks of image files, which are decoded one by one.
+"""Blocks of image files as tables, and how they are decoded: what runs in many processes, and needs no torch.
 
-Every sample of the shard is an entry of a block, also where it cannot be used. A block is one row, each of its columns
+Every sample of a shard is an entry of a block, also where it cannot be used. A block is one row, each of its columns
 a list with a value for each entry: what runs these functions may neither split nor join blocks then.
 """
 
@@ -13,65 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bld_core.data.images import AugmentationConfig, BadImage, ImageConfig, decode
-from bld_core.data.shards import Sample, read_shard
-from bld_core.data.skipped import Reason
-from bld_core.noise import permutation
-from bld_core.storage import files
+from bld_core.data.images import AugmentationConfig, BadImage, ImageConfig, LabelledImage, decode, read_batches
+from bld_core.data.skipped import Reason, Skipped
 
 REASONS = tuple(Reason)
 DELIVERED = -1
 """In the column reason, where other numbers stand for REASONS."""
 
-_BLOCK_BYTES = 16 << 20
-
 Columns = dict[str, NDArray[Any]]
-
-
-def read_visit(item: Columns, data: ImageConfig, seed: int) -> Iterator[pa.Table]:
-    """Read the shard of one visit: what is left out, then the samples in the order of (seed, epoch).
-
-    Args:
-        item: of one row: url, visit, epoch, start (entries that are passed over).
-        data: the form of the images.
-        seed: of the order.
-
-    Yields:
-        Blocks with the columns data, key, label, reason, visit, epoch, offset (number of the entry), total (entries of
-        the visit).
-    """
-    url, visit, epoch, start = (item[name][0] for name in ("url", "visit", "epoch", "start"))
-    shard = read_shard(str(url), data.extensions, labels=data.labels)
-    order = permutation(seed, f"sample order {files.name(str(url))}", int(epoch), len(shard.samples)).tolist()
-    entries = [(Sample(left.name, "", b"", -1), REASONS.index(left.reason)) for left in shard.left]
-    entries += [(shard.samples[i], DELIVERED) for i in order]
-    for here in _cuts([len(sample.data) for sample, _ in entries], int(start), data):
-        samples, reasons = zip(*entries[here], strict=True)
-        offset = np.arange(here.start, here.stop)
-        same = {"visit": visit, "epoch": epoch, "total": len(entries)}
-        yield _pack(
-            {
-                "data": _binary([sample.data for sample in samples]),
-                "key": pa.array([sample.key for sample in samples], pa.string()),
-                "label": pa.array([sample.label for sample in samples], pa.int64()),
-                "reason": pa.array(reasons, pa.int8()),
-                "offset": pa.array(offset),
-                **{name: pa.array(np.full_like(offset, value)) for name, value in same.items()},
-            }
-        )
-
-
-def _cuts(sizes: list[int], start: int, data: ImageConfig) -> Iterator[slice]:
-    """Cut entries into blocks that are small both as files and as pixels."""
-    most = max(1, _BLOCK_BYTES // (data.image_size**2 * data.channels))
-    size = 0
-    for i in range(start, len(sizes)):
-        if i > start and (i - start == most or size + sizes[i] > _BLOCK_BYTES):
-            yield slice(start, i)
-            start, size = i, 0
-        size += sizes[i]
-    if start < len(sizes):
-        yield slice(start, len(sizes))
 
 
 def decode_block(block: pa.Table, data: ImageConfig, augmentation: AugmentationConfig, seed: int) -> pa.Table:
@@ -99,17 +48,11 @@ def decode_block(block: pa.Table, data: ImageConfig, augmentation: AugmentationC
     columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(width, len(pixels), [None, pa.py_buffer(pixels)])
     columns["reason"] = pa.array(reasons)
     del columns["data"]
-    return _pack(columns)
+    return pack(columns)
 
 
-def _binary(values: list[bytes | memoryview]) -> pa.LargeBinaryArray:
-    """Values side by side. `pa.array` of memoryviews (pyarrow 25) would never let go of what they are views of."""
-    ends = np.cumsum([0, *map(len, values)])
-    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), buffers)
-
-
-def _pack(columns: dict[str, pa.Array]) -> pa.Table:
+def pack(columns: dict[str, pa.Array]) -> pa.Table:
+    """The one row of a block, of columns with a value for each entry."""
     return pa.table({name: pa.ListArray.from_arrays([0, len(values)], values) for name, values in columns.items()})
 
 
@@ -122,3 +65,10 @@ def unpack(block: pa.Table, data: ImageConfig) -> Columns:
     return {name: values.to_numpy(zero_copy_only=False) for name, values in columns.items()} | {
         "pixels": pixels[: len(stored) * stored.type.byte_width].reshape(-1, *shape)
     }
+
+
+def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
+    """A shard's images, as they are, some at a time; and at the end what was left out."""
+    skipped = Skipped()
+    yield from read_batches(source, data, size, skipped)
+    yield skipped

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from bld_core.data.labels import CLASSES, Labels, class_names
 from bld_core.data.shards import Sample, Shard, read_shard
 from bld_core.data.skipped import Left, Reason, Skipped
 from bld_core.errors import UserError
-from bld_core.noise import key_of, uniform
+from bld_core.splitmix import key_of, numbers
 from bld_core.storage import files
 from bld_core.storage.addresses import without_query, without_secrets
 
@@ -140,8 +138,7 @@ class AugmentationConfig:
         """How the sample of this key looks in an epoch: a function of (seed, epoch, key); None: as it is."""
         if self.resize == 1 and not self.flip:
             return None
-        index = torch.tensor([key_of(key)])
-        left, top, flip = uniform(seed, f"augmentation {epoch}", index, 3)[0].tolist()
+        left, top, flip = numbers(seed, f"augmentation {epoch}", key_of(key), 3)
         return View(self.resize, left, top, self.flip and flip < 0.5)
 
 
@@ -359,11 +356,6 @@ def _check_shard(url: str, config: ImageConfig) -> Shard:
     return shard
 
 
-def stack(images: Sequence[LabelledImage]) -> Tensor:
-    """The pixels of images as one tensor, uint8 (B, H, W, channels)."""
-    return torch.from_numpy(np.stack([image.pixels for image in images]))
-
-
 def first_images(pattern: str, config: ImageConfig, limit: int) -> list[LabelledImage]:
     """The first `limit` images of a shard pattern, for pictures and validation.
 
@@ -377,13 +369,3 @@ def first_images(pattern: str, config: ImageConfig, limit: int) -> list[Labelled
     if not found:
         raise UserError(f"none of the images of {pattern!r} can be read: {skipped}; mend them, or give other shards")
     return found
-
-
-def to_float(images_BHWC: Tensor) -> Tensor:
-    """uint8 (B, H, W, channels) -> float32 (B, channels, H, W) in [-1, 1]."""
-    return images_BHWC.permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1)
-
-
-def to_uint8(x_BCHW: Tensor) -> Tensor:
-    """Float (B, channels, H, W) in [-1, 1] -> uint8 (B, H, W, channels): clamped, then rounded."""
-    return x_BCHW.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

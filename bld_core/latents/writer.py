@@ -21,11 +21,13 @@ from torch import Tensor
 
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.quantizer import quantize
-from bld_core.data.images import LabelledImage, stack, to_float
+from bld_core.data.images import LabelledImage
+from bld_core.data.tensors import stack, to_float
 from bld_core.errors import UserError
 from bld_core.latents.bits import pack_bits
-from bld_core.noise import key_of, uniform
+from bld_core.noise import uniform
 from bld_core.precision import Precision, autocast, ieee_float32
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.records import Part
 from bld_core.training.loop import to_device

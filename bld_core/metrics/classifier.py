@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.data.images import to_float
-from bld_core.noise import key_of, permutation
+from bld_core.data.tensors import to_float
+from bld_core.noise import permutation
 from bld_core.precision import ieee_float32
+from bld_core.splitmix import key_of
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
 
 _WIDTHS = (32, 64, 128)

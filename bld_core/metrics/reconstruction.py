@@ -12,7 +12,7 @@ from torch import Tensor
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.perceptual import Perceptual, lpips_name
 from bld_core.autoencoder.quantizer import BernoulliBottleneck
-from bld_core.data.images import to_float, to_uint8
+from bld_core.data.tensors import to_float, to_uint8
 from bld_core.metrics.code_health import CodeHealth
 from bld_core.precision import ieee_float32
 

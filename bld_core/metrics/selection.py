@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 
 
 @dataclass

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
-from bld_core.data.images import ImageConfig, LabelledImage, check_shards, read_batches
+from bld_core.data.blocks import decode_shard
+from bld_core.data.images import LabelledImage, check_shards
 from bld_core.data.skipped import Skipped
 from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.latents.reader import latent_faults
@@ -184,13 +185,6 @@ def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
         latents=experiment.latents,
         classes=list(data.names),
     )
-
-
-def decode_shard(source: str, data: ImageConfig, size: int) -> Iterator[list[LabelledImage] | Skipped]:
-    """A shard's images, as they are, some at a time; and at the end what was left out."""
-    skipped = Skipped()
-    yield from read_batches(source, data, size, skipped)
-    yield skipped
 
 
 class Encoder:

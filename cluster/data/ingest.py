@@ -19,14 +19,15 @@ import numpy as np
 import ray
 import torch
 
-from bld_core.data.blocks import DELIVERED, REASONS, Columns, decode_block, read_visit, unpack
+from bld_core.data.blocks import DELIVERED, REASONS, Columns, decode_block, unpack
 from bld_core.data.skipped import Left, Skipped
+from bld_core.data.visits import read_visit
 from bld_core.errors import UserError
 from bld_core.noise import permutation
 from bld_core.storage import files
 from bld_core.training.loop import Batch, worker_share
 from cluster.config.experiment import Experiment
-from cluster.ray_private.data import Breathe, quiet_data
+from cluster.ray_private.data import Breathe, own_budget, quiet_data
 from cluster.runtime import DECODE_CPUS
 
 _VISITS_PER_STREAM = 256
@@ -159,6 +160,7 @@ class Stream:
             return
         context = ray.data.DataContext.get_current()
         quiet_data(context)
+        own_budget(context)
         context.custom_execution_callback_classes = [Breathe]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=cluster.read_ahead)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bld_core.autoencoder.perceptual import load_lpips
-from bld_core.data.images import read_batches, stack
+from bld_core.data.images import read_batches
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack
 from bld_core.diffusion.bound import Bound
 from bld_core.latents.reader import Latents
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance

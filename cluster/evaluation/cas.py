@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.data.images import EXTENSIONS, first_images, read_batches, stack, to_float
+from bld_core.data.images import EXTENSIONS, first_images, read_batches
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack, to_float
 from bld_core.errors import UserError
 from bld_core.storage import files
 from bld_core.training.checkpoint import CONFIG, read_model_config

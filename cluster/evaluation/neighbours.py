@@ -10,9 +10,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from bld_core.data.images import first_images, read_batches, stack
+from bld_core.data.images import first_images, read_batches
 from bld_core.data.pictures import fitting, grid
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack
 from cluster.config.experiment import Experiment
 from cluster.evaluation.references import Space, load_extractor
 from cluster.runtime import map_on_actors

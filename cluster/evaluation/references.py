@@ -14,8 +14,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from bld_core.data.images import ImageConfig, check_shards, first_images, read_batches, stack
+from bld_core.data.images import ImageConfig, check_shards, first_images, read_batches
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack
 from bld_core.errors import UserError
 from bld_core.metrics.classifier import Classifier, accuracy, train_classifier
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bld_core.data.images import first_images, stack
+from bld_core.data.images import first_images
+from bld_core.data.tensors import stack
 from bld_core.errors import UserError
 from bld_core.metrics.bootstrap import FrechetBootstrap
 from bld_core.metrics.frechet import FeatureMoments, frechet_distance

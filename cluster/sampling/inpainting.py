@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bld_core.data.images import BadImage, ImageConfig, decode, first_images, stack
+from bld_core.data.images import BadImage, ImageConfig, decode, first_images
 from bld_core.data.pictures import grid, mask_of_box, mask_of_picture, png
+from bld_core.data.tensors import stack
 from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.config.artifacts import open_pair

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bld_core.errors import UserError
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.records import read_record, write_record
 from bld_core.training.loop import learning_rate

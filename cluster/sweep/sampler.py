@@ -9,7 +9,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 
 
 class SeededSampler(BaseSampler):

@@ -10,7 +10,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 from cluster.config.experiment import Experiment
 from cluster.sweep.config import SweepConfig
 from cluster.sweep.space import Values

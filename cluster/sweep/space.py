@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from bld_core.errors import UserError
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
 

@@ -22,9 +22,10 @@ from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import Autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
 from bld_core.autoencoder.perceptual import Perceptual, load_perceptual
-from bld_core.data.images import first_images, stack
+from bld_core.data.images import first_images
 from bld_core.data.pictures import fitting, grid, reconstruction_grid
 from bld_core.data.skipped import Skipped
+from bld_core.data.tensors import stack
 from bld_core.diffusion.bound import merge_bounds
 from bld_core.diffusion.process import CodeBatch
 from bld_core.diffusion.sampling import SampleSpec

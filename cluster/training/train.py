@@ -33,8 +33,8 @@ from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.perceptual import Perceptual, load_perceptual
 from bld_core.data.skipped import Skipped, above
 from bld_core.errors import NonFiniteError, UserError
-from bld_core.noise import key_of
 from bld_core.precision import ieee_float32
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.files import FullError
 from bld_core.trained import AutoencoderRecord, read_autoencoder

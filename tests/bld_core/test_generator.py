@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bld_core
-from bld_core.data.images import stack, to_float, to_uint8
+from bld_core.data.tensors import stack, to_float, to_uint8
 from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import UserError

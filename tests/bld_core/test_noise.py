@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from bld_core.noise import key_of, permutation, uniform
+from bld_core.noise import permutation, uniform
+from bld_core.splitmix import key_of, numbers
 
 MASK = (1 << 64) - 1
 GOLDEN = [[97530, 3729431, 15274214], [701902, 6334506, 982235]]  # in units of 2^-24; indices 0 and 1
@@ -38,6 +39,11 @@ def test_splitmix_is_the_published_one() -> None:
 def test_uniform_equals_its_definition_in_exact_integers(index: int) -> None:
     row = uniform(3, "flips", torch.tensor([index]), 9)[0]
     assert row.tolist() == [number(3, "flips", index, position) for position in range(9)]
+
+
+@pytest.mark.parametrize("index", [0, 17, -(2**63), key_of("0000", "draw")])
+def test_numbers_without_torch_are_a_row_of_those_with_it(index: int) -> None:
+    assert numbers(3, "flips", index, 9) == uniform(3, "flips", torch.tensor([index]), 9)[0].tolist()
 
 
 def test_golden_values() -> None:

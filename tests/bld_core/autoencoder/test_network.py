@@ -11,7 +11,7 @@ from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.data.images import stack, to_float, to_uint8
+from bld_core.data.tensors import stack, to_float, to_uint8
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import TINY_AUTOENCODER, perturb, tiny_autoencoder, toy_images
 

@@ -17,7 +17,7 @@ from bld_core.autoencoder.critic import PatchCritic
 from bld_core.autoencoder.losses import LossConfig, hinge_critic_loss
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.objective import AutoencoderObjective
-from bld_core.data.images import stack, to_float
+from bld_core.data.tensors import stack, to_float
 from bld_core.noise import uniform
 from bld_core.training.checkpoint import load_state, save_state
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bld_core.data.blocks import Columns, decode_block, read_visit, unpack
+from bld_core.data.blocks import Columns, decode_block, unpack
 from bld_core.data.images import AugmentationConfig, ImageConfig
 from bld_core.data.pictures import png
 from bld_core.data.shards import Sample, write_shard
+from bld_core.data.visits import read_visit
 
 DATA = ImageConfig(image_size=64, channels=3, extensions=["png"])
 COUNT = 20

@@ -19,10 +19,10 @@ from bld_core.data.images import (
     decode_samples,
     first_images,
     read_images,
-    stack,
 )
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Reason, Skipped
+from bld_core.data.tensors import stack
 from tests.bld_core.toys import png_of, toy_images, toy_samples
 
 

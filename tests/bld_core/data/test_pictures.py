@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bld_core.data.images import stack
 from bld_core.data.pictures import grid, png, read_picture, reconstruction_grid
+from bld_core.data.tensors import stack
 from bld_core.diffusion.process import DiffusionConfig
 from bld_core.diffusion.sampling import SamplingConfig
 from bld_core.errors import UserError

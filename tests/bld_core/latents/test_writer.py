@@ -17,7 +17,8 @@ import torch
 
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.network import AutoencoderConfig
-from bld_core.data.images import LabelledImage, stack, to_float
+from bld_core.data.images import LabelledImage
+from bld_core.data.tensors import stack, to_float
 from bld_core.latents.bits import unpack_bits
 from bld_core.latents.writer import (
     FORMAT_VERSION,
@@ -29,7 +30,8 @@ from bld_core.latents.writer import (
     shard_metadata,
     whole_shard_metadata,
 )
-from bld_core.noise import key_of, uniform
+from bld_core.noise import uniform
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from tests.bld_core.toys import tiny_autoencoder, toy_images
 

@@ -16,11 +16,13 @@ import pytest
 import ray
 import torch
 
-from bld_core.data.images import first_images, stack, to_float
+from bld_core.data.images import first_images
+from bld_core.data.tensors import stack, to_float
 from bld_core.latents.bits import unpack_bits
 from bld_core.latents.reader import open_latents
 from bld_core.latents.writer import LatentConfig, encode_images
-from bld_core.noise import key_of, uniform
+from bld_core.noise import uniform
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.files import read_json
 from bld_core.trained import load_autoencoder

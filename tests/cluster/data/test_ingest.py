@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+import cluster.data.ingest
 from bld_core.autoencoder.network import AutoencoderConfig
-from bld_core.data.blocks import Columns, decode_block, read_visit, unpack
+from bld_core.data.blocks import Columns, decode_block, unpack
 from bld_core.data.images import AugmentationConfig, ImageConfig, first_images, read_images
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Reason, Skipped
+from bld_core.data.visits import read_visit
 from bld_core.training.loop import Batch, TrainingConfig
 from cluster.config.experiment import Experiment
 from cluster.data.ingest import Ledger, Position, image_batches, resume_position
@@ -26,6 +30,7 @@ from tests.bld_core.toys import png_of
 TRAINING = TrainingConfig(batch_size=100)
 START = Position()
 PLAIN = AugmentationConfig()
+PIXEL = png_of(np.full((8, 8), 200, np.uint8))
 VARIED = AugmentationConfig(resize=1.25, flip=True)
 
 
@@ -73,6 +78,26 @@ def test_images_that_are_decoded_in_the_worker_are_those_of_ray_data(
         assert position == expected
         assert ours.keys == theirs.keys
         assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+
+
+def test_a_stream_of_small_shards_is_read_not_far_ahead(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 256 visits planned, no more than tasks and queues hold: images come soon, and nothing is read in vain."""
+
+    def noted(item: Columns, data: ImageConfig, seed: int) -> Iterator[pa.Table]:
+        (tmp_path / f"visit {item['visit'][0]}").touch()
+        yield from read_visit(item, data, seed)
+
+    monkeypatch.setattr(cluster.data.ingest, "read_visit", noted)
+    write_shard(f"{tmp_path}/a.tar", [Sample(str(i), "png", PIXEL, 1) for i in range(100)])
+    batches = stream(ImageConfig(train=f"{tmp_path}/a.tar", image_size=8, channels=1))
+    next(batches)
+    time.sleep(5)
+    read = len(list(tmp_path.glob("visit *")))
+    next(batches)
+    blocks = ClusterConfig(decode_tasks=1).blocks
+    assert read <= blocks * (4 + 1 + 4) + 4, "before, in and behind the tasks, and those that are read and taken"
 
 
 def test_augmented_images_come_in_the_order_of_plain_ones(

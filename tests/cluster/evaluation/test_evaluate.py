@@ -23,9 +23,10 @@ from bld_core.autoencoder.baselines.vector import VectorBottleneck
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.autoencoder.model import make_autoencoder
 from bld_core.autoencoder.perceptual import load_perceptual
-from bld_core.data.images import first_images, stack, to_float
+from bld_core.data.images import first_images
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
+from bld_core.data.tensors import stack, to_float
 from bld_core.diffusion.bound import likelihood_bound
 from bld_core.diffusion.process import CodeBatch
 from bld_core.latents.reader import open_latents

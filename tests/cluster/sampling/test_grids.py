@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bld_core.data.images import ImageConfig, first_images, stack
+from bld_core.data.images import ImageConfig, first_images
+from bld_core.data.tensors import stack
 from cluster.config.experiment import Experiment
 from cluster.evaluation.cas import hits_of
 from cluster.evaluation.config import EvaluationConfig

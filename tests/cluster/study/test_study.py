@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 import bld_core
-from bld_core.data.images import first_images, stack
+from bld_core.data.images import first_images
+from bld_core.data.tensors import stack
 from bld_core.diffusion.bound import likelihood_bound
 from bld_core.diffusion.process import Calibration, CodeBatch, DiffusionConfig, Target
 from bld_core.latents.reader import open_latents

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.training.checkpoint import read_model_config
 from cluster.config.experiment import Experiment

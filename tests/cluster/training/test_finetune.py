@@ -11,7 +11,8 @@ import torch
 
 import bld_core
 from bld_core.autoencoder.losses import LossConfig
-from bld_core.data.images import first_images, stack
+from bld_core.data.images import first_images
+from bld_core.data.tensors import stack
 from bld_core.storage import files
 from bld_core.trained import AUTOENCODER, DECODER, read_autoencoder
 from bld_core.training.checkpoint import WEIGHTS, read_model_config

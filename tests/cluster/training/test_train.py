@@ -23,7 +23,7 @@ from torch.distributed import set_timeout
 
 from bld_core.autoencoder.losses import LossConfig
 from bld_core.latents.reader import open_latents
-from bld_core.noise import key_of
+from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
