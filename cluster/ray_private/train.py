@@ -15,7 +15,11 @@ from ray.train import FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    ScalingDecision,
+    autoscaling_coordinator_client,
+)
 from ray.train.v2.api.callback import RayTrainCallback
 
 from bld_core.errors import UserError
@@ -23,6 +27,9 @@ from cluster.nodes.labels import matches
 from cluster.ray_private.core import without_dashboard
 
 _ANSWER_S = 3.0
+# The controller, which imports this, waits 5 s for another of Ray's processes; on a busy machine that one has not even
+# started then, and a warning with a traceback is shown.
+autoscaling_coordinator_client.AUTOSCALING_REQUESTS_GET_TIMEOUT_S = 30
 
 
 class PlainTrainer(TorchTrainer):

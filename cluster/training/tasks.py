@@ -38,7 +38,6 @@ from bld_core.training.loop import Batch, Objective, TrainingConfig
 from cluster.config.artifacts import Codes
 from cluster.config.experiment import Experiment
 from cluster.data.ingest import Position, image_batches, resume_position
-from cluster.plots import bit_usage_plot, profile_plot
 
 _VALIDATION_IMAGES, _IMAGES_A_PIECE = 256, 32
 _VALIDATION_CODES, _CODES_A_PIECE = 512, 64
@@ -222,6 +221,8 @@ class AutoencoderTask(ImageTask):
         if isinstance(network.bottleneck, VectorBottleneck):
             metrics["perplexity"] = float(network.bottleneck.perplexity)
         if shown and found.health.count:
+            from cluster.plots import bit_usage_plot  # matplotlib takes a second of a core: who draws nothing need not
+
             shown["bit-usage"] = bit_usage_plot(found.health.usage)
         return Evaluation({f"val_{name}": value for name, value in metrics.items()}, shown)
 
@@ -290,5 +291,7 @@ class PriorTask(Task):
         images = torch.cat(worker.shared(draw, _PICTURE_SAMPLES // _SAMPLES_A_PIECE))
         if worker.rank:
             return Evaluation(metrics, {}, bound.per_code)
+        from cluster.plots import profile_plot
+
         pictures = {"samples": grid(images, 10), "bound-profile": profile_plot(bound.profile)}
         return Evaluation(metrics, pictures, bound.per_code)

@@ -39,7 +39,7 @@ def work(root: str, digits: dict[str, str], machines: dict[str, object]) -> None
     """A command of stage 1."""
     small = small_experiment(Path(root), digits)
     training = small_training(10_000, checkpoint_every=3)
-    cluster = replace(small.cluster, decode_tasks=1, **machines)  # pyright: ignore[reportArgumentType]
+    cluster = replace(small.cluster, **{"decode_tasks": 1} | machines)  # pyright: ignore[reportArgumentType]
     with user_errors_answered({"cluster": vars(cluster)}, "this command"):
         train_autoencoder(replace(small, autoencoder_training=training, cluster=cluster))
 
@@ -166,7 +166,8 @@ def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
 ) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, nodes.environment[name])
-    machines: dict[str, object] = {"workers": 2, "cpus_per_worker": 0.5, "address": f"127.0.0.1:{nodes.port}"}
+    machines: dict[str, object] = {"workers": 2, "cpus_per_worker": 0.75, "decode_tasks": 0}
+    machines["address"] = f"127.0.0.1:{nodes.port}"
 
     def started(**more: object) -> Command:
         nodes.start()
@@ -177,7 +178,7 @@ def test_a_node_that_does_not_return_is_said_and_not_waited_for_without_end(
                 break
             assert "lower cluster.workers" in command.said(), "the node was not there yet, or what else?"
         nodes.kill()
-        command.wait_for("waiting: the Ray cluster has 1 of 1.25 CPU cores that the work needs, since ", 20)
+        command.wait_for("waiting: the Ray cluster has 1 of 1.5 CPU cores that the work needs, since ", 20)
         return command
 
     command = started()

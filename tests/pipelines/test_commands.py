@@ -352,7 +352,7 @@ def test_the_whole_order_of_work_on_a_folder_of_photographs(
         *("--config", str(CONFIGS[0].with_name("photos64.yaml")), "--root", str(tmp_path)),
         *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--prior_training.batch_size", "8"),
         *("--diffusion.steps", "8", "--sampling.steps", "4", "--evaluation.samples", "12"),
-        *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"),
+        *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25", "--cluster.decode_tasks", "0"),
     ]
     capsys.readouterr()
     assert run(monkeypatch, "run_all.py", *flags) == 0
