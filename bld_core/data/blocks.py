@@ -1,4 +1,4 @@
-"""Blocks of image files as tables, and how they are decoded: what runs in many processes, and needs no torch.
+"""What decodes images in many processes, and needs no torch: a block of image files as a table, or a whole shard.
 
 Every sample of a shard is an entry of a block, also where it cannot be used. A block is one row, each of its columns
 a list with a value for each entry: what runs these functions may neither split nor join blocks then.

@@ -1,4 +1,4 @@
-"""Ray Data: calm, in what it says and in what it takes of a core."""
+"""Ray Data: calm, in what it says and in what it takes of a core, and never far ahead of who takes its images."""
 
 from __future__ import annotations
 
