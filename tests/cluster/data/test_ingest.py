@@ -97,9 +97,7 @@ def test_a_stream_of_small_shards_is_read_not_far_ahead(
     read = len(list(tmp_path.glob("visit *")))
     next(batches)
     blocks = ClusterConfig(decode_tasks=1).blocks
-    assert blocks < read <= blocks * (4 + 1 + 4) + 4, (
-        "before, in and behind the tasks, and those taken"
-    )
+    assert blocks < read <= blocks * (4 + 1 + 4) + 4, "before, in and behind the tasks, and those taken"
 
 
 def test_augmented_images_come_in_the_order_of_plain_ones(
