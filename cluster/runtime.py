@@ -50,7 +50,7 @@ class ClusterConfig:
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
             decode_tasks is 0, too, that process: Ray is not started, and a debugger sees everything. A sweep starts it,
-            and each of its trials then has one training worker.
+            and each of its trials then trains in one process of Ray Tune's, which the next trial takes over.
         min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
             many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2

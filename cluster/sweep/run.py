@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import ray
 import ray.tune
 import yaml
-from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.exceptions import RayActorError
+from ray.tune import FailureConfig, PlacementGroupFactory, ResultGrid, RunConfig, TuneConfig, Tuner
 
 from bld_core.errors import UserError
 from bld_core.storage import files
@@ -20,9 +20,9 @@ from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.nodes.placement import cluster_has, nodes_there, rooms
-from cluster.nodes.watch import nodes_watched
-from cluster.ray_private.tune import keep_keys_from_tune
-from cluster.runtime import connect_ray, unwrap
+from cluster.nodes.watch import died, nodes_watched
+from cluster.ray_private.tune import keep_keys_from_tune, reporter_for_others
+from cluster.runtime import ClusterConfig, connect_ray, unwrap
 from cluster.stages import end_killed, locked
 from cluster.storage import run_storage
 from cluster.sweep.board import Board, was_stopped
@@ -48,23 +48,26 @@ from cluster.training.onward import shared_checkpoint
 from cluster.training.train import train_autoencoder, train_prior
 
 _RECORD = "sweep.json"
-# A trial's workers reserve their own. A hundredth of a core for the function that waits for them would leave nodes that
-# the workers would fill too small for these, and trials would wait for one another without end. This is a byte.
-_TRIAL = {"CPU": 0.0, "memory": 1.0}
 _TRIES = 1  # more of a trial that has failed, from its checkpoint
 
 
-class Told(TuneReportCallback):
-    """Tells Tune of each evaluation but the last, which the trial tells itself, once its model is written."""
+@dataclass(frozen=True)
+class Teller:
+    """Tells Tune of each evaluation but the last, which the trial tells itself, once its model is written.
 
-    def __init__(self, metric: str, steps: int) -> None:
-        super().__init__()
-        self._metric, self._steps = metric, steps
+    Attributes:
+        report: Tune's.
+        metric: that it compares trials by.
+        steps: of the whole trial.
+    """
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train's controller."""
-        if self._metric in metrics[0] and metrics[0][STEP] < self._steps:
-            super().after_report(run_context, [{name: metrics[0][name] for name in (STEP, self._metric)}], checkpoint)
+    report: Callable[[dict[str, Any]], None]
+    metric: str
+    steps: int
+
+    def __call__(self, metrics: dict[str, float]) -> None:
+        if metrics[STEP] < self.steps:
+            self.report({name: metrics[name] for name in (STEP, self.metric)})
 
 
 def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = False) -> list[Row]:
@@ -191,7 +194,7 @@ def _tuner(
     experiment: Experiment, stage: StageName, space: Mapping[str, Any], waiting: Sequence[Trial], board: Board
 ) -> Tuner:
     keep_keys_from_tune()
-    config, goal = experiment.sweep, GOALS[stage]
+    config, cluster, goal = experiment.sweep, experiment.cluster, GOALS[stage]
     uri, parent = experiment.tracking.resolve(experiment.root), board.parent
 
     def run_trial(settings: dict[str, Any]) -> None:
@@ -203,18 +206,19 @@ def _tuner(
             if evaluated.step < steps:
                 ray.tune.report({STEP: evaluated.step, goal.metric: evaluated.metrics[goal.metric]})
         if not was_stopped(told):
-            listener, exploited = Told(goal.metric, steps), _weights_of_parent(experiment, stage, trial)
+            report = reporter_for_others() if told.cluster.workers else ray.tune.report
+            teller, exploited = Teller(report, goal.metric, steps), _weights_of_parent(experiment, stage, trial)
             if stage == "prior":
-                train_prior(told, source=experiment.folder, told=listener, exploited=exploited)
+                train_prior(told, source=experiment.folder, told=teller, exploited=exploited)
             else:
-                train_autoencoder(told, told=listener, exploited=exploited)
+                train_autoencoder(told, told=teller, exploited=exploited)
             last = read_row(trial, stage, {})
             ray.tune.report({STEP: steps, goal.metric: last.metrics[goal.metric]})
 
     optuna = config.search == "optuna"
     search = optuna_search(experiment, space, board.asked) if optuna else None
     return Tuner(
-        ray.tune.with_resources(run_trial, _TRIAL),
+        ray.tune.with_resources(run_trial, _reserved(cluster)),
         param_space=domains(space) if optuna else planned([trial.values for trial in waiting]),
         tune_config=TuneConfig(
             metric=goal.metric,
@@ -223,15 +227,28 @@ def _tuner(
             scheduler=scheduler(config),
             num_samples=config.trials if optuna else 1,
             max_concurrent_trials=min(config.concurrent, room(experiment, stage)),
+            reuse_actors=True,  # a process takes seconds to start
         ),
         run_config=RunConfig(
             name="tune",
             **run_storage(board.folder),
             verbose=0,
             callbacks=[board],
-            failure_config=FailureConfig(max_failures=_TRIES),
+            failure_config=FailureConfig(max_failures=_tries(cluster)),
         ),
     )
+
+
+def _reserved(cluster: ClusterConfig) -> PlacementGroupFactory:
+    """What the process of a trial reserves: nothing, where it waits for workers, which reserve their own.
+
+    A hundredth of a core for it would leave nodes that the workers would fill too small for these, and trials would
+    wait for one another without end. Ray wants something: this is a byte.
+    """
+    if cluster.workers:
+        return PlacementGroupFactory([{"CPU": 0.0, "memory": 1.0}])
+    own = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpu_share} if cluster.gpu else {})
+    return PlacementGroupFactory([own], bundle_label_selector=[cluster.worker_nodes])
 
 
 def _weights_of_parent(experiment: Experiment, stage: StageName, trial: Trial) -> str:
@@ -268,6 +285,16 @@ def room(experiment: Experiment, stage: StageName) -> int:
     return max(1, fits)
 
 
+def _tries(cluster: ClusterConfig) -> int:
+    """How often a trial that has failed begins again, from its checkpoint; Ray Train counts deaths of its workers."""
+    return _TRIES if cluster.workers else cluster.max_failures
+
+
+def _why(failure: Exception, cluster: ClusterConfig) -> Exception:
+    """Why a trial has failed, in words, where its process has died."""
+    return died("its process", _tries(cluster) + 1, failure) if isinstance(failure, RayActorError) else failure
+
+
 def _failures(results: ResultGrid, experiment: Experiment, stage: StageName, *, good: bool) -> dict[str, str]:
     """Why trials have failed, by name.
 
@@ -275,7 +302,7 @@ def _failures(results: ResultGrid, experiment: Experiment, stage: StageName, *, 
         UserError: none has succeeded; as the first has failed.
     """
     failed = {
-        make_trial(experiment, stage, values_of(result.config)).name: unwrap(result.error)
+        make_trial(experiment, stage, values_of(result.config)).name: _why(unwrap(result.error), experiment.cluster)
         for result in results
         if result.error is not None and result.config is not None
     }

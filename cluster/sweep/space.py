@@ -195,8 +195,7 @@ def make_trial(experiment: Experiment, stage: StageName, values: Values) -> Tria
             section, _, leaf = field.partition(".")
             before = changes.get(section, getattr(experiment, section))
             changes[section] = replace(before, **{leaf: _checked(type(before), field, leaf, value)})
-        cluster = replace(experiment.cluster, workers=experiment.cluster.replicas)  # Tune's process trains nothing
-        return Trial(name, values, experiment.variant(goal.folder, name, **changes, cluster=cluster))
+        return Trial(name, values, experiment.variant(goal.folder, name, **changes))
     except UserError as error:
         return Trial(name, values, None, _told(error, values))
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray.train
 import ray.train.torch
 import torch
 from torch import nn
@@ -33,9 +34,11 @@ from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
 from cluster.tracking.runs import Run
+from cluster.training import replicas
 from cluster.training import train as cluster_train
 from cluster.training.tasks import AutoencoderTask, Evaluation, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior, unsure_bits
+from cluster.training.work import Job
 from tests.conftest import small_training
 
 
@@ -77,14 +80,32 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert (one - other).abs().max() <= 1e-4
 
 
-def test_training_stays_on_the_cpu_unless_a_gpu_is_asked_for(
-    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_replica_takes_a_gpu_only_where_one_is_asked_for(
+    gpu: bool, encoded: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Ray finds a GPU, it names it, asked for or not: in its local mode."""
+    """Where Ray finds a GPU, it names it, asked for or not."""
+
+    class Context:
+        """Ray Train's, in a worker."""
+
+        def get_world_rank(self) -> int:
+            return 0
+
+        def get_world_size(self) -> int:
+            return 1
+
+    found: list[Worker] = []
+
+    def work(job: Job, worker: Worker, *rest: object) -> None:
+        found.append(worker)
+
+    monkeypatch.setattr(ray.train, "get_context", Context)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
-    here = replace(encoded, root=str(tmp_path), prior_training=small_training(1))
-    train_prior(here, source=encoded.folder)
-    assert load_prior(here.folder, load_autoencoder(encoded.folder)).record.metrics["val_bound"] > 0
+    monkeypatch.setattr(replicas, "work", work)
+    task = PriorTask(replace(encoded, cluster=replace(encoded.cluster, gpu=gpu)), "", open_codes(encoded.folder))
+    replicas._work({"job": Job(task, "prior", "", Run("", ""), bar=False)})
+    assert [str(worker.device) for worker in found] == ["cuda:0" if gpu else "cpu"]
 
 
 class SlowTask(PriorTask):
