@@ -12,6 +12,7 @@ from typing import Any
 
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
+from ray.experimental import tqdm_ray
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put  # pyright: ignore[reportPrivateUsage]
 
 from bld_core.errors import UserError
@@ -97,6 +98,14 @@ def _free_port() -> int:
 def without_dashboard() -> bool:
     """Whether the cluster that this process is part of is a `local_cluster` that has none."""
     return _internal_kv_exists(_NO_DASHBOARD)
+
+
+def remote_bar() -> type:
+    """Ray's class of progress bars, for a remote worker, whose terminal is that of the command.
+
+    Plain tqdm there would come line by line, each time that the bar moves.
+    """
+    return tqdm_ray.tqdm
 
 
 def ahead(results: int) -> dict[str, Any]:

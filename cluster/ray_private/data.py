@@ -16,6 +16,7 @@ from ray.data._internal.execution.backpressure_policy.resource_budget_backpressu
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.interfaces.physical_operator import PhysicalOperator
 from ray.data._internal.execution.operators.base_physical_operator import InternalQueueOperatorMixin
+from ray.data._internal.stats import get_or_create_stats_actor
 
 _TURN_S = 0.05
 _WAITING_A_TASK = 4  # blocks; small ones: of large ones, memory holds fewer
@@ -29,6 +30,15 @@ def quiet_data(context: DataContext) -> None:
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def begin_stats() -> None:
+    """Start the process to which all streams of the cluster tell how they go.
+
+    The first stream would; but what a trial of a sweep starts ends with its placement group, and the streams of the
+    others, of which the next such process has never heard, show tracebacks.
+    """
+    get_or_create_stats_actor()
 
 
 class Breathe(ExecutionCallback):

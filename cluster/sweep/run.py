@@ -21,6 +21,7 @@ from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.nodes.placement import cluster_has, nodes_there, rooms
 from cluster.nodes.watch import died, nodes_watched
+from cluster.ray_private.data import begin_stats
 from cluster.ray_private.tune import keep_keys_from_tune, reporter_for_others
 from cluster.runtime import ClusterConfig, connect_ray, unwrap
 from cluster.stages import end_killed, locked
@@ -107,6 +108,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
         if fresh:
             files.remove(folder)
         connect_ray(experiment.cluster.of_work(decodes=stage == "autoencoder"), many=True)
+        if stage == "autoencoder" and experiment.cluster.decode_tasks:
+            begin_stats()
         run = _open_run(experiment, goal.folder, folder)
         with run.until_end():
             return _run(experiment, stage, space, known, run)

@@ -9,7 +9,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.experimental import tqdm_ray
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -25,6 +24,7 @@ from ray.train.torch import TorchConfig
 from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.nodes.watch import died
+from cluster.ray_private.core import remote_bar
 from cluster.ray_private.train import PlainTrainer, death, quiet_training, quiet_training_worker
 from cluster.runtime import ClusterConfig, unwrap
 from cluster.storage import run_storage
@@ -103,7 +103,7 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     buckets = {"gradient_as_bucket_view": True}
     wrap = partial(ray.train.torch.prepare_model, move_to_device=device, parallel_strategy_kwargs=buckets)
     peers = Peers(wrap, ray.train.report, Notices().new)
-    return work(job, worker, peers, tqdm_ray.tqdm)  # plain tqdm would come line by line, each time that it moves
+    return work(job, worker, peers, remote_bar())
 
 
 def _user_error(error: TrainingFailedError) -> UserError | None:
