@@ -209,8 +209,9 @@ BORDER = {
     "cluster.report.page": {"_summary", "_pictures"},
     "cluster.report.tables": {"report_table"},
     "cluster.sweep.board": {"on_trial_result"},  # Tune's
-    "cluster.sweep.run": {"_run", "_train", "_tuner", "run_trial", "after_report"},  # the space, Tune's
+    "cluster.sweep.run": {"_run", "_train", "_tuner", "run_trial"},  # the space, Tune's
     "cluster.sweep.search": {"domains", "values_of", "optuna_search"},
+    "cluster.training.replicas": {"after_report"},  # Ray Train's
 }
 
 
