@@ -18,7 +18,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from bld_core.errors import UserError
 from cluster.console import Progress
-from cluster.nodes.labels import check_selector
+from cluster.nodes.labels import NODE_ID, check_selector
 from cluster.nodes.placement import (
     Bundle,
     Need,
@@ -64,7 +64,8 @@ class ClusterConfig:
         worker_nodes: labels of the nodes that take workers, by Ray's label selectors: {pool: gpu}, {pool: "!spot"},
             {pool: "in(a,b)"} or {pool: "!in(a,b)"}; empty: all nodes. A node has its labels of `ray start --labels`,
             and of Ray itself ray.io/accelerator-type, such as H100.
-        decode_nodes: labels of the nodes that decode images for them; empty: all nodes.
+        decode_nodes: labels of the nodes that decode images for them; empty: all nodes. Of these, that of the worker
+            which takes the images comes first, while it has a core free.
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
@@ -198,8 +199,14 @@ class ClusterConfig:
 
     @property
     def decode_options(self) -> dict[str, Any]:
-        """Where Ray is to run the tasks that decode."""
-        return {"label_selector": self.decode_nodes} if self.decode_nodes else {}
+        """Where Ray is to run the tasks that decode for this process: on its node while it has cores, or elsewhere."""
+        if not self.decode_tasks:
+            return {}
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
+        return {
+            "label_selector": self.decode_nodes | here,
+            "fallback_strategy": [{"label_selector": self.decode_nodes}],
+        }
 
     def check_device(self) -> None:
         """See that the GPU is there that work in this process is to have; elsewhere Ray knows.

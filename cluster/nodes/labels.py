@@ -9,6 +9,8 @@ from bld_core.errors import UserError
 
 Selector = Mapping[str, str]
 """Labels that a node is to have: of each a value, or "!a", "in(a,b)", "!in(a,b)", as Ray reads them."""
+NODE_ID = "ray.io/node-id"
+"""A label that Ray gives each node."""
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _KEY = re.compile(rf"(?:[a-zA-Z0-9.-]+/)?{_LABEL}")
 _VALUE = re.compile(rf"(!?)(?:({_LABEL})|in\(({_LABEL}(?:,{_LABEL})*)\))")
