@@ -50,7 +50,8 @@ class ClusterConfig:
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
             decode_tasks is 0, too, that process: Ray is not started, and a debugger sees everything. A sweep starts it,
-            and each of its trials then trains in one process of Ray Tune's, which the next trial takes over.
+            and each of its trials then trains in one process of Ray Tune's, which the next trial takes over, and hears
+            of no node that will be taken away.
         min_workers: fewest training workers; 0: always `workers`. With it a training that has begun goes on with as
             many as the cluster holds, of the numbers up to `workers` that divide the batch: a lost node shrinks the
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
@@ -69,7 +70,8 @@ class ClusterConfig:
         latents_gb: memory of each training worker of stage 2 that packed codes may take, in units of 10^9 bytes; a
             larger data set streams through it, in an order that depends on it.
         max_failures: times that training restarts from the same checkpoint after a worker or node has died (a newer one
-            begins the count again), and that a piece of work of another job is begun again.
+            begins the count again), and that a piece of work of another job is begun again; a trial of a sweep without
+            workers is begun again so often in all, from its checkpoint, after failures of any kind.
         patience: seconds to wait for nodes that were there and are gone, before the command ends.
         wait_for_nodes: seconds to wait, before the work begins, for nodes that are yet to join; 0 refuses at once what
             the cluster does not hold, nor its autoscaler, if it has one, can make: that is asked, and waited for, for
@@ -204,7 +206,7 @@ class ClusterConfig:
             return {}
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         return {
-            "label_selector": self.decode_nodes | here,
+            "label_selector": here | self.decode_nodes,
             "fallback_strategy": [{"label_selector": self.decode_nodes}],
         }
 
@@ -216,8 +218,8 @@ class ClusterConfig:
         """
         if self.gpu and not torch.cuda.is_available():
             raise UserError(
-                "cluster.gpu is true, but this process, which does all of the work where cluster.workers and "
-                "cluster.decode_tasks are 0, sees no GPU: set it to false, or cluster.workers to 1 or more"
+                "cluster.gpu is true, but this process, which trains where cluster.workers is 0, sees no GPU: set it "
+                "to false, or cluster.workers to 1 or more"
             )
 
     def limit_threads(self) -> None:
@@ -254,7 +256,9 @@ def connect_ray(config: ClusterConfig, *, many: bool = False) -> None:
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     wait_until_held(partial(_check, config), config.wait_for_nodes, config.bundles, config.patience)
-    if config.joined:  # else there are no others
+    if (
+        config.joined and ray.get_runtime_context().get_actor_id() is None
+    ):  # else there are no others, or it has its own
         say_if_busy(config.need, cluster_has_free)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from cluster.config.artifacts import open_encoded
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.nodes.placement import cluster_has, nodes_there, rooms
-from cluster.nodes.watch import died, nodes_watched
+from cluster.nodes.watch import check_access, died, nodes_watched
 from cluster.ray_private.data import begin_stats
 from cluster.ray_private.tune import keep_keys_from_tune, reporter_for_others
 from cluster.runtime import ClusterConfig, connect_ray, unwrap
@@ -50,6 +51,9 @@ from cluster.training.train import train_autoencoder, train_prior
 
 _RECORD = "sweep.json"
 _TRIES = 1  # more of a trial that has failed, from its checkpoint
+# A trial that is ended early writes a checkpoint to its end, and tells MLflow. Tune would give it 2 s, and then count
+# the next trial, which is to have its process, as failed.
+_PATIENCE = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "600"}
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
     known = [make_trial(experiment, stage, values) for values in _values(experiment, stage)]
     if known and all(trial.experiment is None for trial in known):
         raise UserError(f"every trial of the sweep is refused; the first, {known[0].name}: {known[0].why}")
+    reads: list[str] = []
     if stage == "prior":
         open_encoded(experiment)
     else:
-        check_data(experiment)
+        reads = check_data(experiment).train[:1]
     uri, patience = experiment.tracking.resolve(experiment.root), experiment.tracking.patience
     open_client(uri, patience)  # asked, and a database made, before any trial
     folder = files.join(experiment.folder, goal.folder)
@@ -108,6 +113,8 @@ def sweep(experiment: Experiment, stage: StageName = "prior", fresh: bool = Fals
         if fresh:
             files.remove(folder)
         connect_ray(experiment.cluster.of_work(decodes=stage == "autoencoder"), many=True)
+        if experiment.cluster.joined:
+            check_access([experiment.folder, *reads])
         if stage == "autoencoder" and experiment.cluster.decode_tasks:
             begin_stats()
         run = _open_run(experiment, goal.folder, folder)
@@ -201,6 +208,7 @@ def _tuner(
     uri, parent = experiment.tracking.resolve(experiment.root), board.parent
 
     def run_trial(settings: dict[str, Any]) -> None:
+        os.environ |= _PATIENCE
         known_to_be_there(uri)
         trial = make_trial(experiment, stage, values_of(settings))
         told, steps = trial.allowed, getattr(trial.allowed, goal.training).steps
@@ -295,7 +303,9 @@ def _tries(cluster: ClusterConfig) -> int:
 
 def _why(failure: Exception, cluster: ClusterConfig) -> Exception:
     """Why a trial has failed, in words, where its process has died."""
-    return died("its process", _tries(cluster) + 1, failure) if isinstance(failure, RayActorError) else failure
+    if isinstance(failure, RayActorError) and not cluster.workers:
+        return died("its process", _tries(cluster) + 1, failure, "failed")
+    return failure
 
 
 def _failures(results: ResultGrid, experiment: Experiment, stage: StageName, *, good: bool) -> dict[str, str]:

@@ -64,6 +64,8 @@ class Outbox:
             url = files.join(self._folder, name)
             try:
                 note = files.read_json(url)
+            except FileNotFoundError:  # another process has told it: who ends a trial, and the trial itself
+                continue
             except ValueError as error:
                 _log.warning("%s is damaged (%s): what it was to tell MLflow is not told; delete it", url, error)
                 continue

@@ -75,7 +75,9 @@ def work_alone(job: Job, told: Told | None) -> Exception | None:
         job: what is trained.
         told: hears of each evaluation.
     """
-    device = torch.device("cuda:0" if job.task.experiment.cluster.gpu else "cpu")
+    cluster = job.task.experiment.cluster
+    cluster.check_device()
+    device = torch.device("cuda:0" if cluster.gpu else "cpu")
 
     def placed(module: nn.Module) -> nn.Module:
         return module.to(device)
@@ -84,7 +86,10 @@ def work_alone(job: Job, told: Told | None) -> Exception | None:
         if told is not None and evaluated:
             told(evaluated)
 
-    peers = Peers(placed, meet, str)
+    def no_notice() -> str:
+        return ""
+
+    peers = Peers(placed, meet, no_notice)
     return work(job, Worker(0, 1, device), peers, tqdm.tqdm)
 
 

@@ -160,7 +160,7 @@ def test_a_sweep_whose_command_and_trials_are_killed_goes_on_to_the_table_and_we
         good, failed = sweep(killed)
         kills.result(0)
     assert (good.outcome in ("finished", "stopped"), failed.outcome) == (True, "failed")
-    assert "its process died 2 times" in failed.why
+    assert "its process failed 2 times" in failed.why
     assert 0 < newest_step(f"{begun}/{failed.trial}/prior") < 60
     again = sweep(killed)
     assert again == rows
