@@ -256,9 +256,8 @@ def connect_ray(config: ClusterConfig, *, many: bool = False) -> None:
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # that of a command: Ray has set its own
     wait_until_held(partial(_check, config), config.wait_for_nodes, config.bundles, config.patience)
-    if (
-        config.joined and ray.get_runtime_context().get_actor_id() is None
-    ):  # else there are no others, or it has its own
+    in_trial = ray.get_runtime_context().get_actor_id() is not None  # which has its cores already
+    if config.joined and not in_trial:  # a local cluster has nobody else
         say_if_busy(config.need, cluster_has_free)
 
 
