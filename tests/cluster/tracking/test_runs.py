@@ -31,6 +31,7 @@ from cluster.data.shards import ShardConfig
 from cluster.lineage import COMMIT, lineage
 from cluster.secrets import without_secrets
 from cluster.tracking.load import SystemLoad
+from cluster.tracking.outbox import Note, Outbox
 from cluster.tracking.runs import STARTS, Run, start_run
 from cluster.tracking.store import open_client
 from tests.conftest import small_experiment
@@ -302,3 +303,24 @@ def test_the_load_of_the_machine_has_mlflows_names_and_is_of_now() -> None:
     assert 0 < figures["system/cpu_utilization_percentage"] <= 100
     assert 0 < figures["system/system_memory_usage_percentage"] < 100
     assert figures["system/network_receive_megabytes"] >= 0
+
+
+def test_two_processes_may_empty_one_outbox(tmp_path: Path) -> None:
+    """As who ends a trial, and the trial itself, do: each note is told, by one of them or by both."""
+    told: list[Note] = []
+
+    def away(note: Note) -> None:
+        raise ConnectionError("away")
+
+    def tell(note: Note) -> None:
+        told.append(note)
+        if len(told) == 1:  # the other one comes in between
+            assert Outbox(str(tmp_path), told.append, "x").send() is None
+
+    writer = Outbox(str(tmp_path), away, "x")
+    for number in range(3):
+        writer.put({"number": number})
+    assert len([*tmp_path.iterdir()]) == 3
+    assert Outbox(str(tmp_path), tell, "x").send() is None
+    assert {note["number"] for note in told} == {0, 1, 2}
+    assert [*tmp_path.iterdir()] == []

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed import set_timeout
 
 from bld_core.autoencoder.losses import LossConfig
+from bld_core.errors import UserError
 from bld_core.latents.reader import open_latents
 from bld_core.splitmix import key_of
 from bld_core.storage import files
@@ -36,9 +37,10 @@ from cluster.stages import open_stage
 from cluster.tracking.runs import Run
 from cluster.training import replicas
 from cluster.training import train as cluster_train
+from cluster.training import work as cluster_work
 from cluster.training.tasks import AutoencoderTask, Evaluation, PriorTask, Worker
 from cluster.training.train import train_autoencoder, train_prior, unsure_bits
-from cluster.training.work import Job
+from cluster.training.work import Job, work_alone
 from tests.conftest import small_training
 
 
@@ -106,6 +108,28 @@ def test_a_replica_takes_a_gpu_only_where_one_is_asked_for(
     task = PriorTask(replace(encoded, cluster=replace(encoded.cluster, gpu=gpu)), "", open_codes(encoded.folder))
     replicas._work({"job": Job(task, "prior", "", Run("", ""), bar=False)})
     assert [str(worker.device) for worker in found] == ["cuda:0" if gpu else "cpu"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_training_in_its_commands_process_takes_a_gpu_only_where_one_is_asked_for(
+    gpu: bool, encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = replace(encoded, prior_training=small_training(1), cluster=replace(encoded.cluster, decode_tasks=1, gpu=gpu))
+    job = Job(PriorTask(here, "", open_codes(encoded.folder)), "prior", str(tmp_path), Run("", ""), bar=False)
+    if gpu:
+        with pytest.raises(UserError, match=r"cluster.gpu is true, but this process, .* sees no GPU: set it to false"):
+            work_alone(job, None)
+        return
+    devices: list[torch.device] = []
+
+    def work(job: Job, worker: Worker, *rest: object) -> None:
+        devices.append(worker.device)
+
+    monkeypatch.setattr(cluster_work, "work", work)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    work_alone(job, None)
+    assert [device.type for device in devices] == ["cpu"]
 
 
 class SlowTask(PriorTask):
