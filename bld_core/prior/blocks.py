@@ -59,6 +59,7 @@ class Rotary(nn.Module):
     Args:
         width: d, of a head; a multiple of 4.
         tokens: N, a square number, in row-major order.
+        front: tokens before those, which stand nowhere on the grid and turn by nothing.
 
     Raises:
         UserError: another width, or no square.
@@ -67,7 +68,7 @@ class Rotary(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, width: int, tokens: int) -> None:
+    def __init__(self, width: int, tokens: int, front: int = 0) -> None:
         super().__init__()
         side = math.isqrt(tokens)
         if width % 4 or side * side != tokens:
@@ -78,6 +79,7 @@ class Rotary(nn.Module):
         frequency = _ROTARY_BASE ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
         row, column = torch.arange(tokens) // side, torch.arange(tokens) % side
         angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], 1).float()  # (N, d / 2)
+        angle = torch.cat([angle.new_zeros(front, width // 2), angle])
         self.register_buffer("cosine", angle.cos(), persistent=False)
         self.register_buffer("sine", angle.sin(), persistent=False)
 
@@ -95,14 +97,16 @@ class Attention(nn.Module):
     With "qk_norm" queries and keys have unit scale (Dehghani et al. 2023), with "rotary" they know their positions.
     """
 
-    def __init__(self, width: int, heads: int, tokens: int, parts: Sequence[TrunkPart], causal: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, tokens: int, parts: Sequence[TrunkPart], causal: bool, front: int = 0
+    ) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         each = width // heads
         self.norm_q, self.norm_k = (RMSNorm(each, eps=1e-6) if "qk_norm" in parts else nn.Identity() for _ in range(2))
-        self.rotary = Rotary(each, tokens) if "rotary" in parts else None
+        self.rotary = Rotary(each, tokens, front) if "rotary" in parts else None
 
     def forward(self, h_BND: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, h_BND is the one token that follows those in it."""
@@ -144,12 +148,21 @@ class Block(nn.Module):
         tokens: N.
         parts: of later transformers; none is the paper's block.
         causal: whether a token sees only those up to it.
+        front: tokens before the N of the code.
     """
 
-    def __init__(self, width: int, heads: int, tokens: int, parts: Sequence[TrunkPart] = (), causal: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        tokens: int,
+        parts: Sequence[TrunkPart] = (),
+        causal: bool = False,
+        front: int = 0,
+    ) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = make_norm(width, parts), make_norm(width, parts)
-        self.attention = Attention(width, heads, tokens, parts, causal)
+        self.attention = Attention(width, heads, tokens, parts, causal, front)
         plain = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.mlp = SwiGLU(width) if "swiglu" in parts else plain
         self.modulation = nn.Linear(width, 6 * width) if "adaln" in parts else None

@@ -44,6 +44,8 @@ class PriorConfig:
             "rms_norm" in place of LayerNorm, "qk_norm" (queries and keys of unit scale), "swiglu" (gated feed-forward
             layers), "adaln" (time and class scale, shift and gate each block), "rotary" (positions relative to each
             other in rows and columns).
+        class_tokens: learned tokens in front of those of the code, told the time and the class as all are, to which
+            the others attend (in-context conditioning; Peebles, Xie 2023, Section 3.2). None is the paper.
     """
 
     model: ModelName = "binary"
@@ -55,6 +57,7 @@ class PriorConfig:
     known_share: float = 0.0
     group: int = 1
     trunk: list[TrunkPart] = field(default_factory=lambda: ["rms_norm", "qk_norm", "swiglu", "adaln"])
+    class_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1:
@@ -63,6 +66,14 @@ class PriorConfig:
             raise UserError(f"`width` is {self.width}; it must be even and a multiple of `heads` ({self.heads})", self)
         if self.classes < 0:
             raise UserError(f"`classes` is {self.classes}; it must be 0 (unconditional) or more", self)
+        if self.class_tokens < 0:
+            raise UserError(f"`class_tokens` is {self.class_tokens}; it must be 0 (none) or more", self)
+        if self.class_tokens and not self.classes:
+            raise UserError(
+                f"`class_tokens` is {self.class_tokens} with `classes` 0: there is no class for them to tell; set it "
+                "to 0, or `classes` to the number that the data has",
+                self,
+            )
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"`label_dropout` is {self.label_dropout}; it must lie in [0, 1)", self)
         if not 0 <= self.known_share <= 1:
@@ -106,7 +117,11 @@ class Trunk(nn.Module):
         if timed:
             self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.blocks = Layers(*(Block(width, config.heads, tokens, config.trunk, causal) for _ in range(config.layers)))
+        self.front = front = config.class_tokens
+        self.class_tokens = nn.Parameter(torch.randn(front, width) * 0.02) if front else None
+        self.blocks = Layers(
+            *(Block(width, config.heads, tokens, config.trunk, causal, front) for _ in range(config.layers))
+        )
         self.norm = make_norm(width, config.trunk)
 
     def initialise(self) -> None:
@@ -128,7 +143,10 @@ class Trunk(nn.Module):
 
     def features(self, h_BND: Tensor, condition_BD: Tensor) -> Tensor:
         """Tokens, each with what it is told, and what all of them are told -> their features, (B, N, D)."""
-        return self.norm(self.blocks(h_BND + condition_BD[:, None], condition_BD))
+        if self.class_tokens is not None:
+            h_BND = torch.cat([self.class_tokens.expand(len(h_BND), -1, -1), h_BND], 1)
+        h_BND = self.blocks(h_BND + condition_BD[:, None], condition_BD)
+        return self.norm(h_BND[:, self.front :])
 
 
 class Prior(Trunk):

@@ -49,6 +49,7 @@ BEFORE = {
     "loss.perceptual_network": "vgg16",
     "prior.group": 1,
     "prior.trunk": [],
+    "prior.class_tokens": 0,
     "diffusion.calibration": "bayes",
     "sampling.guidance_interval": [0.0, 1.0],
     "latents.precision": "float32",

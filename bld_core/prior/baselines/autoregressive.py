@@ -45,13 +45,20 @@ class AutoregressivePrior(TokenPrior):
 
         The first token has none before it: `previous_BC` is then not used.
         """
-        n = caches[0].count
-        h_BD = self.embed(2 * previous_BC - 1) if n else self.blank.expand(len(previous_BC), -1)
         condition = self.of_class(labels, len(previous_BC))
-        h_BND = (h_BD + self.position[n] + condition)[:, None]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            h_BND = block(h_BND, condition, cache)
-        return self.norm(h_BND)[:, 0]
+
+        def through(h_BD: Tensor) -> Tensor:
+            h_BND = (h_BD + condition)[:, None]
+            for block, cache in zip(self.blocks, caches, strict=True):
+                h_BND = block(h_BND, condition, cache)
+            return self.norm(h_BND)[:, 0]
+
+        if self.class_tokens is not None and not caches[0].count:
+            for token in self.class_tokens:
+                through(token)
+        n = caches[0].count - self.front
+        h_BD = self.embed(2 * previous_BC - 1) if n else self.blank.expand(len(previous_BC), -1)
+        return through(h_BD + self.position[n])
 
 
 def autoregressive_loss(network: Callable[..., Tensor], codes: CodeBatch, seed: int) -> Tensor:
@@ -81,7 +88,7 @@ def sample_in_order(
     """
     tokens, bits = shape
     labels, copies = with_null_class(samples.labels, config.guidance)
-    caches = [Cache(tokens) for _ in network.blocks]
+    caches = [Cache(network.front + tokens) for _ in network.blocks]
     token, drawn = torch.zeros(len(samples.index), bits, device=samples.index.device), list[Tensor]()
     for n in range(tokens):
         h_MD = network.next_features(token.repeat(copies, 1), labels, caches)

@@ -142,11 +142,12 @@ def test_a_token_sees_every_token_before_it_and_no_other() -> None:
 
 
 @torch.no_grad()
-def test_token_by_token_with_a_cache_is_the_plain_pass() -> None:
-    _, network = small("autoregressive", 16, 8, classes=3, layers=3)
+@pytest.mark.parametrize("settings", [{}, {"class_tokens": 3, "trunk": ["rotary", "adaln"]}], ids=["plain", "front"])
+def test_token_by_token_with_a_cache_is_the_plain_pass(settings: dict[str, Any]) -> None:
+    _, network = small("autoregressive", 16, 8, classes=3, layers=3, **settings)
     assert isinstance(network, AutoregressivePrior)
     z, labels = (uniform(0, "toy", torch.arange(6), 128) < 0.5).float().view(6, 16, 8), torch.arange(6) % 4 - 1
-    caches = [Cache(16) for _ in network.blocks]
+    caches = [Cache(network.front + 16) for _ in network.blocks]
     features = [network.next_features(z[:, n - 1], labels, caches) for n in range(16)]
     logits = network.head(torch.stack(features, dim=1), z)
     torch.testing.assert_close(logits, network(z, labels), rtol=1e-4, atol=1e-4)
@@ -166,9 +167,11 @@ def test_autoregressive_samples_follow_their_likelihood() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_every_autoregressive_bit_is_its_uniform_against_its_guided_tempered_probability(guidance: float) -> None:
-    model, network = small("autoregressive", 6, 4, classes=3, layers=2)
+@pytest.mark.parametrize(("guidance", "class_tokens"), [(0.0, 0), (2.0, 0), (2.0, 2)])
+def test_every_autoregressive_bit_is_its_uniform_against_its_guided_tempered_probability(
+    guidance: float, class_tokens: int
+) -> None:
+    model, network = small("autoregressive", 6, 4, classes=3, layers=2, class_tokens=class_tokens)
     index, labels = torch.arange(100, 150), torch.arange(50) % 3
     z = model.sample(network, SampleSpec(index, labels, 5), SamplingConfig(temperature=0.8, guidance=guidance))
     null = torch.full_like(labels, -1)

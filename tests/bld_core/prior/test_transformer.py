@@ -12,6 +12,7 @@ from bld_core.diffusion.process import CodeBatch, DiffusionConfig, Target
 from bld_core.diffusion.sampling import Known, SampleSpec, SamplingConfig, sample_codes
 from bld_core.noise import uniform
 from bld_core.prior.binary import PriorObjective, draw_known
+from bld_core.prior.blocks import Rotary, TrunkPart
 from bld_core.prior.transformer import Prior, PriorConfig, drop_labels, time_features
 from bld_core.training.loop import Batch, TrainingConfig, make_state, train
 from tests.bld_core.toys import perturb, tiny_prior, toy_process
@@ -96,6 +97,8 @@ def test_labels_drop_for_each_sample_on_its_own() -> None:
         ({"classes": -1}, "`classes` is -1"),
         ({"label_dropout": 1.0}, r"`label_dropout` is 1\.0"),
         ({"known_share": 1.5}, r"`known_share` is 1\.5"),
+        ({"class_tokens": -1, "classes": 3}, "`class_tokens` is -1"),
+        ({"class_tokens": 2}, "`class_tokens` is 2 with `classes` 0"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(settings: dict[str, float], message: str) -> None:
@@ -106,6 +109,50 @@ def test_a_bad_field_is_named_with_its_value(settings: dict[str, float], message
 def test_an_unconditional_prior_has_no_class_weights() -> None:
     names = [name for name, _ in Prior(PriorConfig(layers=1, width=8, heads=1), 4, 8).named_parameters()]
     assert not any(name.startswith("label") for name in names)
+
+
+# --- Class tokens -----------------------------------------------------------------------------------------------------
+
+
+def fronted(class_tokens: int) -> Prior:
+    torch.manual_seed(0)
+    trunk: list[TrunkPart] = ["qk_norm", "adaln", "rotary"]
+    return Prior(PriorConfig(layers=2, width=16, heads=2, classes=3, class_tokens=class_tokens, trunk=trunk), 4, 8)
+
+
+def test_class_tokens_are_one_more_weight_and_none_is_the_prior_without() -> None:
+    names = [fronted(count).state_dict().keys() for count in (0, 5)]
+    assert names[1] - names[0] == {"class_tokens"}
+    assert fronted(5).class_tokens.shape == (5, 16)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@torch.no_grad()
+def test_class_tokens_are_told_the_class_and_heard_by_every_token() -> None:
+    prior = fronted(2)
+    perturb(prior)
+    labels = torch.tensor([0, 1, 2, -1, 0])
+    evidence = prior(Z, TIME, labels)
+    assert evidence.shape == Z.shape
+    together = torch.cat([prior(Z[i : i + 1], TIME[i : i + 1], labels[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(evidence, together, rtol=1e-5, atol=1e-6)
+    heard: list[Tensor] = []  # what the first block's attention gives the tokens of the code
+    prior.blocks[0].attention.register_forward_hook(lambda _, __, out: heard.append(out[:, 2:]))  # pyright: ignore
+    prior(Z, TIME, labels)
+    prior.class_tokens[1] += 1  # pyright: ignore[reportOptionalSubscript]
+    assert (prior(Z, TIME, labels) != evidence).any(-1).all()
+    assert (heard[0] != heard[1]).any(-1).all()
+
+
+def test_class_tokens_get_a_gradient_and_stand_nowhere_on_the_grid() -> None:
+    prior = fronted(2)
+    perturb(prior)
+    prior(Z, TIME, torch.tensor([0, 1, 2, -1, 0])).square().sum().backward()
+    for name, parameter in prior.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    rotary, x = Rotary(8, 16, front=3), torch.randn(1, 1, 19, 8)
+    assert torch.equal(rotary(x)[:, :, :3], x[:, :, :3])
+    assert torch.equal(rotary(x)[:, :, 3:], Rotary(8, 16)(x[:, :, 3:]))
 
 
 # --- Known tokens -----------------------------------------------------------------------------------------------------
