@@ -20,7 +20,7 @@ from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
 from bld_core.training.gate import Later, step_unless
 from bld_core.training.layers import Layers, compile_layers
 from bld_core.training.muon import Muon
-from bld_core.training.replicas import gradients_laid_out_as_weights
+from bld_core.training.replicas import ReducePrecision, gradients_laid_out_as_weights
 
 _SNAPSHOTS = 16
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
@@ -55,6 +55,8 @@ class TrainingConfig:
             step and count it.
         precision: of products and convolutions; weights, sums and losses are float32 in any case. "tf32" is faster
             than "float32" on a GPU, and the same on a CPU; "bfloat16" is faster still.
+        reduce_precision: of gradients on their way between workers. "bfloat16" halves what they send, and keeps 8 bits
+            of each worker's part and of their mean.
         compile: compile the blocks of the network with torch.compile; the first step takes minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
@@ -77,6 +79,7 @@ class TrainingConfig:
     ema_lengths: list[float] = field(default_factory=list)
     non_finite: Literal["stop", "skip"] = "stop"
     precision: TrainingPrecision = "float32"
+    reduce_precision: ReducePrecision = "float32"
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+ReducePrecision = Literal["float32", "bfloat16"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -19,6 +24,13 @@ def sum_over_replicas(x: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         distributed.all_reduce(x)
     return x
+
+
+def reduce_gradients_in(module: nn.Module, precision: ReducePrecision) -> nn.Module:
+    """Have replicas send their gradients in this precision; a module without replicas has none to send. Returns it."""
+    if precision == "bfloat16" and isinstance(module, DistributedDataParallel):
+        module.register_comm_hook(None, bf16_compress_hook)
+    return module
 
 
 def gradients_laid_out_as_weights(module: nn.Module) -> None:

@@ -57,6 +57,8 @@ BEFORE = {
     "autoencoder_training.optimizer": "adamw",
     "prior_training.ema_lengths": [],
     "autoencoder_training.ema_lengths": [],
+    "prior_training.reduce_precision": "float32",
+    "autoencoder_training.reduce_precision": "float32",
 }
 
 

@@ -233,22 +233,24 @@ class PlacedEncoder(Encoder):
         super().__init__(*arguments)
 
 
-def work(root: str, digits: dict[str, str], machines: dict[str, Any]) -> None:
-    """Stage 1, and the encode job."""
-    folder = Path(root)
-    small = small_experiment(folder, digits)
-    training, machine = small_training(12), replace(small.cluster, workers=1, decode_tasks=1, **machines)
-    small = replace(small, autoencoder_training=training, cluster=machine)
-    cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
-    train_autoencoder(small)
-    cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
+def work(root: str, digits: dict[str, str], machines: dict[str, dict[str, Any]]) -> None:
+    """Stage 1 and the encode job, on each of some machines, with a folder for each."""
     held = cluster.data.encode.finished_on_actors
+    for name, fields in machines.items():
+        folder = Path(root, name)
+        folder.mkdir()
+        small = small_experiment(folder, digits)
+        machine = replace(small.cluster, workers=1, decode_tasks=1, **fields)
+        small = replace(small, autoencoder_training=small_training(12), cluster=machine)
+        cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
+        train_autoencoder(small)
 
-    def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any, **named: Any) -> Any:
-        return held(kind, (folder, *arguments), *more, **named)
+        def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any, **named: Any) -> Any:
+            return held(kind, (folder, *arguments), *more, **named)  # noqa: B023
 
-    cluster.data.encode.finished_on_actors = told_the_folder
-    encode_latents(small)
+        cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
+        cluster.data.encode.finished_on_actors = told_the_folder
+        encode_latents(small)
 
 
 @pytest.mark.long
@@ -256,32 +258,24 @@ def test_workers_and_decoding_are_where_their_labels_say(digits: dict[str, str],
     nodes = Nodes(tmp_path, head_cpus=2, labels="pool=gpu")
     call = "import json, sys; from tests.cluster.test_placement import work; work(*json.loads(sys.argv[1]))"
     keys = {name: nodes.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    machines: dict[str, Any] = {"address": f"127.0.0.1:{nodes.port}", "cpus_per_worker": 0.5, "wait_for_nodes": 300}
-
-    def places(name: str, *whats: str, **labels: dict[str, str]) -> dict[str, Counter[str]]:
-        """Where the worker, the encoder and each task of the two stages ran."""
-        root = tmp_path / name
-        root.mkdir()
-        command = [sys.executable, "-c", call, json.dumps([str(root), digits, machines | labels])]
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=os.environ | keys, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return {what: Counter((root / what).read_text().split()) for what in whats}
-
+    here: dict[str, Any] = {"address": f"127.0.0.1:{nodes.port}", "cpus_per_worker": 0.5, "wait_for_nodes": 300}
+    machines = {
+        "apart": here | {"worker_nodes": {"pool": "!decode"}, "decode_nodes": {"pool": "decode"}},
+        "near": here | {"worker_nodes": {"pool": "gpu"}},
+    }
     try:
         code, said = looks(nodes, cpus_per_worker=0.5, worker_nodes={"pool": "gpus"})
         assert code == 2, said
         assert "cluster.worker_nodes is {pool: gpus}, which none of the 1 nodes of the Ray cluster matches" in said
         nodes.start(labels="pool=decode")
-        stage1 = "worker", "read_visit", "decode_block"
-        apart = places(
-            "apart",
-            *stage1,
-            "encoder",
-            "decode_shard",
-            worker_nodes={"pool": "!decode"},
-            decode_nodes={"pool": "decode"},
+        command = [sys.executable, "-c", call, json.dumps([str(tmp_path), digits, machines])]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=os.environ | keys, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        whats = "worker", "read_visit", "decode_block", "encoder", "decode_shard"
+        apart, near = (
+            {what: Counter((tmp_path / name / what).read_text().split()) for what in whats} for name in machines
         )
         assert all(len(where) == 1 for where in apart.values()), apart
         [head], [other] = apart["worker"], apart["decode_block"]
@@ -289,7 +283,6 @@ def test_workers_and_decoding_are_where_their_labels_say(digits: dict[str, str],
         assert [*apart["encoder"]] == [head]
         assert [*apart["read_visit"]] == [*apart["decode_shard"]] == [other]
         assert apart["decode_block"].total() > 1
-        near = places("near", *stage1, "encoder", "decode_shard", worker_nodes={"pool": "gpu"})
         assert [*near["worker"]] == [*near["encoder"]] == [head]
         for task in ("read_visit", "decode_block", "decode_shard"):
             assert near[task][head] > 0.9 * near[task].total(), near  # there is room for all, and a core elsewhere

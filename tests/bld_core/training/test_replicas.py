@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +19,7 @@ from bld_core.prior.binary import PriorObjective
 from bld_core.prior.transformer import PriorConfig
 from bld_core.training.checkpoint import read_state, said_by_first, save_state
 from bld_core.training.loop import TrainingConfig, TrainState, make_state, train
+from bld_core.training.replicas import ReducePrecision, reduce_gradients_in
 from tests.bld_core.toys import random_latents, tiny_prior
 
 CONFIG = TrainingConfig(steps=6, batch_size=8, warmup=2, learning_rate=1e-2, decay="linear", optimizer="muon")
@@ -38,6 +41,23 @@ def everything(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
+def gradients(rank: int, precision: ReducePrecision) -> tuple[Tensor, Tensor]:
+    """Of a layer's weights, beside those of the other worker: its own, and what both get."""
+    torch.manual_seed(0)
+    alone = nn.Linear(300, 5)
+    replica = reduce_gradients_in(
+        DistributedDataParallel(copy.deepcopy(alone), gradient_as_bucket_view=True), precision
+    )
+    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(rank))
+    alone.load_state_dict(replica.module.state_dict())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    for each in (alone, replica):
+        each(x).square().sum().backward()
+    own, [shared, _] = alone.weight.grad, (weights.grad for weights in replica.parameters())
+    assert own is not None
+    assert shared is not None
+    return own, shared
+
+
 def one_worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -56,14 +76,22 @@ def one_worker(rank: int, folder: Path) -> None:
     saved.restore(second)
     steps(second, rank, 2, 3)
     torch.save([everything(state) for state in (whole, second)], f"{folder}/{rank}.pt")
+    torch.save([gradients(rank, precision) for precision in get_args(ReducePrecision)], f"{folder}/{rank}-gradients.pt")
     distributed.barrier()
     os._exit(0)  # on few cores gloo's threads may outlive their group, and abort a process that ends in order
 
 
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two has saved."""
+    folder = tmp_path_factory.mktemp("replicas")
+    spawn(one_worker, (folder,), nprocs=2)
+    return folder
+
+
 @pytest.mark.long
-def test_muon_on_two_workers_is_the_same_on_both_interrupted_or_not(tmp_path: Path) -> None:
-    spawn(one_worker, (tmp_path,), nprocs=2)
-    found = [tensors for rank in range(2) for tensors in torch.load(tmp_path / f"{rank}.pt", weights_only=True)]
+def test_muon_on_two_workers_is_the_same_on_both_interrupted_or_not(two_workers: Path) -> None:
+    found = [tensors for rank in range(2) for tensors in torch.load(two_workers / f"{rank}.pt", weights_only=True)]
     truth = found[0]
     assert any("momentum_buffer" in name for name in truth)
     assert any("exp_avg_sq" in name for name in truth)
@@ -72,3 +100,22 @@ def test_muon_on_two_workers_is_the_same_on_both_interrupted_or_not(tmp_path: Pa
         for name, tensor in truth.items():
             assert torch.equal(other[name], tensor), name
     assert truth["head.weight"].abs().max() > 0
+
+
+@pytest.mark.long
+def test_gradients_travel_in_the_precision_asked_for(two_workers: Path) -> None:
+    ranks = [torch.load(two_workers / f"{rank}-gradients.pt", weights_only=True) for rank in range(2)]
+    (one, exact), (_, rounded) = ranks[0]
+    (other, _), _ = ranks[1]
+    torch.testing.assert_close(exact, (one + other) / 2)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(exact, exact.bfloat16().float())
+    scale = torch.maximum(one.abs(), other.abs())
+    assert ((rounded - exact).abs() <= (2**-8 + 2**-8) * scale).all()  # the parts are rounded to 8 bits, and their mean
+    for (_, here), (_, there) in zip(*ranks, strict=True):
+        assert torch.equal(here, there)
+
+
+def test_a_module_of_one_worker_sends_nothing() -> None:
+    alone = nn.Linear(3, 2)
+    assert reduce_gradients_in(alone, "bfloat16") is alone
