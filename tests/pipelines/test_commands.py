@@ -336,36 +336,6 @@ def test_the_whole_order_of_work_on_fashion_images(
     check_the_whole_order(done.stdout, flags, tmp_path / "fashion", monkeypatch, capsys)
 
 
-@pytest.mark.long
-def test_the_whole_order_of_work_on_a_folder_of_photographs(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = os.environ.get("BLD_REAL_DATA")
-    if not data:
-        pytest.skip("BLD_REAL_DATA does not name a folder of real image shards")
-    (tmp_path / "mine").mkdir()
-    for sample in read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples[:40]:
-        (tmp_path / "mine" / f"{sample.key}.jpg").write_bytes(sample.data)
-    shards = ["--source", str(tmp_path / "mine"), "--output", str(tmp_path / "photos"), "--validation_share", "0.2"]
-    assert run(monkeypatch, "make_shards.py", *shards) == 0
-    flags = [
-        *("--config", str(CONFIGS[0].with_name("photos64.yaml")), "--root", str(tmp_path)),
-        *("--autoencoder_training.steps", "4", "--prior_training.steps", "4", "--prior_training.batch_size", "8"),
-        *("--diffusion.steps", "8", "--sampling.steps", "4", "--evaluation.samples", "12"),
-        *("--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25", "--cluster.decode_tasks", "0"),
-    ]
-    capsys.readouterr()
-    assert run(monkeypatch, "run_all.py", *flags) == 0
-    said = capsys.readouterr().out
-    named = re.findall(r"^  (\w+_efficientnet_lite0\w*) ", said, re.M)
-    metrics = ["rfd", "fd", "fdr", "mind", "precision", "recall", "neighbour_ratio"]
-    space = "efficientnet_lite0"
-    assert sorted(named) == sorted([*(f"{metric}_{space}" for metric in metrics), f"fd_{space}_held_out"])
-    assert re.search(r"^  code_bits +2,048 ", said, re.M)
-    report = json.loads((tmp_path / "photos64/evaluation/report.json").read_text())
-    assert report["neighbours_by"] == f"features of {space}"
-
-
 def test_run_all_refuses_first_what_its_evaluation_would_refuse_last(
     digits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

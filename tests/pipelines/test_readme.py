@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import shlex
@@ -16,7 +17,8 @@ from PIL import Image
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
 from bld_core.data.images import ImageConfig, first_images
-from bld_core.storage.files import expand
+from bld_core.data.shards import read_shard
+from bld_core.storage.files import expand, read_json
 from cluster.config.experiment import Experiment
 from cluster.data.check import check_data
 from cluster.data.shards import ShardConfig, make_shards
@@ -137,16 +139,38 @@ def test_where_a_split_or_a_second_shard_is_missing_the_next_command_says_so(
 def test_images_of_your_own_go_all_the_way(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = os.environ.get("BLD_REAL_DATA")
+    if not data:
+        pytest.skip("BLD_REAL_DATA does not name a folder of real image shards")
     shards, whole = commands(TEXT["README.md"])[:2]
-    image_folder(tmp_path / "path/to/images", 110)
+    (tmp_path / "path/to/images").mkdir(parents=True)
+    for sample in read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples[:110]:
+        (tmp_path / "path/to/images" / f"{sample.key}.jpg").write_bytes(sample.data)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLD_ROOT", str(tmp_path / "runs"))
     assert run(monkeypatch, "make_shards.py", *shards[2:], "--images_per_shard", "10") == 0
     short = ["--autoencoder_training.steps", "2", "--prior_training.steps", "2", "--evaluation.samples", "20"]
-    short += ["--cluster.workers", "0", "--cluster.cpus_per_worker", "0.25"]
+    short += [
+        "--diffusion.steps",
+        "8",
+        "--sampling.steps",
+        "4",
+        "--cluster.workers",
+        "0",
+        "--cluster.decode_tasks",
+        "0",
+    ]
+    capsys.readouterr()
     assert run(monkeypatch, "run_all.py", *whole[2:], *short) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    space = "efficientnet_lite0"
+    named = re.findall(rf"^  (\w+_{space}\w*) ", said, re.M)
+    metrics = ["rfd", "fd", "fdr", "mind", "precision", "recall", "neighbour_ratio"]
+    assert sorted(named) == sorted([*(f"{metric}_{space}" for metric in metrics), f"fd_{space}_held_out"])
+    assert re.search(r"^  code_bits +2,048 ", said, re.M)
     assert (tmp_path / "runs/mine/evaluation/report.html").exists()
+    assert read_json(f"{tmp_path}/runs/mine/evaluation/report.json")["neighbours_by"] == f"features of {space}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
