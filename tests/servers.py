@@ -170,7 +170,7 @@ class Nodes:
         return (f"--autoscaling-config={self.folder}/autoscaler.json",)
 
     def start(self, *words: str, cpus: int = 1, labels: str = "") -> None:
-        words = words or (f"--address=127.0.0.1:{self.port}",)
+        words = words or (f"--address=127.0.0.1:{self.port}", "--include-log-monitor=false")  # one a machine is enough
         words += (f"--labels={labels}",) if labels else ()
         words += (f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={cpus}", "--disable-usage-stats")
         command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block"]

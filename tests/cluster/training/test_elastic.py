@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,18 +104,33 @@ def work(root: str, source: str, digits: dict[str, str], machines: dict[str, Any
     train_prior(replace(small, cluster=replace(small.cluster, **machines)), source=source)
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head, and what each test leaves there."""
+    made = Nodes(tmp_path_factory.mktemp("nodes"))
+    try:
+        yield made
+    finally:
+        made.end()
+
+
 class OnNodes:
     """The command on a head and a node that goes, and what it says.
 
     Args:
-        tmp_path: of everything.
+        nodes: the head, and perhaps one more.
+        tmp_path: of everything else.
         encoded: has the latents.
         digits: its images.
         noticed: whether there is notice of a node that goes.
     """
 
-    def __init__(self, tmp_path: Path, encoded: Experiment, digits: dict[str, str], *, noticed: bool) -> None:
-        self.nodes = Nodes(tmp_path)
+    def __init__(
+        self, nodes: Nodes, tmp_path: Path, encoded: Experiment, digits: dict[str, str], *, noticed: bool
+    ) -> None:
+        self.nodes = nodes
+        if len(nodes.processes) == 1:
+            nodes.start()
         self.folder, self._log = tmp_path / "seen", tmp_path / "log"
         self.folder.mkdir()
         machines = {
@@ -137,6 +152,12 @@ class OnNodes:
         with open(self._log, "wb") as output:
             return subprocess.Popen(command, cwd=REPOSITORY, env=self.nodes.environment, stdout=output, stderr=output)
 
+    def __enter__(self) -> OnNodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+
     def said(self) -> str:
         return self._log.read_text()
 
@@ -152,19 +173,15 @@ class OnNodes:
 
 @pytest.mark.long
 def test_the_group_shrinks_and_grows_with_its_nodes_and_each_step_has_the_same_samples(
-    encoded: Experiment, digits: dict[str, str], tmp_path: Path
+    encoded: Experiment, digits: dict[str, str], nodes: Nodes, tmp_path: Path
 ) -> None:
-    command = OnNodes(tmp_path, encoded, digits, noticed=False)
-    nodes, folder = command.nodes, command.folder
-    try:
-        nodes.start()
+    with OnNodes(nodes, tmp_path, encoded, digits, noticed=False) as command:
+        folder = command.folder
         command.wait_for((folder / "waits-2").exists)
         nodes.kill()
         command.wait_for((folder / "waits-1").exists)
         nodes.start()
         assert command.process.wait(150) == 0, command.said()
-    finally:
-        nodes.end()
 
     seen = defaultdict[tuple[int, int], list[list[Any]]](list)
     for path in sorted(folder.glob("*-*-*.json")):
@@ -188,13 +205,11 @@ def test_the_group_shrinks_and_grows_with_its_nodes_and_each_step_has_the_same_s
 
 @pytest.mark.long
 def test_notice_of_a_node_that_will_go_keeps_a_checkpoint(
-    encoded: Experiment, digits: dict[str, str], tmp_path: Path
+    encoded: Experiment, digits: dict[str, str], nodes: Nodes, tmp_path: Path
 ) -> None:
     """With neither a checkpoint of the plan nor a failure allowed, the training goes on from where the notice came."""
-    command = OnNodes(tmp_path, encoded, digits, noticed=True)
-    nodes, folder = command.nodes, command.folder
-    try:
-        nodes.start()
+    with OnNodes(nodes, tmp_path, encoded, digits, noticed=True) as command:
+        folder = command.folder
         command.wait_for((folder / "waits-2").exists)
         words = ["--node-id", (folder / "node").read_text(), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         words += ["--reason-message", "its machine goes", "--deadline-remaining-seconds", "20"]
@@ -204,8 +219,7 @@ def test_notice_of_a_node_that_will_go_keeps_a_checkpoint(
         (folder / "noticed").touch()
         command.wait_for(lambda: bool(checkpoints(str(tmp_path / "runs/small/prior"))))
         assert command.process.wait(150) == 0, command.said()  # the node outlives its notice, but takes no part
-    finally:
-        nodes.end()
+        nodes.kill()
     said = re.search(
         r"prior: node \w{8} will be taken away in (\d+) s; keeping a checkpoint of step (\d+)", command.said()
     )
