@@ -59,7 +59,7 @@ RECIPES = {
     "modern muon": Recipe(_MODERN, _Z0, _MUON),
     "modern muon flip": Recipe(_MODERN, replace(_Z0, target="flip"), _MUON),
     "new": Recipe(replace(_MODERN, group=8), _Z0, _MUON),
-    **{f"with {count} class tokens": Recipe(replace(_MODERN, group=8, class_tokens=count), _Z0, _MUON)
+    **{f"class tokens {count}": Recipe(replace(_MODERN, group=8, class_tokens=count), _Z0, _MUON)
        for count in (1, 4)},
     **{f"without {part}": Recipe(replace(_MODERN, trunk=[p for p in _MODERN.trunk if p != part]), _Z0, _MUON)
        for part in _MODERN.trunk},

@@ -117,7 +117,7 @@ class Trunk(nn.Module):
         if timed:
             self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.front = front = config.class_tokens
+        self.front = front = config.class_tokens  # tokens before those of the code
         self.class_tokens = nn.Parameter(torch.randn(front, width) * 0.02) if front else None
         self.blocks = Layers(
             *(Block(width, config.heads, tokens, config.trunk, causal, front) for _ in range(config.layers))

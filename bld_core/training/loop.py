@@ -20,7 +20,7 @@ from bld_core.training.averages import LONGEST, SNAPSHOT_LENGTHS, Ema, PowerEma
 from bld_core.training.gate import Later, step_unless
 from bld_core.training.layers import Layers, compile_layers
 from bld_core.training.muon import Muon
-from bld_core.training.replicas import ReducePrecision, gradients_laid_out_as_weights
+from bld_core.training.replicas import ReducePrecision, gradients_laid_out_as_weights, reduce_gradients_in
 
 _SNAPSHOTS = 16
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
@@ -56,7 +56,7 @@ class TrainingConfig:
         precision: of products and convolutions; weights, sums and losses are float32 in any case. "tf32" is faster
             than "float32" on a GPU, and the same on a CPU; "bfloat16" is faster still.
         reduce_precision: of gradients on their way between workers. "bfloat16" halves what they send, and keeps 8 bits
-            of each worker's part and of their mean.
+            of each worker's part and of every sum of them, so that rounding grows with the workers; one sends nothing.
         compile: compile the blocks of the network with torch.compile; the first step takes minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
@@ -226,7 +226,7 @@ def make_state(
     gradients_laid_out_as_weights(module)
     if config.compile:
         compile_layers(module)
-    replica = wrap(module)
+    replica = reduce_gradients_in(wrap(module), config.reduce_precision)
     averages = [Ema(module, decay) for decay in config.ema_decays]
     if config.ema_lengths:
         averages += [PowerEma(module, length) for length in SNAPSHOT_LENGTHS]

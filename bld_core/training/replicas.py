@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -29,7 +29,9 @@ def sum_over_replicas(x: Tensor) -> Tensor:
 def reduce_gradients_in(module: nn.Module, precision: ReducePrecision) -> nn.Module:
     """Have replicas send their gradients in this precision; a module without replicas has none to send. Returns it."""
     if precision == "bfloat16" and isinstance(module, DistributedDataParallel):
-        module.register_comm_hook(None, bf16_compress_hook)
+        # Under another name: by its own DistributedDataParallel asks for CUDA, though gloo sums bfloat16, too.
+        hook: Any = lambda group, bucket: bf16_compress_hook(group, bucket)  # noqa: E731  # pyright: ignore
+        module.register_comm_hook(None, hook)
     return module
 
 

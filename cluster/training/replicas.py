@@ -20,11 +20,9 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig
-from torch import nn
 
 from bld_core.errors import UserError
 from bld_core.storage import files
-from bld_core.training.replicas import reduce_gradients_in
 from cluster.nodes.watch import died
 from cluster.ray_private.core import remote_bar
 from cluster.ray_private.train import PlainTrainer, death, quiet_training, quiet_training_worker
@@ -102,12 +100,8 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     # Asked on a machine with GPUs, Ray names one, whether it was asked for or not.
     device = ray.train.torch.get_device() if job.task.experiment.cluster.gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-
-    def wrap(module: nn.Module) -> nn.Module:
-        buckets = {"gradient_as_bucket_view": True}
-        replica = ray.train.torch.prepare_model(module, move_to_device=device, parallel_strategy_kwargs=buckets)
-        return reduce_gradients_in(replica, job.task.training.reduce_precision)
-
+    buckets = {"gradient_as_bucket_view": True}
+    wrap = partial(ray.train.torch.prepare_model, move_to_device=device, parallel_strategy_kwargs=buckets)
     peers = Peers(wrap, ray.train.report, Notices().new)
     return work(job, worker, peers, remote_bar())
 

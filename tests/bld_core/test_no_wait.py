@@ -104,6 +104,7 @@ STAGE_2: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "without classes": ({"classes": 0}, {}, {}),
     "paper's trunk": ({"trunk": []}, {}, {}),
     "groups, known tokens": ({"group": 8, "known_share": 0.5}, {}, {}),
+    "class tokens, known tokens": ({"class_tokens": 2, "known_share": 0.5}, {}, {}),
     "autoregressive": ({"model": "autoregressive"}, {}, {}),
     "absorbing": ({"model": "absorbing"}, {}, {}),
     "muon": ({}, {}, {"optimizer": "muon"}),

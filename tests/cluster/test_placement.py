@@ -233,24 +233,28 @@ class PlacedEncoder(Encoder):
         super().__init__(*arguments)
 
 
+def two_stages(folder: Path, digits: dict[str, str], fields: dict[str, Any], actors: Callable[..., Any]) -> None:
+    """Stage 1 and the encode job on some machines; `actors` makes those that encode."""
+
+    def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any, **named: Any) -> Any:
+        return actors(kind, (folder, *arguments), *more, **named)
+
+    folder.mkdir()
+    small = small_experiment(folder, digits)
+    machine = replace(small.cluster, workers=1, decode_tasks=1, **fields)
+    small = replace(small, autoencoder_training=small_training(12), cluster=machine)
+    cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
+    train_autoencoder(small)
+    cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
+    cluster.data.encode.finished_on_actors = told_the_folder
+    encode_latents(small)
+
+
 def work(root: str, digits: dict[str, str], machines: dict[str, dict[str, Any]]) -> None:
-    """Stage 1 and the encode job, on each of some machines, with a folder for each."""
-    held = cluster.data.encode.finished_on_actors
+    """The two stages on each of some machines, with a folder for each."""
+    actors = cluster.data.encode.finished_on_actors
     for name, fields in machines.items():
-        folder = Path(root, name)
-        folder.mkdir()
-        small = small_experiment(folder, digits)
-        machine = replace(small.cluster, workers=1, decode_tasks=1, **fields)
-        small = replace(small, autoencoder_training=small_training(12), cluster=machine)
-        cluster.training.train.AutoencoderTask = partial(PlacedTask, folder=folder)  # pyright: ignore[reportAttributeAccessIssue]
-        train_autoencoder(small)
-
-        def told_the_folder(kind: type, arguments: tuple[Any, ...], *more: Any, **named: Any) -> Any:
-            return held(kind, (folder, *arguments), *more, **named)  # noqa: B023
-
-        cluster.data.encode.Encoder = type("Encoder", (PlacedEncoder,), {})
-        cluster.data.encode.finished_on_actors = told_the_folder
-        encode_latents(small)
+        two_stages(Path(root, name), digits, fields, actors)
 
 
 @pytest.mark.long

@@ -325,7 +325,7 @@ def test_the_whole_order_of_work_on_fashion_images(
         *("--config", str(CONFIGS[0].with_name("demo.yaml"))),
         *("--name", "fashion", "--root", str(tmp_path)),
         *("--data.train", f"{tmp_path}/train-{{0000..0001}}.tar"),
-        *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad", "--cluster.decode_tasks", "0"),
+        *("--data.validation", f"{tmp_path}/test-0000.tar", "--data.fit", "pad"),
         *SHORT,
     ]
     command = [sys.executable, "pipelines/run_all.py", *flags]  # with a console of its own

@@ -139,27 +139,21 @@ def test_where_a_split_or_a_second_shard_is_missing_the_next_command_says_so(
 def test_images_of_your_own_go_all_the_way(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = os.environ.get("BLD_REAL_DATA")
-    if not data:
-        pytest.skip("BLD_REAL_DATA does not name a folder of real image shards")
     shards, whole = commands(TEXT["README.md"])[:2]
-    (tmp_path / "path/to/images").mkdir(parents=True)
-    for sample in read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples[:110]:
-        (tmp_path / "path/to/images" / f"{sample.key}.jpg").write_bytes(sample.data)
+    image_folder(tmp_path / "path/to/images", 110)
+    if data := os.environ.get("BLD_REAL_DATA"):
+        photographs = read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples
+        for drawn, photograph in zip(sorted(tmp_path.glob("path/to/images/*/*")), photographs, strict=False):
+            drawn.unlink()
+            drawn.with_suffix(".jpg").write_bytes(photograph.data)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLD_ROOT", str(tmp_path / "runs"))
     assert run(monkeypatch, "make_shards.py", *shards[2:], "--images_per_shard", "10") == 0
-    short = ["--autoencoder_training.steps", "2", "--prior_training.steps", "2", "--evaluation.samples", "20"]
-    short += [
-        "--diffusion.steps",
-        "8",
-        "--sampling.steps",
-        "4",
-        "--cluster.workers",
-        "0",
-        "--cluster.decode_tasks",
-        "0",
+    short = [
+        *("--autoencoder_training.steps", "2", "--prior_training.steps", "2", "--evaluation.samples", "20"),
+        *("--diffusion.steps", "8", "--sampling.steps", "4"),
+        *("--cluster.workers", "0", "--cluster.decode_tasks", "0"),
     ]
     capsys.readouterr()
     assert run(monkeypatch, "run_all.py", *whole[2:], *short) == 0, capsys.readouterr().err

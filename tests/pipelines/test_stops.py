@@ -62,6 +62,7 @@ def statuses(database: Path) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("script", LONG)
 def test_a_command_that_is_stopped_leaves_no_process_a_killed_run_and_the_line_that_goes_on(
     script: str, finished: Experiment, tmp_path: Path
@@ -86,13 +87,7 @@ def test_a_command_that_is_stopped_leaves_no_process_a_killed_run_and_the_line_t
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"BLD_MARK": mark}
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=PIPELINES.parent,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            # a job in the background is told to ignore Ctrl-C, and its children with it
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            [sys.executable, *words], cwd=PIPELINES.parent, env=environment, stdout=log, stderr=log
         )
     try:
         deadline = time.monotonic() + 180

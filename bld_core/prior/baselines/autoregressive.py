@@ -43,7 +43,8 @@ class AutoregressivePrior(TokenPrior):
     def next_features(self, previous_BC: Tensor, labels: Tensor | None, caches: list[Cache]) -> Tensor:
         """Features (B, D) of the next token, from the one before it and the caches, one a block, of those before.
 
-        The first token has none before it: `previous_BC` is then not used.
+        The first token has none before it: `previous_BC` is then not used, and class tokens go into the caches first,
+        which need room for them.
         """
         condition = self.of_class(labels, len(previous_BC))
 

@@ -278,7 +278,7 @@ def test_absorbing_samples_follow_the_law_of_their_grid(steps: int, grid: list[i
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_every_absorbing_bit_is_its_uniform_against_its_guided_tempered_probability(guidance: float) -> None:
-    model, network = small("absorbing", 6, 4, classes=3, layers=2)
+    model, network = small("absorbing", 6, 4, classes=3, layers=2, class_tokens=2 * bool(guidance))
     index, labels = torch.arange(100, 150), torch.arange(50) % 3
     settings = SamplingConfig(grid=[6, 5, 2, 0], temperature=0.8, guidance=guidance)
     z = model.sample(network, SampleSpec(index, labels, 5), settings)

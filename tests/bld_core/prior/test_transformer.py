@@ -135,10 +135,19 @@ def test_class_tokens_are_told_the_class_and_heard_by_every_token() -> None:
     assert evidence.shape == Z.shape
     together = torch.cat([prior(Z[i : i + 1], TIME[i : i + 1], labels[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(evidence, together, rtol=1e-5, atol=1e-6)
-    heard: list[Tensor] = []  # what the first block's attention gives the tokens of the code
+    told: list[tuple[Tensor, Tensor]] = []  # what the first block gets: tokens, and what all are told
+    heard: list[Tensor] = []  # what its attention gives the tokens of the code
+    prior.blocks[0].register_forward_pre_hook(lambda _, given: told.append(given))  # pyright: ignore
     prior.blocks[0].attention.register_forward_hook(lambda _, __, out: heard.append(out[:, 2:]))  # pyright: ignore
     prior(Z, TIME, labels)
-    prior.class_tokens[1] += 1  # pyright: ignore[reportOptionalSubscript]
+    (h, condition), weights = told[0], prior.class_tokens
+    assert weights is not None
+    assert torch.equal(h[:, :2], weights + condition[:, None])
+    prior(Z, TIME[:1].expand(5), labels)
+    alike = [torch.allclose(told[1][1][0], condition) for condition in told[1][1]]
+    assert alike == [True, False, False, False, True], "by their labels"
+    heard.pop()
+    weights[1] += 1
     assert (prior(Z, TIME, labels) != evidence).any(-1).all()
     assert (heard[0] != heard[1]).any(-1).all()
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,12 +24,14 @@ from bld_core.training.replicas import ReducePrecision, reduce_gradients_in
 from tests.bld_core.toys import random_latents, tiny_prior
 
 CONFIG = TrainingConfig(steps=6, batch_size=8, warmup=2, learning_rate=1e-2, decay="linear", optimizer="muon")
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "bfloat16": {"reduce_precision": "bfloat16", "accumulate": 2}}
+"""What each pair of trainings changes of it."""
 
 
-def steps(state: TrainState, rank: int, world: int, count: int) -> None:
-    batches = latent_batches(random_latents(22), CONFIG, 7, state.step, rank, world)
+def steps(state: TrainState, config: TrainingConfig, rank: int, world: int, count: int) -> None:
+    batches = latent_batches(random_latents(22), config, 7, state.step, rank, world)
     objective = PriorObjective(DiffusionConfig(steps=16), PriorConfig(), seed=0)
-    for _ in itertools.islice(train(state, batches, objective, CONFIG), count):
+    for _ in itertools.islice(train(state, batches, objective, config), count):
         pass
 
 
@@ -49,7 +52,6 @@ def gradients(rank: int, precision: ReducePrecision) -> tuple[Tensor, Tensor]:
         DistributedDataParallel(copy.deepcopy(alone), gradient_as_bucket_view=True), precision
     )
     x = torch.randn(7, 300, generator=torch.Generator().manual_seed(rank))
-    alone.load_state_dict(replica.module.state_dict())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     for each in (alone, replica):
         each(x).square().sum().backward()
     own, [shared, _] = alone.weight.grad, (weights.grad for weights in replica.parameters())
@@ -58,24 +60,32 @@ def gradients(rank: int, precision: ReducePrecision) -> tuple[Tensor, Tensor]:
     return own, shared
 
 
-def one_worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def whole_and_resumed(rank: int, folder: str, config: TrainingConfig) -> list[dict[str, Tensor]]:
+    """Everything after six steps of this worker: without an interruption, and with one after three."""
     whole, first, second = (
-        make_state(tiny_prior(seed=seed), CONFIG, partial(DistributedDataParallel)) for seed in (0, 0, 1)
+        make_state(tiny_prior(seed=seed), config, partial(DistributedDataParallel)) for seed in (0, 0, 1)
     )
-    steps(whole, rank, 2, 6)
-    steps(first, rank, 2, 3)
+    steps(whole, config, rank, 2, 6)
+    steps(first, config, rank, 2, 3)
     if rank == 0:
-        save_state(f"{folder}/checkpoint", first, {})
+        save_state(folder, first, {})
     distributed.barrier()
     device = torch.device("cpu")
-    saved = said_by_first(read_state(f"{folder}/checkpoint", 1) if rank == 0 else None, device)
+    saved = said_by_first(read_state(folder, 1) if rank == 0 else None, device)
     assert saved is not None
     assert said_by_first(saved if rank else None, device) is None
     saved.restore(second)
-    steps(second, rank, 2, 3)
-    torch.save([everything(state) for state in (whole, second)], f"{folder}/{rank}.pt")
+    steps(second, config, rank, 2, 3)
+    return [everything(state) for state in (whole, second)]
+
+
+def one_worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ends = {
+        name: whole_and_resumed(rank, f"{folder}/{name}", replace(CONFIG, **fields)) for name, fields in WAYS.items()
+    }
+    torch.save(ends, f"{folder}/{rank}.pt")
     torch.save([gradients(rank, precision) for precision in get_args(ReducePrecision)], f"{folder}/{rank}-gradients.pt")
     distributed.barrier()
     os._exit(0)  # on few cores gloo's threads may outlive their group, and abort a process that ends in order
@@ -91,7 +101,15 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_muon_on_two_workers_is_the_same_on_both_interrupted_or_not(two_workers: Path) -> None:
-    found = [tensors for rank in range(2) for tensors in torch.load(two_workers / f"{rank}.pt", weights_only=True)]
+    ranks = [torch.load(two_workers / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in WAYS:
+        check_all_the_same([tensors for ends in ranks for tensors in ends[name]])
+    plain, rounded = (ranks[0][name][0]["head.weight"] for name in WAYS)
+    assert not torch.equal(plain, rounded)
+    torch.testing.assert_close(rounded, plain, rtol=0.1, atol=0.02)
+
+
+def check_all_the_same(found: list[dict[str, Tensor]]) -> None:
     truth = found[0]
     assert any("momentum_buffer" in name for name in truth)
     assert any("exp_avg_sq" in name for name in truth)

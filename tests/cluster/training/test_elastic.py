@@ -157,6 +157,7 @@ class OnNodes:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
+        self.process.wait()
 
     def said(self) -> str:
         return self._log.read_text()
