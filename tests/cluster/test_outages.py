@@ -116,11 +116,11 @@ def test_a_training_that_fails_closes_its_data(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("machines", [{"workers": 0, "decode_tasks": 0}, {"workers": 1}], ids=["alone", "Ray Train"])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_no_space_for_a_checkpoint_is_one_message_and_the_command_ends(
-    machines: dict[str, int], digits: dict[str, str], disk: Path
+    workers: int, digits: dict[str, str], disk: Path
 ) -> None:
-    command = Command(disk, digits, **machines)
+    command = Command(disk, digits, workers=workers)
     command.wait_for(" left  loss")
     other = disk / "other"
     with contextlib.suppress(OSError):  # a checkpoint that is under way is there before it
