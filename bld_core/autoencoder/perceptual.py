@@ -67,7 +67,7 @@ class Perceptual(nn.Module):
         self.trunk = trunk.to_empty(device="cpu")
         prefix = "features."
         self.trunk.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        self.trunk = self.trunk.to(memory_format=torch.channels_last)  # faster
+        self.trunk = self.trunk.to(memory_format=torch.channels_last)  # convolutions are faster
         heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
         heads = torch.load(heads_file, weights_only=True, map_location="cpu")
         self.heads = nn.ParameterList(heads[f"lin{i}.model.1.weight"] for i in range(len(_TAPS)))  # each (1, C, 1, 1)

@@ -140,10 +140,10 @@ def test_images_of_your_own_go_all_the_way(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards, whole = commands(TEXT["README.md"])[:2]
-    image_folder(tmp_path / "path/to/images", 110)
+    image_folder(tmp_path / "path/to/images", count := 110)
     if data := os.environ.get("BLD_REAL_DATA"):
-        photographs = read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples
-        for drawn, photograph in zip(sorted(tmp_path.glob("path/to/images/*/*")), photographs, strict=False):
+        photographs = read_shard(f"{data}/imagenet-160/imagenet1k-160-0000.tar", ["jpg"]).samples[:count]
+        for drawn, photograph in zip(sorted(tmp_path.glob("path/to/images/*/*")), photographs, strict=True):
             drawn.unlink()
             drawn.with_suffix(".jpg").write_bytes(photograph.data)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")

@@ -120,7 +120,7 @@ def fronted(class_tokens: int) -> Prior:
     return Prior(PriorConfig(layers=2, width=16, heads=2, classes=3, class_tokens=class_tokens, trunk=trunk), 4, 8)
 
 
-def test_class_tokens_are_one_more_weight_and_none_is_the_prior_without() -> None:
+def test_class_tokens_are_one_more_weight() -> None:
     names = [fronted(count).state_dict().keys() for count in (0, 5)]
     assert names[1] - names[0] == {"class_tokens"}
     assert fronted(5).class_tokens.shape == (5, 16)  # pyright: ignore[reportOptionalMemberAccess]
