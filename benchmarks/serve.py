@@ -1,8 +1,9 @@
 """The studio under load on loopback, beside bare batched sampling and `mlflow models serve`.
 
-    python benchmarks/serve.py runs/demo [seconds [images]]
+    python benchmarks/serve.py runs/demo [seconds [images [steps]]]
 
-of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next images, four, when it has them.
+of an experiment's folder. Closed loop: 1 to 64 clients, each of which asks for the next images, four, when it has them;
+of as many steps as the pair has found good, or as said.
 Open loop: requests come at random times, at seven tenths of the rate of 16 clients, whoever is answered. Bare sampling
 draws batches one after the other in a thread, as the replica does; of several sizes the fastest counts. `mlflow models
 serve` has one client, which is what it can do. Everything is measured in turns. At last 5,000 requests of one step, and
@@ -46,6 +47,7 @@ CLIENTS = (1, 4, 16, 64)
 SIZES = (8, 16, 32, 64)
 REQUESTS = 5_000
 IMAGES = int(sys.argv[3]) if len(sys.argv) > 3 else 4  # of a request
+STEPS = int(sys.argv[4]) if len(sys.argv) > 4 else None  # of a sample
 
 
 def free_port() -> int:
@@ -93,7 +95,7 @@ async def opened(url: str, rate: float, seconds: float) -> list[float]:
 
 def wanted(seed: int, **settings: int) -> dict[str, int]:
     """A request."""
-    return {"label": seed % 10, "seed": seed, "count": IMAGES, **settings}
+    return {"label": seed % 10, "seed": seed, "count": IMAGES, **({"steps": STEPS} if STEPS else {}), **settings}
 
 
 @contextlib.contextmanager
@@ -127,7 +129,7 @@ def bare(pair: Pair, size: int, seconds: float) -> float:
     """Images a second of sampling without HTTP."""
     began, drawn = time.perf_counter(), 0
     while (over := time.perf_counter() - began) < seconds or not drawn:
-        pair.sample(labels=[n % 10 for n in range(size)], seed=drawn, batch_size=size)
+        pair.sample(labels=[n % 10 for n in range(size)], seed=drawn, batch_size=size, steps=STEPS)
         drawn += size
     return drawn / over if over else 0.0
 

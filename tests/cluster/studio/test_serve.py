@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import ray
 import torch
 from ray import serve
 from ray._private import worker
+from ray.serve.config import AutoscalingConfig
 
 from bld_core.errors import UserError
 from cluster.config.experiment import Experiment
@@ -40,14 +42,14 @@ CLUSTER = ClusterConfig(workers=1, cpus_per_worker=0.25)
 
 
 class Serving:
-    """A studio of two replicas that serves the champion of a registry."""
+    """A studio of at most two replicas that serves the champion of a registry."""
 
-    def __init__(self, root: Path, digits: dict[str, str]) -> None:
+    def __init__(self, root: Path, digits: dict[str, str], fewest: int = 2) -> None:
         self.root, self.digits, self.pairs = root, digits, dict[str, Pair]()
         self.uri = f"sqlite:///{root}/mlflow.db"
         self.crown(0)
         config = ServeConfig(
-            port=free_port(), min_replicas=2, max_replicas=2, batch=BATCH, queue=QUEUE, watch=0.5, wait=0.5
+            port=free_port(), min_replicas=fewest, max_replicas=2, batch=BATCH, queue=QUEUE, watch=0.5, wait=0.5
         )
         self._open = ExitStack()
         self.url = self._open.enter_context(
@@ -98,18 +100,20 @@ def serving(ray_session: None, tmp_path_factory: pytest.TempPathFactory, digits:
     serve.shutdown()
 
 
-def under_load(serving: Serving, happens: Callable[[], object], until: Callable[[set[str]], bool]) -> set[str]:
-    """Four users ask one thing after the other, and something happens; every answer is right. The versions seen."""
-    over, versions, answered = threading.Event(), set[str](), [0] * 4
+def under_load(
+    serving: Serving, happens: Callable[[], object], until: Callable[[set[str]], bool], many: int = 4
+) -> set[str]:
+    """Users ask one thing after the other, and something happens; every answer is right. The versions seen."""
+    over, versions, answered = threading.Event(), set[str](), [0] * many
 
     def user(number: int) -> None:
         while not over.is_set():
-            wanted = {"label": number, "seed": 100 * number + answered[number], "count": BATCH}
+            wanted = {"label": number % 10, "seed": 100 * number + answered[number], "count": BATCH}
             versions.add(serving.check(wanted, serving.ask("v1/samples", wanted)))
             answered[number] += 1
 
-    with ThreadPoolExecutor(4) as pool:
-        users = [pool.submit(user, number) for number in range(4)]
+    with ThreadPoolExecutor(many) as pool:
+        users = [pool.submit(user, number) for number in range(many)]
         try:
             ends = time.monotonic() + 90
 
@@ -219,6 +223,29 @@ def test_what_is_under_way_is_answered_when_the_studio_closes_and_no_log_has_the
     logs = [path for path in Path(node.get_logs_dir_path()).rglob("*") if path.is_file()]
     assert any("serve" in path.parts for path in logs)
     assert [path for path in logs if TOKEN.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.long
+def test_a_second_replica_comes_with_many_users_and_goes_with_them(
+    ray_session: None, tmp_path: Path, digits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ray.is_initialized():
+        serve.shutdown()  # of the studio before, which listens elsewhere
+    quick = {"upscale_delay_s": 1, "downscale_delay_s": 1, "metrics_interval_s": 0.5, "look_back_period_s": 2}
+    hasty = partial(AutoscalingConfig, **quick)
+    monkeypatch.setattr("cluster.studio.serve.AutoscalingConfig", hasty)
+    serving = Serving(tmp_path, digits, fewest=1)
+    try:
+        assert len(replicas()) == 1
+        many = 2 * BATCH + 2  # at a time; twice a batch is what one replica takes before a second is asked for
+        under_load(serving, lambda: None, lambda _: len(replicas()) == 2, many)
+        ends = time.monotonic() + 60
+        while len(replicas()) > 1 and time.monotonic() < ends:
+            time.sleep(0.2)
+        assert len(replicas()) == 1
+    finally:
+        serving.close()
+        serve.shutdown()
 
 
 @pytest.mark.long
