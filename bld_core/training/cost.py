@@ -46,6 +46,11 @@ class Memory(NamedTuple):
         """Bytes of a checkpoint."""
         return self.weights + self.optimizer + self.averages
 
+    def shared_by(self, replicas: int) -> Memory:
+        """Bytes of each of some replicas that share out the weights, beside the one block that is whole at a time."""
+        kept = "weights", "gradients", "optimizer", "averages"
+        return self._replace(**{part: -(-getattr(self, part) // replicas) for part in kept})
+
 
 class StepCost(NamedTuple):
     """What a training step costs: floating-point operations of the whole batch, two a multiply-add, and memory."""

@@ -29,7 +29,16 @@ from cluster.sweep.config import SweepConfig
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
 _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
-    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
+    *(
+        "accumulate",
+        "fsdp",
+        "compile",
+        "channels_last",
+        "checkpointing",
+        "vgg_weights",
+        "inception_weights",
+        "dinov2_weights",
+    ),
 )
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
 
@@ -139,6 +148,11 @@ class Experiment:
             raise UserError(
                 f"autoencoder_training.ema_lengths is {self.autoencoder_training.ema_lengths}, but averages are chosen "
                 "by the prior's bound, which stage 1 has not: leave it out"
+            )
+        if self.autoencoder_training.fsdp:
+            raise UserError(
+                "autoencoder_training.fsdp is true, but weights are shared out in stage 2 alone: the networks of stage "
+                "1 are small, and the weight of its critic takes gradients of whole ones; set it to false"
             )
         make_model(self.prior, self.diffusion, h * w, c).steps(self.sampling)
         for training in (self.autoencoder_training, self.prior_training):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from bld_core.errors import NonFiniteError, UserError
 from bld_core.precision import ieee_float32
 from bld_core.splitmix import key_of
 from bld_core.storage.files import FullError
+from bld_core.training.checkpoint import snapshot
 from bld_core.training.loop import Report, TrainState, make_state, train
+from bld_core.training.sharding import is_sharded
 from cluster.console import Progress
 from cluster.nodes.watch import node_name
 from cluster.tracking.load import SystemLoad
@@ -137,13 +140,13 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
                             f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
                         )
                 due = last or report.step % training.evaluate_every == 0
-                snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
-                if snapshot and worker.rank == 0:
-                    keep_snapshot(job.folder, state)
+                snaps = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
+                if snaps:
+                    keep_snapshot(job.folder, state, worker)
                 if due:
                     metrics = _evaluate(job, state, worker, nodes)
-                if due or keep or snapshot:
-                    full = _keep(state, metrics, positions, keeper, last=last) if worker.rank == 0 else ""
+                if due or keep or snaps:
+                    full = _keep(state, metrics, positions, keeper, worker, last=last)
                     peers.meet({"step": state.step} | metrics if job.told and due else {})
                     if full := worker.said_by_all(full):
                         return FullError(full)
@@ -186,9 +189,10 @@ def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...
     """
     task, run = job.task, job.run
     averages = candidates(state, job.folder, task.training, worker)
-    networks = [copy.deepcopy(state.module).eval() for _ in averages]
+    sharded = _sharded(state)
+    networks = [task.network().to(worker.device) if sharded else copy.deepcopy(state.module) for _ in averages]
     for network, (_, _, weights) in zip(networks, averages, strict=True):
-        network.load_state_dict(weights)
+        network.eval().load_state_dict(weights)
         if worker.world > 1:  # statistics, as of batch norm, are each replica's own; those of rank 0 are kept
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -208,23 +212,44 @@ def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...
 
 
 def _keep(
-    state: TrainState, metrics: dict[str, float], positions: list[list[int]], keeper: Keeper, *, last: bool
+    state: TrainState,
+    metrics: dict[str, float],
+    positions: list[list[int]],
+    keeper: Keeper,
+    worker: Worker,
+    *,
+    last: bool,
 ) -> str:
     """Given positions, keep a checkpoint; returns that there is no space for one, which no restart would change.
 
-    Where the disk does not tell, the write beside training finds out, which is known a meeting later, and after the
-    last step at once. It is written by us, where an upload that fails is an error: pyarrow, which Ray would copy it
-    with, closes remote files without looking whether that went well. Ray is not told of it.
+    Rank 0 writes it; where weights are shared out, every worker has a part in the copy. Where the disk does not tell,
+    the write beside training finds out, which is known a meeting later, and after the last step at once. It is written
+    by us, where an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without
+    looking whether that went well. Ray is not told of it.
     """
+    first = worker.rank == 0
+    full = _full(keeper.wait if positions else keeper.look) if first else ""
+    if positions and (first or _sharded(state)):
+        saved = snapshot(state, {"positions": positions, "metrics": metrics})
+        if first and not full:
+            full = _full(partial(keeper.keep, saved))
+    if first and last and not full:
+        full = _full(keeper.wait)
+    return full
+
+
+def _full(act: Callable[[], None]) -> str:
+    """Do something; returns that there is no space for it."""
     try:
-        keeper.look()
-        if positions:
-            keeper.keep(state, positions, metrics)
-        if last:
-            keeper.wait()
+        act()
     except FullError as error:
         return str(error)
     return ""
+
+
+def _sharded(state: TrainState) -> bool:
+    """Whether the workers share out the weights."""
+    return any(is_sharded(weight) for weight in state.module.parameters())
 
 
 def _gather(position: list[int], worker: Worker) -> list[list[int]]:

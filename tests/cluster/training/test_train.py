@@ -29,7 +29,7 @@ from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
-from bld_core.training.checkpoint import read_model_config
+from bld_core.training.checkpoint import read_model_config, read_weights
 from bld_core.training.loop import Batch, Objective
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
@@ -80,6 +80,48 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert len(one) == len(other) == 20
     assert one[-1] < one[0]
     assert (one - other).abs().max() <= 1e-4
+
+
+@pytest.mark.long
+def test_weights_that_two_workers_share_out_follow_the_curve_of_one_that_may_go_on_from_them(
+    finished: Experiment, tmp_path: Path
+) -> None:
+    training = replace(finished.prior_training, ema_decay=[0.9, 0.5], checkpoint_every=10)
+    alone = replace(finished, root=str(tmp_path / "alone"), prior_training=training)
+    shared = replace(
+        alone,
+        root=str(tmp_path / "shared"),
+        cluster=replace(finished.cluster, workers=2),
+        prior_training=replace(training, fsdp=True),
+    )
+    for each in (alone, shared):
+        train_prior(each, source=finished.folder)
+    (steps, losses), (also, others) = (zip(*curve_of(each, "prior"), strict=True) for each in (alone, shared))
+    assert steps == also == (*range(1, 21),)
+    torch.testing.assert_close(torch.tensor(others), torch.tensor(losses), rtol=0, atol=1e-4)
+    ends = check_weights_are_close(alone, shared)
+
+    folder = Path(shared.folder, "prior")
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-0000020")
+    train_prior(replace(alone, root=shared.root), source=finished.folder)
+    assert check_weights_are_close(alone, shared) != ends, (
+        "the other half was taken by one worker, which rounds otherwise"
+    )
+
+
+def check_weights_are_close(one: Experiment, other: Experiment) -> str:
+    """Two finished priors of one training; the hash of the other."""
+    configs = [read_model_config(f"{each.folder}/prior/final") for each in (one, other)]
+    assert configs[0]["metrics"] == pytest.approx(configs[1]["metrics"], abs=1e-3)
+    pairs = [
+        read_weights(f"{each.folder}/prior/final", config["hash"])
+        for each, config in zip((one, other), configs, strict=True)
+    ]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, weight in pairs[0].items():
+        torch.testing.assert_close(pairs[1][name], weight, rtol=0, atol=1e-3, msg=name)
+    return configs[1]["hash"]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
