@@ -297,6 +297,8 @@ def map_on_actors(
     config: ClusterConfig,
     label: str,
     calls: int = 1,
+    *,
+    decodes: bool = False,
 ) -> Generator[Any]:
     """Call `method(item)` for every item on a pool of actors; yields the results in the order of the items.
 
@@ -308,13 +310,16 @@ def map_on_actors(
         config: how many actors, and what each may use.
         label: for the progress line.
         calls: as in `finished_on_actors`.
+        decodes: likewise.
     """
     work = list(items)
     finished: dict[int, Any] = {}
     progress = Progress(label, len(work))
     following = 0
     try:
-        for position, result in finished_on_actors(actor_class, arguments, method, work, config, calls):
+        for position, result in finished_on_actors(
+            actor_class, arguments, method, work, config, calls, decodes=decodes
+        ):
             finished[position] = result
             while following in finished:
                 yield finished.pop(following)
