@@ -62,6 +62,7 @@ BEFORE = {
     "diffusion.calibration": "bayes",
     "sampling.guidance_interval": [0.0, 1.0],
     "latents.precision": "float32",
+    "latents.compile": False,
     "prior_training.optimizer": "adamw",
     "autoencoder_training.optimizer": "adamw",
     "prior_training.ema_lengths": [],

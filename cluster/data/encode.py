@@ -202,9 +202,11 @@ class Encoder:
                 f"with {manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
                 stages=("latents",),
             )
-        self.autoencoder, precision = trained.network, experiment.latents.precision
-        if precision == "bfloat16":
-            self.autoencoder.encoder = for_inference(self.autoencoder.encoder, precision, compiled=False)
+        self.autoencoder, latents = trained.network, experiment.latents
+        if latents.compile or latents.precision == "bfloat16":
+            self.autoencoder.encoder = for_inference(
+                self.autoencoder.encoder, latents.precision, compiled=latents.compile, graphs=False
+            )
         self.turn = threading.Lock()
         self.decoder = ShardDecoder(experiment.cluster, experiment.data, experiment.latents.batch_size)
 

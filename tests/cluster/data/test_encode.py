@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from torch import nn
 
 from bld_core.data.images import first_images
 from bld_core.data.tensors import stack, to_float
@@ -167,6 +169,26 @@ def test_another_batch_size_changes_only_bits_that_rounding_decides(encoded: Exp
     close = ((torch.sigmoid(logits) - u).abs() <= 1e-5).permute(0, 2, 3, 1)
     changed = unpack_bits(one.bits, encoded.code_shape) != unpack_bits(other.bits, encoded.code_shape)
     assert not (changed & ~close).any()
+
+
+def test_a_compiled_encoder_changes_only_bits_that_rounding_decides_and_the_latents_say_so(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without PyTorch's code generator, which takes a minute."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager", mode=None))
+    torch._dynamo.reset()
+    compiled = replace(
+        encoded,
+        root=str(copy_of(encoded, tmp_path, "autoencoder")),
+        latents=replace(encoded.latents, compile=True),
+        cluster=replace(encoded.cluster, workers=0, decode_tasks=0),
+    )
+    encode_latents(compiled)
+    one, other = (open_latents(f"{each.folder}/latents").read() for each in (encoded, compiled))
+    assert one.keys == other.keys
+    assert (one.packed != other.packed).mean() < 1e-3
+    plain, said = (open_latents(f"{each.folder}/latents").manifest for each in (encoded, compiled))
+    assert said.identity() == plain.identity() | {"compile": True}
 
 
 # --- Verified -------------------------------------------------------------------------------------------------------
