@@ -176,7 +176,7 @@ def test_a_compiled_encoder_changes_only_bits_that_rounding_decides_and_the_late
 ) -> None:
     """Without PyTorch's code generator, which takes a minute."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager", mode=None))
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
     compiled = replace(
         encoded,
         root=str(copy_of(encoded, tmp_path, "autoencoder")),
