@@ -26,6 +26,7 @@ from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.lineage import COMMIT, command_line, git_commit
 from cluster.secrets import without_secrets
+from cluster.tracking.address import RunAddress
 from cluster.tracking.outbox import Note, Outbox
 from cluster.tracking.store import StoreError, database_file, http_settings, open_client, patiently, refuse
 
@@ -65,8 +66,10 @@ class Run:
     waiting: str = ""
     patience: float = 480.0
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, float]]:
-        return Run, (self.uri, self.run_id, self.waiting, self.patience)  # another process looks for itself
+    @property
+    def address(self) -> RunAddress:
+        """For another process, which looks for itself."""
+        return RunAddress(self.uri, self.run_id, self.waiting, self.patience)
 
     @property
     def client(self) -> MlflowClient:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed
@@ -25,11 +25,14 @@ from bld_core.training.loop import Report, TrainState, make_state, train
 from bld_core.training.sharding import is_sharded
 from cluster.console import Progress
 from cluster.nodes.watch import node_name
-from cluster.tracking.load import SystemLoad
-from cluster.tracking.runs import Run
+from cluster.tracking.address import RunAddress
 from cluster.training.checkpoints import Keeper, candidates, keep_snapshot, resume
 from cluster.training.history import Evaluated, keep_evaluation
 from cluster.training.tasks import Task, Worker
+
+if TYPE_CHECKING:
+    from cluster.tracking.load import SystemLoad
+    from cluster.tracking.runs import Run
 
 Told = Callable[[dict[str, float]], None]
 """Hears of each evaluation: its step and its metrics."""
@@ -58,7 +61,7 @@ class Job:
         task: what is trained.
         label: of the progress lines.
         folder: of the stage.
-        run: the MLflow run.
+        run: where the MLflow run is, which rank 0 writes.
         bar: whether a person watches the command.
         told: whether somebody hears of its evaluations, and reads them.
     """
@@ -66,7 +69,7 @@ class Job:
     task: Task
     label: str
     folder: str
-    run: Run
+    run: RunAddress
     bar: bool
     told: bool = False
 
@@ -112,10 +115,14 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
     if (critic := task.critic()) is not None:
         state.critic = make_state(*critic, peers.wrap)
     positions = resume(job.label, job.folder, state, worker)
-    run: Run | None = job.run if worker.rank == 0 else None
-    load = SystemLoad() if worker.rank == 0 else None
-    shown = bar if job.bar else None
-    progress = Progress(job.label, training.steps, state.step, shown) if worker.rank == 0 else None
+    run: Run | None = None
+    load: SystemLoad | None = None
+    progress: Progress | None = None
+    if worker.rank == 0:
+        from cluster.tracking.load import SystemLoad  # imports MLflow, which no other rank needs
+
+        run, load = job.run.open(), SystemLoad()
+        progress = Progress(job.label, training.steps, state.step, bar if job.bar else None)
     nodes = tuple(worker.said_by_all(node_name()).splitlines()) if job.told else ()
     batches = task.batches(state.step, positions, worker)
     metrics: dict[str, float] = {}
@@ -144,7 +151,7 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
                 if snaps:
                     keep_snapshot(job.folder, state, worker)
                 if due:
-                    metrics = _evaluate(job, state, worker, nodes)
+                    metrics = _evaluate(job, run, state, worker, nodes)
                 if due or keep or snaps:
                     full = _keep(state, metrics, positions, keeper, worker, last=last)
                     peers.meet({"step": state.step} | metrics if job.told and due else {})
@@ -182,12 +189,12 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the averaged weights, the best of them: each worker a part of the held-out data; rank 0 tells of it.
+def _evaluate(job: Job, run: Run | None, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
+    """Evaluate the averaged weights, the best of them: each worker a part of the held-out data; rank 0 tells `run`.
 
     After the last step those that are made of the snapshots in the stage's folder are among them.
     """
-    task, run = job.task, job.run
+    task = job.task
     averages = candidates(state, job.folder, task.training, worker)
     sharded = _sharded(state)
     networks = [task.network().to(worker.device) if sharded else copy.deepcopy(state.module) for _ in averages]
@@ -201,7 +208,7 @@ def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...
         metrics, pictures, per_code = task.evaluate(networks[best], worker)
     name, value, _ = averages[best]
     metrics[name] = value
-    if worker.rank:
+    if run is None:
         return metrics
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():

@@ -34,6 +34,7 @@ from bld_core.training.loop import Batch, Objective
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
+from cluster.tracking.address import RunAddress
 from cluster.tracking.runs import Run
 from cluster.training import replicas
 from cluster.training import train as cluster_train
@@ -148,7 +149,7 @@ def test_a_replica_takes_a_gpu_only_where_one_is_asked_for(
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(replicas, "work", work)
     task = PriorTask(replace(encoded, cluster=replace(encoded.cluster, gpu=gpu)), "", open_codes(encoded.folder))
-    replicas._work({"job": Job(task, "prior", "", Run("", ""), bar=False)})
+    replicas._work({"job": Job(task, "prior", "", RunAddress("", ""), bar=False)})
     assert [str(worker.device) for worker in found] == ["cuda:0" if gpu else "cpu"]
 
 
@@ -158,7 +159,7 @@ def test_a_training_in_its_commands_process_takes_a_gpu_only_where_one_is_asked_
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = replace(encoded, prior_training=small_training(1), cluster=replace(encoded.cluster, decode_tasks=1, gpu=gpu))
-    job = Job(PriorTask(here, "", open_codes(encoded.folder)), "prior", str(tmp_path), Run("", ""), bar=False)
+    job = Job(PriorTask(here, "", open_codes(encoded.folder)), "prior", str(tmp_path), RunAddress("", ""), bar=False)
     if gpu:
         with pytest.raises(UserError, match=r"cluster.gpu is true, but this process, .* sees no GPU: set it to false"):
             work_alone(job, None)
