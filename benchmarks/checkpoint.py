@@ -53,6 +53,7 @@ def run(state: TrainState, config: TrainingConfig, device: str, way: str, folder
                 continue
             began = time.perf_counter()
             if way == "background":
+                keeper.wait()
                 keeper.keep(snapshot(state, {}))
             else:
                 save_state(files.join(folder, checkpoint_name(report.step)), state, {})

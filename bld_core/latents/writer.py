@@ -281,6 +281,10 @@ class Manifest:
             **{name: value for name, value in asdict(self.latents).items() if value != _BEFORE.get(name)},
         }
 
+    def made(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a file whose own metadata these are was made as the data set is."""
+        return {**_BEFORE, **metadata}.items() >= {**_BEFORE, **self.identity()}.items()
+
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json."""
         named = {"classes": list(self.classes)} if self.classes else {}

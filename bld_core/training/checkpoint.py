@@ -65,12 +65,13 @@ def snapshot(state: TrainState, extra: dict[str, Any]) -> SavedState:
     tables |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
     return SavedState(
         {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped} | extra,
-        {part: _on_host(tensors) for part, tensors in tables.items()},
+        {part: on_host(tensors) for part, tensors in tables.items()},
         None if state.critic is None else snapshot(state.critic, {}),
     )
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; of tensors that are shared out on the first replica alone, where all must ask."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         here = whole(tensor.detach())

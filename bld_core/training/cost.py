@@ -23,7 +23,7 @@ from bld_core.training.loop import Batch, Objective, TrainingConfig, TrainState,
 
 
 class Memory(NamedTuple):
-    """Bytes of one device at the peak of a training step; DistributedDataParallel and kernels add their buffers.
+    """Bytes of one device at the peak of a training step; kernels, and what travels between replicas, add theirs.
 
     Attributes:
         weights: of the network, and of its critic.

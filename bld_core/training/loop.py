@@ -59,7 +59,8 @@ class TrainingConfig:
         reduce_precision: of gradients on their way between workers. "bfloat16" halves what they send, and keeps 8 bits
             of each worker's part and of every sum of them, so that rounding grows with the workers; one sends nothing.
         fsdp: share out weights, gradients, moments and averages over the workers, each of which otherwise has them all
-            (fully sharded data parallelism), for networks that do not fit; stage 2 alone. Checkpoints are the same.
+            (fully sharded data parallelism), for networks that do not fit; stage 2 alone. Checkpoints are the same. It
+            wants `checkpointing`, without which bfloat16 copies of weights stay until the backward pass.
         compile: compile the blocks of the network with torch.compile; the first step takes minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
@@ -326,7 +327,10 @@ def train(
 
 
 def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
-    """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
+    """Leave the batch's gradients in the parameters; returns the terms.
+
+    Replicas meet once, in the last part; or in each, where they share out the weights.
+    """
     for each in state.states():
         each.module.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -366,7 +370,7 @@ def _settle(state: TrainState, taken: _Taken, objective: Objective, config: Trai
 def _blame(state: TrainState, taken: _Taken, objective: Objective) -> str:
     """Which terms of a step are not finite, and which samples of the batch by themselves, and in which term."""
     alone = replace(state, replica=state.module, critic=None)
-    state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
+    state.module.eval()  # nothing learns from these passes; where weights are shared out, all replicas make as many
     found = [f"batch: {wrong}"] if (wrong := _not_finite(taken.terms)) else []
     with torch.compiler.set_stance("force_eager"):  # a batch of one would be compiled anew
         for i, key in enumerate(taken.batch.keys):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from bld_core.training.sharding import own, own_stack, whole_stack
+from bld_core.training.sharding import own, own_rows, whole_share
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
@@ -83,8 +83,8 @@ class Muon(torch.optim.Optimizer):
             gradient, good = torch.where(self.found_inf > 0, momentum, gradient), 1 - self.found_inf
         momentum.lerp_(gradient, 1 - _MOMENTUM)
         update = gradient.lerp_(momentum, _MOMENTUM)
-        update = whole_stack(update.bfloat16() if update.is_cuda else update, matrices[0])
-        update = own_stack(orthogonalized(update), matrices[0]).to(momentum.dtype)
+        update = whole_share(update.bfloat16() if update.is_cuda else update, matrices[0])
+        update = own_rows(orthogonalized(update), matrices[0], len(matrices)).to(momentum.dtype)
         rate = lr * math.sqrt(max(1.0, rows / columns))
         kept = 1 - good * (lr * weight_decay)
         for matrix, held, new, direction in zip(matrices, momenta, momentum, update, strict=True):

@@ -24,17 +24,16 @@ def shard(module: nn.Module, device: torch.device, reduce_precision: ReducePreci
     gradient. With one replica there is nothing to share.
 
     Args:
-        module: all replicas must have the same.
-        device: of this replica, where the network is moved to.
+        module: all replicas must have the same, in the memory of the host: no device need hold all of it.
+        device: of this replica, where its part goes.
         reduce_precision: of gradients on their way.
 
     Returns:
         The same network.
     """
-    module.to(device)
     world = rank_and_world()[1]
     if world == 1:
-        return module
+        return module.to(device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -73,29 +72,34 @@ def shared_as(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def whole_stack(parts_NaB: Tensor, like: Tensor) -> Tensor:
-    """N matrices of which replicas keep parts, stacked: (N, A, B), for which all must ask.
+def whole_share(parts_NaB: Tensor, like: Tensor) -> Tensor:
+    """Some of N matrices whole, on each replica others of them: (n, A, B), for which all must ask.
 
     Args:
-        parts_NaB: this replica's rows of each.
-        like: one of the matrices.
+        parts_NaB: this replica's rows of each of them, stacked.
+        like: one of the matrices; where these are not shared out, all are whole already.
     """
     if not is_sharded(like):
         return parts_NaB
+    from torch.distributed.tensor import Shard
+
+    return _stack(parts_NaB, like, len(parts_NaB), 1).redistribute(placements=[Shard(0)]).to_local()
+
+
+def own_rows(matrices_nAB: Tensor, like: Tensor, count: int) -> Tensor:
+    """The inverse of `whole_share`: this replica's rows of each of `count` matrices, (N, a, B)."""
+    if not is_sharded(like):
+        return matrices_nAB
+    from torch.distributed.tensor import Shard
+
+    return _stack(matrices_nAB, like, count, 0).redistribute(placements=[Shard(1)]).to_local()
+
+
+def _stack(here: Tensor, like: Tensor, count: int, dim: int) -> Any:
+    """A stack of matrices that replicas share out by one of its dimensions."""
     from torch.distributed.tensor import DTensor, Shard
 
     sharded: Any = like
     rows, columns = like.shape
-    shape, stride = torch.Size((len(parts_NaB), rows, columns)), (rows * columns, columns, 1)
-    stacked = DTensor.from_local(parts_NaB, sharded.device_mesh, [Shard(1)], shape=shape, stride=stride)
-    return stacked.full_tensor()
-
-
-def own_stack(matrices_NAB: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `whole_stack`."""
-    if not is_sharded(like):
-        return matrices_NAB
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    sharded: Any = like
-    return distribute_tensor(matrices_NAB, sharded.device_mesh, [Shard(1)], src_data_rank=None).to_local()
+    shape, stride = torch.Size((count, rows, columns)), (rows * columns, columns, 1)
+    return DTensor.from_local(here.contiguous(), sharded.device_mesh, [Shard(dim)], shape=shape, stride=stride)

@@ -40,6 +40,7 @@ _FREE = (
         "dinov2_weights",
     ),
 )
+_BITS = ("latents.compile",)  # decides some, by rounding, where codes are drawn
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
 
 # Settings that came later, and what all that was made before had. Where they still say that, no fingerprint names them:
@@ -212,7 +213,7 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        decide = {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
+        decide = {name: value for name, value in chosen.items() if name in _BITS or name.split(".")[-1] not in _FREE}
         return {name: value for name, value in decide.items() if name not in BEFORE or value != BEFORE[name]}
 
 

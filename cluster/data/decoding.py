@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import ray
 
 from bld_core.data.blocks import decode_shard
-from bld_core.data.images import ImageConfig, LabelledImage
+from bld_core.data.images import LabelledImage
 from bld_core.data.skipped import Skipped
+from cluster.config.experiment import Experiment
 from cluster.ray_private.core import ahead
-from cluster.runtime import DECODE_CPUS, ClusterConfig, fetch
+from cluster.runtime import DECODE_CPUS, fetch
 
 _BATCHES_AHEAD = 2
 
@@ -23,29 +25,27 @@ class ShardDecoder:
     network is at work on one batch, the next are decoded.
 
     Args:
-        cluster: where, and whether there are tasks.
-        data: the form of the images.
-        size: images of a batch; the last may be fewer.
+        experiment: the form of its images; where they are decoded; latents.batch_size, images of a batch.
     """
 
-    def __init__(self, cluster: ClusterConfig, data: ImageConfig, size: int) -> None:
-        self._data, self._size = data, size
-        self._task: Any = None
-        if cluster.decode_tasks:
-            self._task = ray.remote(decode_shard).options(
-                num_cpus=DECODE_CPUS,
-                **cluster.decode_options,
-                num_returns="streaming",
-                max_retries=cluster.max_failures,
-                **ahead(_BATCHES_AHEAD),
-            )
+    def __init__(self, experiment: Experiment) -> None:
+        self._cluster, self._asked = experiment.cluster, (experiment.data, experiment.latents.batch_size)
+
+    @cached_property
+    def _task(self) -> Any:
+        return ray.remote(decode_shard).options(
+            num_cpus=DECODE_CPUS,
+            **self._cluster.decode_options,
+            num_returns="streaming",
+            max_retries=self._cluster.max_failures,
+            **ahead(_BATCHES_AHEAD),
+        )
 
     def batches(self, shard: str, skipped: Skipped) -> Iterator[list[LabelledImage]]:
-        """A shard's images as they arrive; `skipped` is complete when they end."""
-        asked = shard, self._data, self._size
-        parts: Iterable[list[LabelledImage] | Skipped] = decode_shard(*asked)
-        if self._task is not None:
-            references: Any = self._task.remote(*asked)
+        """A shard's images as they arrive, the last batch perhaps smaller; `skipped` is complete when they end."""
+        parts: Iterable[list[LabelledImage] | Skipped] = decode_shard(shard, *self._asked)
+        if self._cluster.decode_tasks:
+            references: Any = self._task.remote(shard, *self._asked)
             parts = map(fetch, references)
         for part in parts:
             if isinstance(part, Skipped):

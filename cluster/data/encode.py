@@ -133,7 +133,7 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     images, left_out = 0, Skipped()
     began = spoke = time.monotonic()
     progress = Progress("encode", len(jobs))
-    arguments, calls = (experiment, manifest), max(1, experiment.cluster.decode_tasks)
+    arguments, calls = (experiment, manifest), experiment.cluster.shards_at_once
     try:
         for position, encoded in finished_on_actors(
             Encoder, arguments, "encode", jobs, experiment.cluster, calls, decodes=True
@@ -194,7 +194,7 @@ class Encoder:
     def __init__(self, experiment: Experiment, manifest: Manifest) -> None:
         experiment.cluster.limit_threads()
         self.experiment = experiment
-        self.identity = manifest.identity()
+        self.manifest = manifest
         trained = load_autoencoder(experiment.folder, experiment.cluster.device)
         if trained.record.codes_hash != manifest.autoencoder_hash:
             raise UserError(
@@ -208,7 +208,7 @@ class Encoder:
                 self.autoencoder.encoder, latents.precision, compiled=latents.compile, graphs=False
             )
         self.turn = threading.Lock()
-        self.decoder = ShardDecoder(experiment.cluster, experiment.data, experiment.latents.batch_size)
+        self.decoder = ShardDecoder(experiment)
 
     def encode(self, job: Job) -> Encoded:
         """Encode one shard, unless its file is there already, byte for byte as it was written."""
@@ -231,7 +231,7 @@ class Encoder:
             "skipped": dict(skipped.counts),
             "skipped_names": skipped.names,
         }
-        data = latent_shard_bytes(rows, {**self.identity, **facts})
+        data = latent_shard_bytes(rows, {**self.manifest.identity(), **facts})
         files.write_bytes(url, data)
         file = describe_file(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
         return Encoded(file, len(data), skipped, True, fault)
@@ -248,8 +248,7 @@ class Encoder:
             metadata = whole_shard_metadata(data)
         if metadata is None:
             return "is not what was written: it is damaged, or of an early version that could not tell"
-        wanted = {**self.identity, "source": job.name}
-        if not metadata.items() >= wanted.items():
+        if metadata.get("source") != job.name or not self.manifest.made(metadata):
             return "was made from another shard, or in another way"
         skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
         file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)

@@ -140,7 +140,7 @@ class Evaluator(Sampler):
         super().__init__(experiment, held_out)
         self.perceptual = load_lpips(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         self.extractors = {space: load_extractor(reference or experiment, space) for space in spaces}
-        self.decoder = ShardDecoder(experiment.cluster, experiment.data, experiment.latents.batch_size)
+        self.decoder = ShardDecoder(experiment)
         several = not experiment.cluster.in_process  # pieces at the same time
         self._for_prior, self._for_features = (
             ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) if several else None for _ in range(2)

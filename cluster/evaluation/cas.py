@@ -81,7 +81,7 @@ class CasTask(ImageTask):
 
     def __init__(self, experiment: Experiment, held_out: Sequence[str]) -> None:
         super().__init__(experiment)
-        self.held_out = held_out
+        self.held_out, self.decoder = held_out, ShardDecoder(experiment)
 
     def network(self) -> nn.Module:
         from torchvision.models import resnet50
@@ -103,8 +103,7 @@ class CasTask(ImageTask):
     def _counts(self, network: nn.Module, url: str, worker: Worker) -> list[int]:
         """Of the images of a shard: those whose class is the likeliest, those where it is among five, and all."""
         hits, seen = torch.zeros(2, dtype=torch.int64), 0
-        decoder = ShardDecoder(self.experiment.cluster, self.experiment.data, self.experiment.latents.batch_size)
-        for some in decoder.batches(url, Skipped()):
+        for some in self.decoder.batches(url, Skipped()):
             logits = network(_planes(stack(some).to(worker.device))).cpu()
             hits += hits_of(logits, [image.label for image in some])
             seen += len(some)

@@ -52,7 +52,7 @@ class Finder:
         experiment.cluster.limit_threads()
         self.count, self.size = count, experiment.latents.batch_size
         self.extractor = load_extractor(experiment, space) if space is not None else None
-        self.decoder = ShardDecoder(experiment.cluster, experiment.data, self.size)
+        self.decoder = ShardDecoder(experiment)
         self.turn = threading.Lock()
         self.queries = self._vectors(queries)
 
@@ -109,7 +109,7 @@ def find_neighbours(
     space = spaces[0] if spaces else None
     arguments = (experiment, space, torch.cat([samples, held_out]), config.neighbours)
     cluster, found = experiment.cluster, None
-    calls = max(1, cluster.decode_tasks)
+    calls = cluster.shards_at_once
     for part in map_on_actors(Finder, arguments, "find", shards, cluster, "neighbours", calls, decodes=True):
         if part is not None:
             found = part if found is None else found.merge(part, config.neighbours)

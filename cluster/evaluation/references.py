@@ -187,7 +187,7 @@ class FeatureActor:
         experiment.cluster.limit_threads()
         self.space = space
         self.extractor = load_extractor(experiment, space)
-        self.decoder = ShardDecoder(experiment.cluster, experiment.data, experiment.latents.batch_size)
+        self.decoder = ShardDecoder(experiment)
         self.turn = threading.Lock()
 
     def take(self, piece: TakeFeatures) -> ShardFeatures:
@@ -285,8 +285,8 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
         pieces += [TakeFeatures(url, 0) for url in held_out]
     of_train, of_held_out, chosen, skipped = FeatureMoments(), FeatureMoments(), Selection(kept), Skipped()
     cluster, label = experiment.cluster, f"images to {space.name}"
-    calls = max(1, cluster.decode_tasks)
-    work = map_on_actors(FeatureActor, (experiment, space), "take", pieces, cluster, label, calls, decodes=True)
+    arguments, calls = (experiment, space), cluster.shards_at_once
+    work = map_on_actors(FeatureActor, arguments, "take", pieces, cluster, label, calls, decodes=True)
     for number, seen in enumerate(work):
         (of_train if number < len(train) else of_held_out).merge(seen.moments)
         chosen.merge(seen.kept)

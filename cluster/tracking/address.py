@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunAddress:
-    """What a `Run` is opened by; its attributes are those of that."""
+    """What a `Run` is opened by, and becomes on its way to another process.
+
+    Attributes:
+        uri: tracking URI.
+        run_id: of an existing run.
+        waiting: folder for what waits; empty where nobody would come back to it: then the store is waited for.
+        patience: seconds to wait for a store that is away, at a run's end, and wherever nothing is kept.
+    """
 
     uri: str
     run_id: str

@@ -21,6 +21,7 @@ from bld_core.training.checkpoint import (
     average_name,
     check_state,
     model_faults,
+    on_host,
     read_meta,
     read_model_config,
     read_state,
@@ -30,7 +31,6 @@ from bld_core.training.checkpoint import (
     save_model,
 )
 from bld_core.training.loop import TrainingConfig, TrainState
-from bld_core.training.sharding import whole
 from cluster.config.experiment import Experiment
 from cluster.stages import faulty
 from cluster.training.tasks import Worker
@@ -180,7 +180,7 @@ def keep_snapshot(folder: str, state: TrainState, worker: Worker) -> None:
     """
     for average in state.averages:
         if isinstance(average, PowerEma):
-            weights = {name: whole(weight) for name, weight in average.weights.items()}
+            weights = on_host(average.weights)
             if worker.rank == 0:
                 url = files.join(folder, SNAPSHOTS, f"{state.step:07d}-{average.length:g}")
                 save_model(url, weights, {"step": state.step, "length": average.length})
@@ -189,15 +189,16 @@ def keep_snapshot(folder: str, state: TrainState, worker: Worker) -> None:
 def candidates(
     state: TrainState, folder: str, training: TrainingConfig, worker: Worker
 ) -> list[tuple[str, float, dict[str, Tensor]]]:
-    """The averages to choose from: what its decay or relative length is called, its value, and the weights, whole.
+    """The averages to choose from: what its decay or relative length is called, its value, and the weights.
 
     After the last step those are among them that rank 0 makes of the snapshots in the stage's folder, for all workers.
     """
-    found: list[tuple[str, float, dict[str, Tensor]]] = []
-    for average in state.averages:
-        weights = {name: whole(weight) for name, weight in average.weights.items()}
-        power = isinstance(average, PowerEma)
-        found.append(("ema_length", average.length, weights) if power else ("ema_decay", average.decay, weights))
+    found = [
+        ("ema_length", average.length, average.weights)
+        if isinstance(average, PowerEma)
+        else ("ema_decay", average.decay, average.weights)
+        for average in state.averages
+    ]
     if state.step == training.steps and training.ema_lengths:
         made = None
         if worker.rank == 0:

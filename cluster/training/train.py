@@ -187,7 +187,7 @@ def fit(stage: Stage, task: Task, facts: Mapping[str, object], told: Told | None
     cluster = stage.experiment.cluster
     # Early versions told Ray of their checkpoints. Ray stops where one of its list is gone; the folder is what counts.
     files.remove(stage.url(_RAYS_LIST))
-    job = Job(task, stage.name, stage.folder, stage.run.address, on_terminal(), told is not None)
+    job = Job(task, stage.name, stage.folder, stage.run, on_terminal(), told is not None)
     need = cluster.training_need(decodes=isinstance(task, ImageTask))
     with nullcontext() if cluster.in_process else nodes_watched(need, cluster.patience):
         if cluster.workers:

@@ -22,7 +22,7 @@ from bld_core.splitmix import key_of
 from bld_core.storage.files import FullError
 from bld_core.training.checkpoint import snapshot
 from bld_core.training.loop import Report, TrainState, make_state, train
-from bld_core.training.sharding import is_sharded
+from bld_core.training.sharding import is_sharded, whole
 from cluster.console import Progress
 from cluster.nodes.watch import node_name
 from cluster.tracking.address import RunAddress
@@ -153,7 +153,7 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
                 if due:
                     metrics = _evaluate(job, run, state, worker, nodes)
                 if due or keep or snaps:
-                    full = _keep(state, metrics, positions, keeper, worker, last=last)
+                    full = _keep(state, metrics, positions, keeper, worker, peers, last=last)
                     peers.meet({"step": state.step} | metrics if job.told and due else {})
                     if full := worker.said_by_all(full):
                         return FullError(full)
@@ -196,16 +196,20 @@ def _evaluate(job: Job, run: Run | None, state: TrainState, worker: Worker, node
     """
     task = job.task
     averages = candidates(state, job.folder, task.training, worker)
-    sharded = _sharded(state)
-    networks = [task.network().to(worker.device) if sharded else copy.deepcopy(state.module) for _ in averages]
-    for network, (_, _, weights) in zip(networks, averages, strict=True):
-        network.eval().load_state_dict(weights)
+    # One network takes their weights in turn: where they are shared out, no more of them is whole at a time.
+    network = (task.network().to(worker.device) if _sharded(state) else copy.deepcopy(state.module)).eval()
+
+    def average(number: int) -> nn.Module:
+        for name, weight in network.state_dict().items():
+            weight.copy_(whole(averages[number][2][name]))
         if worker.world > 1:  # statistics, as of batch norm, are each replica's own; those of rank 0 are kept
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        return network
+
     with torch.no_grad(), ieee_float32():
-        best = task.choose(networks, worker) if len(networks) > 1 else 0
-        metrics, pictures, per_code = task.evaluate(networks[best], worker)
+        best = task.choose(map(average, range(len(averages))), worker) if len(averages) > 1 else 0
+        metrics, pictures, per_code = task.evaluate(average(best), worker)
     name, value, _ = averages[best]
     metrics[name] = value
     if run is None:
@@ -224,6 +228,7 @@ def _keep(
     positions: list[list[int]],
     keeper: Keeper,
     worker: Worker,
+    peers: Peers,
     *,
     last: bool,
 ) -> str:
@@ -236,6 +241,8 @@ def _keep(
     """
     first = worker.rank == 0
     full = _full(keeper.wait if positions else keeper.look) if first else ""
+    if positions and _sharded(state):
+        peers.meet({})  # the first may have waited for longer than a collective may take
     if positions and (first or _sharded(state)):
         saved = snapshot(state, {"positions": positions, "metrics": metrics})
         if first and not full:

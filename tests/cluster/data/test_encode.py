@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -171,24 +172,37 @@ def test_another_batch_size_changes_only_bits_that_rounding_decides(encoded: Exp
     assert not (changed & ~close).any()
 
 
-def test_a_compiled_encoder_changes_only_bits_that_rounding_decides_and_the_latents_say_so(
-    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_encoder_is_part_of_what_its_latents_are(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without PyTorch's code generator, which takes a minute."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager", mode=None))
-    torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
-    compiled = replace(
-        encoded,
-        root=str(copy_of(encoded, tmp_path, "autoencoder")),
-        latents=replace(encoded.latents, compile=True),
-        cluster=replace(encoded.cluster, workers=0, decode_tasks=0),
-    )
-    encode_latents(compiled)
-    one, other = (open_latents(f"{each.folder}/latents").read() for each in (encoded, compiled))
-    assert one.keys == other.keys
-    assert (one.packed != other.packed).mean() < 1e-3
-    plain, said = (open_latents(f"{each.folder}/latents").manifest for each in (encoded, compiled))
-    assert said.identity() == plain.identity() | {"compile": True}
+    """Without a compiler, so that the bits are the same; a real one rounds otherwise."""
+    asked: list[dict[str, Any]] = []
+
+    def ask(_network: nn.Module, **how: Any) -> None:
+        asked.append(how)
+
+    monkeypatch.setattr(nn.Module, "compile", ask)
+    alone = replace(encoded.cluster, workers=0, decode_tasks=0)
+    plain = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder")), cluster=alone)
+    compiled = replace(plain, latents=replace(plain.latents, compile=True))
+    folder = encode_latents(compiled)
+    assert asked == [{"mode": "default", "dynamic": False}], "shards take turns in several threads: no CUDA graphs"
+    one, other = (open_latents(f"{each.folder}/latents") for each in (encoded, compiled))
+    assert (one.read().packed == other.read().packed).all()
+    assert other.manifest.identity() == one.manifest.identity() | {"compile": True}
+
+    with pytest.raises(ValueError, match=r"latents.compile: True -> "):
+        encode_latents(plain)
+    Path(folder, "manifest.json").unlink()
+    Path(folder, "stage.json").unlink()
+    made = latent_files(Path(folder))
+    plain = replace(plain, root=str(tmp_path / "mixed"))
+    shutil.copytree(Path(compiled.folder, "autoencoder"), Path(plain.folder, "autoencoder"))
+    for name, data in made.items():
+        files.write_bytes(f"{plain.folder}/latents/{name}", data)
+    capsys.readouterr()
+    encode_latents(plain)
+    assert capsys.readouterr().out.count("was made from another shard, or in another way") == len(made) == 5
 
 
 # --- Verified -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
 from bld_core.training.checkpoint import read_model_config, read_weights
 from bld_core.training.loop import Batch, Objective
+from bld_core.training.sharding import is_sharded
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
@@ -83,10 +84,23 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert (one - other).abs().max() <= 1e-4
 
 
+class SharesTask(PriorTask):
+    """Stage 2, each worker of which sees that it has a part of the weights alone."""
+
+    def network(self) -> nn.Module:
+        self.built = super().network()
+        return self.built
+
+    def position(self) -> list[int]:
+        assert self.training.fsdp == all(is_sharded(weight) for weight in self.built.parameters())
+        return super().position()
+
+
 @pytest.mark.long
 def test_weights_that_two_workers_share_out_follow_the_curve_of_one_that_may_go_on_from_them(
-    finished: Experiment, tmp_path: Path
+    finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cluster_train, "PriorTask", SharesTask)
     training = replace(finished.prior_training, ema_decay=[0.9, 0.5], checkpoint_every=10)
     alone = replace(finished, root=str(tmp_path / "alone"), prior_training=training)
     shared = replace(
