@@ -281,7 +281,7 @@ class Manifest:
             **{name: value for name, value in asdict(self.latents).items() if value != _BEFORE.get(name)},
         }
 
-    def made(self, metadata: Mapping[str, Any]) -> bool:
+    def made(self, metadata: Mapping[str, object]) -> bool:
         """Whether a file whose own metadata these are was made as the data set is."""
         return {**_BEFORE, **metadata}.items() >= {**_BEFORE, **self.identity()}.items()
 
