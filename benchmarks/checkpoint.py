@@ -28,7 +28,7 @@ from bld_core.diffusion.process import DiffusionConfig
 from bld_core.prior.binary import PriorObjective
 from bld_core.prior.transformer import Prior, PriorConfig
 from bld_core.storage import files
-from bld_core.training.checkpoint import save_state
+from bld_core.training.checkpoint import save_state, snapshot
 from bld_core.training.loop import Batch, TrainingConfig, TrainState, make_state, train
 from cluster.training.checkpoints import Keeper, checkpoint_name, checkpoints
 
@@ -53,7 +53,8 @@ def run(state: TrainState, config: TrainingConfig, device: str, way: str, folder
                 continue
             began = time.perf_counter()
             if way == "background":
-                keeper.keep(state, [], {})
+                keeper.wait()
+                keeper.keep(snapshot(state, {}))
             else:
                 save_state(files.join(folder, checkpoint_name(report.step)), state, {})
                 for old in checkpoints(folder)[:-2]:

@@ -46,7 +46,7 @@ class ClusterConfig:
     Args:
         address: Ray cluster to connect to, "auto" for the one on this machine; empty uses RAY_ADDRESS (set inside
             `ray job submit`) or else starts a local one that ends with the command.
-        workers: training workers (DistributedDataParallel replicas), and actors of the encode and evaluation jobs. 0
+        workers: training workers, and actors of the encode and evaluation jobs. 0
             trains in the process of the command, without the processes that Ray Train starts: the same weights some
             20 seconds earlier, for small experiments on one machine; the other jobs then take one actor, or, where
             decode_tasks is 0, too, that process: Ray is not started, and a debugger sees everything. A sweep starts it,
@@ -57,8 +57,9 @@ class ClusterConfig:
             group, a new one lets it grow within a minute, and each change goes on from the last checkpoint. In stage 2
             every step has the same samples whatever the number; stage 1 begins its epoch again, and sees some twice.
         cpus_per_worker: CPU cores reserved for each worker; leave some for the tasks that decode images.
-        decode_tasks: cores that decode images for each training worker of stage 1; two more blocks of images are under
-            way, so that none of them waits for the scheduler. 0 decodes in the worker, between its steps.
+        decode_tasks: cores that decode images for each training worker of stage 1, where two more blocks of images are
+            under way, so that none of them waits for the scheduler; and for each actor that encodes or compares images,
+            which works on so many shards at a time. 0 decodes in the worker, between its steps.
         gpu: give each worker one GPU.
         gpu_share: of a GPU, for each worker where `gpu` is set: below 1, small trials of a sweep, each of one worker,
             or replicas of the studio stand side by side on one.
@@ -134,6 +135,11 @@ class ClusterConfig:
     def blocks(self) -> int:
         """Blocks of images that are decoded at the same time for each training worker of stage 1."""
         return self.decode_tasks + _DECODE_TASKS_BESIDE
+
+    @property
+    def shards_at_once(self) -> int:
+        """Shards that an actor works on at the same time, while the images of each are decoded for it."""
+        return max(1, self.decode_tasks)
 
     @property
     def read_ahead(self) -> int:
@@ -297,6 +303,8 @@ def map_on_actors(
     config: ClusterConfig,
     label: str,
     calls: int = 1,
+    *,
+    decodes: bool = False,
 ) -> Generator[Any]:
     """Call `method(item)` for every item on a pool of actors; yields the results in the order of the items.
 
@@ -308,13 +316,16 @@ def map_on_actors(
         config: how many actors, and what each may use.
         label: for the progress line.
         calls: as in `finished_on_actors`.
+        decodes: likewise.
     """
     work = list(items)
     finished: dict[int, Any] = {}
     progress = Progress(label, len(work))
     following = 0
     try:
-        for position, result in finished_on_actors(actor_class, arguments, method, work, config, calls):
+        for position, result in finished_on_actors(
+            actor_class, arguments, method, work, config, calls, decodes=decodes
+        ):
             finished[position] = result
             while following in finished:
                 yield finished.pop(following)

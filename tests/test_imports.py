@@ -322,3 +322,12 @@ import sys
 import bld_core.data.blocks
 assert "torch" not in sys.modules
 """)
+
+
+def test_what_trains_loads_no_mlflow() -> None:
+    """Of a training's workers and its controller, the first alone writes to it: a second of a core for each other."""
+    run("""
+import sys
+import cluster.training.replicas
+assert "mlflow" not in sys.modules
+""")

@@ -35,7 +35,7 @@ from bld_core.training.loop import to_device
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _UNSEALED = "0" * 64  # where a file's own sha256 is to stand
-_BEFORE = ("precision", "float32")  # what all shards were made in before they could say so: these say it still so
+_BEFORE = {"precision": "float32", "compile": False}  # of all shards from before they said so; such say it still so
 Split = Literal["train", "validation"]
 
 
@@ -48,12 +48,15 @@ class LatentConfig:
         mirror: also encode each image mirrored left to right.
         batch_size: images in one pass of the encoder; padded to this size, so that results never depend on a batch.
         precision: of the encoder's passes; "bfloat16" is faster on many machines, and changes some bits.
+        compile: compile the encoder with torch.compile, which takes a minute at first and rounds otherwise here and
+            there, so that a few bits differ.
     """
 
     draws: int = 1
     mirror: bool = False
     batch_size: int = 64
     precision: Precision = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.draws <= 127:
@@ -275,8 +278,12 @@ class Manifest:
             "autoencoder_hash": self.autoencoder_hash,
             "seed": self.seed,
             "preprocessing": dict(self.preprocessing),
-            **{name: value for name, value in asdict(self.latents).items() if (name, value) != _BEFORE},
+            **{name: value for name, value in asdict(self.latents).items() if value != _BEFORE.get(name)},
         }
+
+    def made(self, metadata: Mapping[str, object]) -> bool:
+        """Whether a file whose own metadata these are was made as the data set is."""
+        return {**_BEFORE, **metadata}.items() >= {**_BEFORE, **self.identity()}.items()
 
     def to_json(self) -> dict[str, Any]:
         """The content of manifest.json."""

@@ -27,6 +27,7 @@ from bld_core.storage.records import (
 )
 from bld_core.training.loop import TrainState
 from bld_core.training.replicas import rank_and_world
+from bld_core.training.sharding import is_sharded, shared_as, whole
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -50,7 +51,10 @@ def save_state(folder: str, state: TrainState, extra: dict[str, Any]) -> None:
 
 
 def snapshot(state: TrainState, extra: dict[str, Any]) -> SavedState:
-    """A copy of the state in host memory, which training does not change: what `save_state` writes."""
+    """A copy of the state in host memory, which training does not change: what `save_state` writes.
+
+    Where weights are shared out every replica must ask for it, and the first alone gets them.
+    """
     names = _parameter_names(state)
     moments: dict[str, Tensor] = {}
     for optimizer in state.optimizers:
@@ -61,13 +65,19 @@ def snapshot(state: TrainState, extra: dict[str, Any]) -> SavedState:
     tables |= {average_name(number): average.weights for number, average in enumerate(state.averages)}
     return SavedState(
         {"format": FORMAT_VERSION, "step": state.step, "skipped": state.skipped} | extra,
-        {part: {name: _on_host(tensor) for name, tensor in tensors.items()} for part, tensors in tables.items()},
+        {part: on_host(tensors) for part, tensors in tables.items()},
         None if state.critic is None else snapshot(state.critic, {}),
     )
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; of tensors that are shared out on the first replica alone, where all must ask."""
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = whole(tensor.detach())
+        if rank_and_world()[0] == 0 or not is_sharded(tensor):
+            copies[name] = here.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
 
 
 @dataclass(frozen=True)
@@ -114,12 +124,13 @@ class SavedState:
         Raises:
             RuntimeError: weights of another network.
         """
-        state.module.load_state_dict(self.tensors["model"])
+        there, saved = state.module.state_dict(), self.tensors["model"]
+        state.module.load_state_dict({name: shared_as(x, there.get(name, x)) for name, x in saved.items()})
         for number, average in enumerate(state.averages):
             saved = self.tensors[average_name(number)]
             assert saved.keys() == average.weights.keys(), "averages and network come from the same checkpoint"
             for name, weight in average.weights.items():
-                weight.copy_(saved[name])
+                weight.copy_(shared_as(saved[name], weight))
         by_name = {name: parameter for parameter, name in _parameter_names(state).items()}
         owner = {p: each for each in state.optimizers for group in each.param_groups for p in group["params"]}
         for optimizer in state.optimizers:
@@ -129,7 +140,7 @@ class SavedState:
             parameter = by_name[parameter_name]
             # A moment must lie in memory as its parameter does: fused optimizers walk both at once.
             like = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-            owner[parameter].state[parameter][kind] = like.copy_(value)
+            owner[parameter].state[parameter][kind] = like.copy_(shared_as(value, like))
         state.step, state.skipped = self.meta["step"], self.meta["skipped"]
         if state.critic is not None:
             assert self.critic is not None, "`read_state` was asked for it"

@@ -23,7 +23,7 @@ from bld_core.training.loop import Batch, Objective, TrainingConfig, TrainState,
 
 
 class Memory(NamedTuple):
-    """Bytes of one device at the peak of a training step; DistributedDataParallel and kernels add their buffers.
+    """Bytes of one device at the peak of a training step; kernels, and what travels between replicas, add theirs.
 
     Attributes:
         weights: of the network, and of its critic.
@@ -45,6 +45,11 @@ class Memory(NamedTuple):
     def saved(self) -> int:
         """Bytes of a checkpoint."""
         return self.weights + self.optimizer + self.averages
+
+    def shared_by(self, replicas: int) -> Memory:
+        """Bytes of each of some replicas that share out the weights, beside the one block that is whole at a time."""
+        kept = "weights", "gradients", "optimizer", "averages"
+        return self._replace(**{part: -(-getattr(self, part) // replicas) for part in kept})
 
 
 class StepCost(NamedTuple):

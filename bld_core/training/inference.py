@@ -13,7 +13,7 @@ from bld_core.precision import Precision
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def for_inference(network: Network, precision: Precision, *, compiled: bool) -> Network:
+def for_inference(network: Network, precision: Precision, *, compiled: bool, graphs: bool = True) -> Network:
     """A copy of a network for passes without gradients.
 
     Under autocast to bfloat16 the weights of matrix products and convolutions would be rounded again in every pass; in
@@ -22,7 +22,8 @@ def for_inference(network: Network, precision: Precision, *, compiled: bool) -> 
     Args:
         network: left as it is.
         precision: of the copy's passes; for "bfloat16" they must run under autocast to it.
-        compiled: compile the copy at its first pass of each shape, on a GPU with CUDA graphs.
+        compiled: compile the copy at its first pass of each shape.
+        graphs: compiled for a GPU, with CUDA graphs: these belong to one thread.
     """
     network = copy.deepcopy(network)
     if precision == "bfloat16":
@@ -30,6 +31,6 @@ def for_inference(network: Network, precision: Precision, *, compiled: bool) -> 
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(torch.bfloat16)
     if compiled:
-        on_gpu = next(network.parameters()).is_cuda
-        network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+        graphs = graphs and next(network.parameters()).is_cuda
+        network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
     return network

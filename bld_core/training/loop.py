@@ -21,6 +21,7 @@ from bld_core.training.gate import Later, step_unless
 from bld_core.training.layers import Layers, compile_layers
 from bld_core.training.muon import Muon
 from bld_core.training.replicas import ReducePrecision, gradients_laid_out_as_weights, reduce_gradients_in
+from bld_core.training.sharding import whole
 
 _SNAPSHOTS = 16
 _TRAPEZOID_END = 0.2  # of the steps after the warm-up
@@ -57,6 +58,9 @@ class TrainingConfig:
             than "float32" on a GPU, and the same on a CPU; "bfloat16" is faster still.
         reduce_precision: of gradients on their way between workers. "bfloat16" halves what they send, and keeps 8 bits
             of each worker's part and of every sum of them, so that rounding grows with the workers; one sends nothing.
+        fsdp: share out weights, gradients, moments and averages over the workers, each of which otherwise has them all
+            (fully sharded data parallelism), for networks that do not fit; stage 2 alone. Checkpoints are the same. It
+            wants `checkpointing`, without which bfloat16 copies of weights stay until the backward pass.
         compile: compile the blocks of the network with torch.compile; the first step takes minutes, the others less.
         channels_last: keep feature maps with their channels innermost, which convolutions like.
         checkpointing: recompute activations in the backward pass, which saves memory and costs a third of the speed.
@@ -80,6 +84,7 @@ class TrainingConfig:
     non_finite: Literal["stop", "skip"] = "stop"
     precision: TrainingPrecision = "float32"
     reduce_precision: ReducePrecision = "float32"
+    fsdp: bool = False
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False
@@ -159,7 +164,8 @@ class TrainState:
 
     Attributes:
         module: the network.
-        replica: what is called in the forward pass: the network itself, or its DistributedDataParallel.
+        replica: what is called in the forward pass: the network itself, its weights perhaps shared out over the
+            replicas, or its DistributedDataParallel.
         optimizers: each over some of the network's parameters, all of them together.
         averages: averaged weights, one for each decay; then those that averages of other lengths are made of.
         step: optimizer steps taken.
@@ -303,7 +309,7 @@ def train(
                 group["lr"] = group["initial_lr"] * (rate / config.learning_rate)
         terms = _gradients(state, batch, objective, config.accumulate)
         moved = [each for each in state.states() if any(p.grad is not None for p in each.module.parameters())]
-        norms = [nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm) for each in moved]
+        norms = [whole(nn.utils.clip_grad_norm_(each.module.parameters(), config.clip_norm)) for each in moved]
         bad = (~torch.stack(norms).isfinite()).any().float()  # the same on all replicas, as their gradients are
         if taken is not None:  # this step is under way meanwhile
             _settle(state, taken, objective, config)
@@ -321,7 +327,10 @@ def train(
 
 
 def _gradients(state: TrainState, batch: Batch, objective: Objective, parts: int) -> dict[str, Tensor]:
-    """Leave the batch's gradients in the parameters; returns the terms. Replicas meet once, in the last part."""
+    """Leave the batch's gradients in the parameters; returns the terms.
+
+    Replicas meet once, in the last part; or in each, where they share out the weights.
+    """
     for each in state.states():
         each.module.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -361,7 +370,7 @@ def _settle(state: TrainState, taken: _Taken, objective: Objective, config: Trai
 def _blame(state: TrainState, taken: _Taken, objective: Objective) -> str:
     """Which terms of a step are not finite, and which samples of the batch by themselves, and in which term."""
     alone = replace(state, replica=state.module, critic=None)
-    state.module.eval()  # nothing learns from these passes, and replicas do not meet in them
+    state.module.eval()  # nothing learns from these passes; where weights are shared out, all replicas make as many
     found = [f"batch: {wrong}"] if (wrong := _not_finite(taken.terms)) else []
     with torch.compiler.set_stance("force_eager"):  # a batch of one would be compiled anew
         for i, key in enumerate(taken.batch.keys):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from bld_core.training.sharding import own, own_rows, whole_share
+
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _MOMENTUM = 0.95
@@ -73,17 +75,18 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        momenta: list[Tensor] = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+        momenta = [own(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+        gradient = torch.stack([own(matrix.grad) for matrix in matrices if matrix.grad is not None])
         momentum = torch.stack(momenta)
         good: Tensor | float = 1.0
         if self.found_inf is not None:  # what is not finite must not even be multiplied by 0
             gradient, good = torch.where(self.found_inf > 0, momentum, gradient), 1 - self.found_inf
         momentum.lerp_(gradient, 1 - _MOMENTUM)
         update = gradient.lerp_(momentum, _MOMENTUM)
-        update = orthogonalized(update.bfloat16() if update.is_cuda else update).to(momentum.dtype)
+        update = whole_share(update.bfloat16() if update.is_cuda else update, matrices[0])
+        update = own_rows(orthogonalized(update), matrices[0], len(matrices)).to(momentum.dtype)
         rate = lr * math.sqrt(max(1.0, rows / columns))
         kept = 1 - good * (lr * weight_decay)
         for matrix, held, new, direction in zip(matrices, momenta, momentum, update, strict=True):
             held.copy_(new)
-            matrix.mul_(kept).sub_(direction * (good * rate))
+            own(matrix).mul_(kept).sub_(direction * (good * rate))

@@ -29,8 +29,18 @@ from cluster.sweep.config import SweepConfig
 # does with a bad step, when it gives up on bad data, and where a file lies whose sha256 is given.
 _FREE = (
     *("log_every", "evaluate_every", "checkpoint_every", "non_finite", "max_skipped"),
-    *("accumulate", "compile", "channels_last", "checkpointing", "vgg_weights", "inception_weights", "dinov2_weights"),
+    *(
+        "accumulate",
+        "fsdp",
+        "compile",
+        "channels_last",
+        "checkpointing",
+        "vgg_weights",
+        "inception_weights",
+        "dinov2_weights",
+    ),
 )
+_BITS = ("latents.compile",)  # decides some, by rounding, where codes are drawn
 _JOBS_COPY = "working_dir_files"  # Ray's folder for the code of `ray job submit`
 
 # Settings that came later, and what all that was made before had. Where they still say that, no fingerprint names them:
@@ -53,6 +63,7 @@ BEFORE = {
     "diffusion.calibration": "bayes",
     "sampling.guidance_interval": [0.0, 1.0],
     "latents.precision": "float32",
+    "latents.compile": False,
     "prior_training.optimizer": "adamw",
     "autoencoder_training.optimizer": "adamw",
     "prior_training.ema_lengths": [],
@@ -140,6 +151,11 @@ class Experiment:
                 f"autoencoder_training.ema_lengths is {self.autoencoder_training.ema_lengths}, but averages are chosen "
                 "by the prior's bound, which stage 1 has not: leave it out"
             )
+        if self.autoencoder_training.fsdp:
+            raise UserError(
+                "autoencoder_training.fsdp is true, but weights are shared out in stage 2 alone: the networks of stage "
+                "1 are small, and the weight of its critic takes gradients of whole ones; set it to false"
+            )
         make_model(self.prior, self.diffusion, h * w, c).steps(self.sampling)
         for training in (self.autoencoder_training, self.prior_training):
             worker_share(training, self.cluster.replicas)
@@ -197,7 +213,7 @@ class Experiment:
         The rest of them may change between an interruption and its resume.
         """
         chosen = _flatten({name: value for name, value in asdict(self).items() if name in ("seed", *sections)})
-        decide = {name: value for name, value in chosen.items() if name.split(".")[-1] not in _FREE}
+        decide = {name: value for name, value in chosen.items() if name in _BITS or name.split(".")[-1] not in _FREE}
         return {name: value for name, value in decide.items() if name not in BEFORE or value != BEFORE[name]}
 
 

@@ -47,7 +47,7 @@ DECODED = {128: 1273, 256: 254, 1024: 155}
 _REQUEST = 8 << 20  # bytes that one request of storage reads
 _SHARD = 1000  # images
 _ROW = 25  # bytes of a latent beside its bits
-_USABLE = 0.9  # of a GPU's memory: kernels and DistributedDataParallel take some
+_USABLE = 0.9  # of a GPU's memory: kernels and what travels between replicas take some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,18 +221,20 @@ def _requests(images: int, each: int) -> int:
 def _trained(name: str, training: TrainingConfig, plan: PlanConfig, step: Callable[[int], Step]) -> StagePlan:
     gpu = GPUS[plan.gpu]
     at_once = math.ceil(training.batch_size / (plan.gpus * training.accumulate))
-    found = step_cost(step(at_once))
+    found, shared_by = step_cost(step(at_once)), plan.gpus if training.fsdp else 1
+    memory = found.memory.shared_by(shared_by)
     operations = found.operations / at_once
     rate = plan.gpus * plan.share * gpu.rate / operations
     hours = training.steps * training.batch_size / rate / 3600
     largest = None
     if plan.fit:
-        here, double = sum(found.memory), sum(step_memory(step(2 * at_once)))  # activations grow with the batch
+        double = step_memory(step(2 * at_once)).shared_by(shared_by)
+        here, double = sum(memory), sum(double)  # activations grow with the batch
         each = (double - here) / at_once
         largest = max(0, math.floor(at_once + (_USABLE * gpu.memory - here) / each))
     return StagePlan(
         *(name, found.memory.gradients // 4, operations, rate, hours, 0.0, 0.0, 0, float(found.memory.saved), at_once),
-        *(found.memory, largest),
+        *(memory, largest),
     )
 
 
@@ -240,8 +242,10 @@ def advice(stage: StagePlan, experiment: Experiment, plan: PlanConfig) -> str:
     """What bounds a stage, and what to change."""
     memory = 0 if stage.memory is None else sum(stage.memory)
     if memory > _USABLE * GPUS[plan.gpu].memory:
-        section = "autoencoder_training" if stage.name == "stage 1" else "prior_training"
-        return f"does not fit: raise {section}.accumulate, or set {section}.checkpointing true"
+        if stage.name == "stage 1":
+            return "does not fit: raise autoencoder_training.accumulate, or set autoencoder_training.checkpointing true"
+        fsdp = "" if experiment.prior_training.fsdp or plan.gpus == 1 else ", or prior_training.fsdp true"
+        return f"does not fit: raise prior_training.accumulate, or set prior_training.checkpointing true{fsdp}"
     if stage.name == "encode":
         return (
             f"decoding, where the cluster has fewer than {stage.cores:.0f} cores for it; or else the GPUs' arithmetic"

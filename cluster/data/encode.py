@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import ray
 import torch
 
-from bld_core.data.blocks import decode_shard
-from bld_core.data.images import LabelledImage, check_shards
+from bld_core.data.images import check_shards
 from bld_core.data.skipped import Skipped
 from bld_core.errors import DamagedError, MissingError, UserError
 from bld_core.latents.reader import latent_faults
@@ -37,12 +36,11 @@ from cluster.config.artifacts import LATENTS, open_autoencoder
 from cluster.config.experiment import Experiment
 from cluster.console import Progress
 from cluster.data.check import check_data, shard_names, stem
+from cluster.data.decoding import ShardDecoder
 from cluster.lineage import lineage
-from cluster.ray_private.core import ahead
-from cluster.runtime import DECODE_CPUS, connect_ray, fetch, finished_on_actors, map_on_actors
+from cluster.runtime import connect_ray, finished_on_actors, map_on_actors
 from cluster.stages import Stage, faulty, open_stage
 
-_BATCHES_AHEAD = 2
 _SECONDS_BETWEEN_METRICS = 10.0
 
 
@@ -135,7 +133,7 @@ def _encode(stage: Stage, jobs: list[Job], manifest: Manifest) -> list[LatentFil
     images, left_out = 0, Skipped()
     began = spoke = time.monotonic()
     progress = Progress("encode", len(jobs))
-    arguments, calls = (experiment, manifest), max(1, experiment.cluster.decode_tasks)
+    arguments, calls = (experiment, manifest), experiment.cluster.shards_at_once
     try:
         for position, encoded in finished_on_actors(
             Encoder, arguments, "encode", jobs, experiment.cluster, calls, decodes=True
@@ -190,15 +188,13 @@ def _empty_manifest(experiment: Experiment, autoencoder_hash: str) -> Manifest:
 class Encoder:
     """An actor that holds the encoder and turns image shards into latent shards, several at a time.
 
-    Images are decoded by Ray tasks, wherever there is a core, or on the nodes of cluster.decode_nodes (or here, where
-    cluster.decode_tasks is 0), and arrive through Ray's object store: a few batches of each shard wait
-    there, never a whole one. While one shard's batch is encoded, the others' are decoded.
+    While one shard's batch is encoded, the others' are decoded.
     """
 
     def __init__(self, experiment: Experiment, manifest: Manifest) -> None:
         experiment.cluster.limit_threads()
         self.experiment = experiment
-        self.identity = manifest.identity()
+        self.manifest = manifest
         trained = load_autoencoder(experiment.folder, experiment.cluster.device)
         if trained.record.codes_hash != manifest.autoencoder_hash:
             raise UserError(
@@ -206,17 +202,13 @@ class Encoder:
                 f"with {manifest.autoencoder_hash[:12]}: it was trained again meanwhile; encode again",
                 stages=("latents",),
             )
-        self.autoencoder, precision = trained.network, experiment.latents.precision
-        if precision == "bfloat16":
-            self.autoencoder.encoder = for_inference(self.autoencoder.encoder, precision, compiled=False)
+        self.autoencoder, latents = trained.network, experiment.latents
+        if latents.compile or latents.precision == "bfloat16":
+            self.autoencoder.encoder = for_inference(
+                self.autoencoder.encoder, latents.precision, compiled=latents.compile, graphs=False
+            )
         self.turn = threading.Lock()
-        self.decode = ray.remote(decode_shard).options(
-            num_cpus=DECODE_CPUS,
-            **experiment.cluster.decode_options,
-            num_returns="streaming",
-            max_retries=experiment.cluster.max_failures,
-            **ahead(_BATCHES_AHEAD),
-        )
+        self.decoder = ShardDecoder(experiment)
 
     def encode(self, job: Job) -> Encoded:
         """Encode one shard, unless its file is there already, byte for byte as it was written."""
@@ -228,7 +220,7 @@ class Encoder:
             fault = f"{url!r} {found}, and is set aside as {set_aside(url)!r}"
         skipped = Skipped()
         latents = self.experiment.latents
-        images = self._decoded(job.source, skipped)
+        images = itertools.chain.from_iterable(self.decoder.batches(job.source, skipped))
         rows = encode_images(self.autoencoder, images, latents, self.experiment.seed, self.turn)
         if not rows.key:
             rows.bits = torch.empty(0, math.prod(self.experiment.code_shape) // 8, dtype=torch.uint8)
@@ -239,7 +231,7 @@ class Encoder:
             "skipped": dict(skipped.counts),
             "skipped_names": skipped.names,
         }
-        data = latent_shard_bytes(rows, {**self.identity, **facts})
+        data = latent_shard_bytes(rows, {**self.manifest.identity(), **facts})
         files.write_bytes(url, data)
         file = describe_file(job.file, data, len(rows.key), facts["source"], job.split, skipped.counts)
         return Encoded(file, len(data), skipped, True, fault)
@@ -256,25 +248,11 @@ class Encoder:
             metadata = whole_shard_metadata(data)
         if metadata is None:
             return "is not what was written: it is damaged, or of an early version that could not tell"
-        wanted = {**self.identity, "source": job.name}
-        if not metadata.items() >= wanted.items():
+        if metadata.get("source") != job.name or not self.manifest.made(metadata):
             return "was made from another shard, or in another way"
         skipped = Skipped(metadata["seen"], Counter(metadata["skipped"]), metadata["skipped_names"])
         file = describe_file(job.file, data, metadata["rows"], metadata["source"], job.split, skipped.counts)
         return Encoded(file, len(data), skipped, anew=False)
-
-    def _decoded(self, source: str, skipped: Skipped) -> Iterator[LabelledImage]:
-        """A shard's images as they arrive; `skipped` is complete when they end."""
-        asked = source, self.experiment.data, self.experiment.latents.batch_size
-        parts: Iterable[list[LabelledImage] | Skipped] = decode_shard(*asked)
-        if self.experiment.cluster.decode_tasks:
-            references: Any = self.decode.remote(*asked)
-            parts = map(fetch, references)
-        for part in parts:
-            if isinstance(part, Skipped):
-                skipped.merge(part)
-            else:
-                yield from part
 
 
 def _listed(folder: str) -> Sequence[LatentFile]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from bld_core.autoencoder.perceptual import load_lpips
-from bld_core.data.images import read_batches
 from bld_core.data.pictures import picture, png
 from bld_core.data.shards import Sample, write_shard
 from bld_core.data.skipped import Skipped
@@ -23,6 +22,7 @@ from bld_core.metrics.frechet import FeatureMoments, frechet_distance
 from bld_core.metrics.reconstruction import ReconstructionMetrics
 from bld_core.storage import files
 from cluster.config.experiment import Experiment
+from cluster.data.decoding import ShardDecoder
 from cluster.evaluation.extractors import Inception, SpaceName
 from cluster.evaluation.references import Space, load_extractor
 from cluster.sampling.sampler import Draw, MeasureBound, Sampler
@@ -140,6 +140,7 @@ class Evaluator(Sampler):
         super().__init__(experiment, held_out)
         self.perceptual = load_lpips(experiment.loss, self.generator.device) if experiment.evaluation.lpips else None
         self.extractors = {space: load_extractor(reference or experiment, space) for space in spaces}
+        self.decoder = ShardDecoder(experiment)
         several = not experiment.cluster.in_process  # pieces at the same time
         self._for_prior, self._for_features = (
             ThreadPoolExecutor(1, initializer=experiment.cluster.limit_threads) if several else None for _ in range(2)
@@ -195,8 +196,8 @@ class Evaluator(Sampler):
     def _reconstruct(self, piece: Reconstruct) -> Reconstructions:
         found, network = Reconstructions(), self.generator.autoencoder.network
         spaces = [space for space in self.extractors if space.has_moments]
-        size, missing = self.experiment.latents.batch_size, piece.shown
-        for batch in read_batches(piece.url, self.experiment.data, size, found.skipped):
+        missing = piece.shown
+        for batch in self.decoder.batches(piece.url, found.skipped):
             images = stack(batch)
             reconstructed = found.sums.update(network, images, self.perceptual)
             for space in spaces:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bld_core.data.images import EXTENSIONS, first_images, read_batches
+from bld_core.data.images import EXTENSIONS, first_images
 from bld_core.data.skipped import Skipped
 from bld_core.data.tensors import stack, to_float
 from bld_core.errors import UserError
@@ -18,6 +18,7 @@ from bld_core.storage import files
 from bld_core.training.checkpoint import CONFIG, read_model_config
 from bld_core.training.loop import Batch, Objective, TrainState
 from cluster.config.experiment import Experiment
+from cluster.data.decoding import ShardDecoder
 from cluster.stages import open_stage
 from cluster.training.checkpoints import FINAL, training_faults
 from cluster.training.tasks import Evaluation, ImageTask, Worker
@@ -80,7 +81,7 @@ class CasTask(ImageTask):
 
     def __init__(self, experiment: Experiment, held_out: Sequence[str]) -> None:
         super().__init__(experiment)
-        self.held_out = held_out
+        self.held_out, self.decoder = held_out, ShardDecoder(experiment)
 
     def network(self) -> nn.Module:
         from torchvision.models import resnet50
@@ -102,7 +103,7 @@ class CasTask(ImageTask):
     def _counts(self, network: nn.Module, url: str, worker: Worker) -> list[int]:
         """Of the images of a shard: those whose class is the likeliest, those where it is among five, and all."""
         hits, seen = torch.zeros(2, dtype=torch.int64), 0
-        for some in read_batches(url, self.experiment.data, self.experiment.latents.batch_size, Skipped()):
+        for some in self.decoder.batches(url, Skipped()):
             logits = network(_planes(stack(some).to(worker.device))).cpu()
             hits += hits_of(logits, [image.label for image in some])
             seen += len(some)

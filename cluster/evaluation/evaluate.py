@@ -112,7 +112,9 @@ def evaluate(experiment: Experiment, fresh: bool = False) -> dict[str, Any]:
     inputs = _open(experiment)
     artifacts, fingerprint = inputs.artifacts, inputs.identity
     reads = inputs.shards[:1]
-    with open_stage(experiment, "evaluation", fingerprint, REPORT, fresh=fresh, on_change="redo", reads=reads) as stage:
+    with open_stage(
+        experiment, "evaluation", fingerprint, REPORT, fresh=fresh, on_change="redo", reads=reads, decodes=True
+    ) as stage:
         report_url, measured_url = (stage.url(name) for name in (REPORT, _MEASURED))
         if stage.done:
             return read_record(report_url)
@@ -347,7 +349,8 @@ def _measure(inputs: Inputs, references: Sequence[Reference], stage: Stage) -> M
     if len(missing) < len(pieces):
         print(f"evaluation: {len(pieces) - len(missing)} of {len(pieces)} pieces are there from an earlier start")
     arguments = (experiment, spaces, held_out)
-    work = map_on_actors(Evaluator, arguments, "work", missing, experiment.cluster, "evaluate", CALLS)
+    cluster, label = experiment.cluster, "evaluate"
+    work = map_on_actors(Evaluator, arguments, "work", missing, cluster, label, CALLS, decodes=True)
     with contextlib.closing(work), npz:
         for piece in pieces:
             result: Result = kept.load(piece) if piece in kept else next(work)

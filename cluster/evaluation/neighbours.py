@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,11 +11,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from bld_core.data.images import first_images, read_batches
+from bld_core.data.images import first_images
 from bld_core.data.pictures import fitting, grid
 from bld_core.data.skipped import Skipped
 from bld_core.data.tensors import stack
 from cluster.config.experiment import Experiment
+from cluster.data.decoding import ShardDecoder
 from cluster.evaluation.references import Space, load_extractor
 from cluster.runtime import map_on_actors
 
@@ -37,7 +39,7 @@ class Nearest(NamedTuple):
 
 
 class Finder:
-    """An actor that looks for the nearest images, a shard at a time; what it keeps is k images for each of Q.
+    """An actor that looks for the nearest images in several shards at a time, and keeps k images for each of Q.
 
     Args:
         experiment: whose training images.
@@ -48,23 +50,25 @@ class Finder:
 
     def __init__(self, experiment: Experiment, space: Space | None, queries: Tensor, count: int) -> None:
         experiment.cluster.limit_threads()
-        self.experiment, self.count = experiment, count
+        self.count, self.size = count, experiment.latents.batch_size
         self.extractor = load_extractor(experiment, space) if space is not None else None
+        self.decoder = ShardDecoder(experiment)
+        self.turn = threading.Lock()
         self.queries = self._vectors(queries)
 
     def _vectors(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, channels) -> float64 (B, F): whole numbers, so products of pixels are exact."""
         if self.extractor is None:
             return images.flatten(1).double()
-        size = self.experiment.latents.batch_size
-        return torch.cat([self.extractor(some).cpu() for some in images.split(size)]).double()
+        return torch.cat([self.extractor(some).cpu() for some in images.split(self.size)]).double()
 
     def find(self, url: str) -> Nearest | None:
         """The nearest images of a shard; None where it has none."""
         found: Nearest | None = None
-        for batch in read_batches(url, self.experiment.data, self.experiment.latents.batch_size, Skipped()):
+        for batch in self.decoder.batches(url, Skipped()):
             some = stack(batch)
-            x, y = self.queries, self._vectors(some)
+            with self.turn:
+                x, y = self.queries, self._vectors(some)
             squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
             distances, index = squares.clamp(min=0).sqrt().topk(min(self.count, len(some)), largest=False)
             part = Nearest(distances, some[index])
@@ -104,8 +108,9 @@ def find_neighbours(
     held_out = stack(first_images(data.validation, data, QUERIES))
     space = spaces[0] if spaces else None
     arguments = (experiment, space, torch.cat([samples, held_out]), config.neighbours)
-    found: Nearest | None = None
-    for part in map_on_actors(Finder, arguments, "find", shards, experiment.cluster, "neighbours"):
+    cluster, found = experiment.cluster, None
+    calls = cluster.shards_at_once
+    for part in map_on_actors(Finder, arguments, "find", shards, cluster, "neighbours", calls, decodes=True):
         if part is not None:
             found = part if found is None else found.merge(part, config.neighbours)
     assert found is not None, "a prior was trained on these images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from bld_core.data.images import ImageConfig, check_shards, first_images, read_batches
+from bld_core.data.images import ImageConfig, check_shards, first_images
 from bld_core.data.skipped import Skipped
 from bld_core.data.tensors import stack
 from bld_core.errors import UserError
@@ -27,6 +28,7 @@ from bld_core.storage.records import read_record
 from bld_core.storage.weights import DINOV2, EFFICIENTNET_LITE0, INCEPTION, VGG16
 from bld_core.training.checkpoint import load_weights, read_model_config, save_model
 from cluster.config.experiment import Experiment
+from cluster.data.decoding import ShardDecoder
 from cluster.evaluation.extractors import (
     DINOv2Features,
     EfficientNetLite0Features,
@@ -179,21 +181,22 @@ class ShardFeatures(NamedTuple):
 
 
 class FeatureActor:
-    """An actor that takes the features of real images; images never leave it."""
+    """An actor that takes the features of real images, of several shards at a time; images never leave it."""
 
     def __init__(self, experiment: Experiment, space: Space) -> None:
         experiment.cluster.limit_threads()
-        self.experiment, self.space = experiment, space
+        self.space = space
         self.extractor = load_extractor(experiment, space)
+        self.decoder = ShardDecoder(experiment)
+        self.turn = threading.Lock()
 
     def take(self, piece: TakeFeatures) -> ShardFeatures:
         """Do one piece, a batch of images at a time."""
-        seen, size = (
-            ShardFeatures(FeatureMoments(), Selection(piece.most), Skipped()),
-            self.experiment.latents.batch_size,
-        )
-        for some in read_batches(piece.url, self.experiment.data, size, seen.skipped):
-            features = self.extractor(stack(some))
+        seen = ShardFeatures(FeatureMoments(), Selection(piece.most), Skipped())
+        for some in self.decoder.batches(piece.url, seen.skipped):
+            images = stack(some)
+            with self.turn:
+                features = self.extractor(images)
             seen.kept.update([image.key for image in some], features)
             if self.space.has_moments:
                 seen.moments.update(features)
@@ -255,7 +258,7 @@ def make_reference(experiment: Experiment, space: Space, train: list[str], held_
         del fingerprint["seed"]  # nothing is drawn or trained
         digest = files.sha256(json.dumps(fingerprint, sort_keys=True).encode())
         owner, name = replace(experiment, name=_SHARED), f"{space.name}-{digest[:12]}"
-    with open_stage(owner, name, fingerprint, _RESULT, on_change="redo", reads=train[:1]) as stage:
+    with open_stage(owner, name, fingerprint, _RESULT, on_change="redo", reads=train[:1], decodes=True) as stage:
         if not stage.done:
             _make(experiment, space, train, held_out, stage)
         made = read_record(stage.url(_RESULT))
@@ -281,9 +284,9 @@ def _make(experiment: Experiment, space: Space, train: list[str], held_out: list
     if space.has_moments:
         pieces += [TakeFeatures(url, 0) for url in held_out]
     of_train, of_held_out, chosen, skipped = FeatureMoments(), FeatureMoments(), Selection(kept), Skipped()
-    work = map_on_actors(
-        FeatureActor, (experiment, space), "take", pieces, experiment.cluster, f"images to {space.name}"
-    )
+    cluster, label = experiment.cluster, f"images to {space.name}"
+    arguments, calls = (experiment, space), cluster.shards_at_once
+    work = map_on_actors(FeatureActor, arguments, "take", pieces, cluster, label, calls, decodes=True)
     for number, seen in enumerate(work):
         (of_train if number < len(train) else of_held_out).merge(seen.moments)
         chosen.merge(seen.kept)

@@ -127,7 +127,9 @@ def run_code_study(experiment: Experiment, fresh: bool = False) -> dict[str, Any
         "codes": study.codes,
         **experiment.fingerprint(),
     }
-    with open_stage(experiment, "study/code", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
+    with open_stage(
+        experiment, "study/code", fingerprint, "table.json", fresh=fresh, on_change="redo", decodes=True
+    ) as stage:
         table_url = stage.url("table.json")
         if not stage.done:
             found: list[dict[str, Any]] = []
@@ -177,7 +179,8 @@ def _measure(experiment: Experiment, row: CodeRow, reference: Reference) -> dict
     reconstructions, samples, metrics = Reconstructions(), FeatureMoments(), dict[str, float]()
     bits = math.prod(variant.code_shape)
     arguments = (variant, [space], codes.held_out, experiment)
-    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, f"measure {row.label}")
+    label = f"measure {row.label}"
+    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, label, decodes=True)
     with contextlib.closing(work):
         for found in work:
             if isinstance(found, Reconstructions):

@@ -82,7 +82,9 @@ def run_study(experiment: Experiment, name: StudyName, fresh: bool = False) -> d
         "codes": study.codes,
         **experiment.fingerprint(),
     }
-    with open_stage(experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo") as stage:
+    with open_stage(
+        experiment, f"study/{name}", fingerprint, "table.json", fresh=fresh, on_change="redo", decodes=True
+    ) as stage:
         if not stage.done:
             source, paper = PAPER.get(name, ("", {}))
             found: list[dict[str, Any]] = []
@@ -151,7 +153,7 @@ def _measure(
     plain = replace(experiment.evaluation, lpips=False, inception_score=False, kid=False)  # no study shows them
     experiment = replace(experiment, evaluation=plain)
     arguments = (experiment, [reference.space], codes.held_out)
-    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "measure")
+    work = map_on_actors(Evaluator, arguments, "work", pieces, experiment.cluster, "measure", decodes=True)
     with contextlib.closing(work):
         if held_out:
             found = Reconstructions()

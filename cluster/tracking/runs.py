@@ -26,6 +26,7 @@ from bld_core.errors import UserError
 from bld_core.storage import files
 from cluster.lineage import COMMIT, command_line, git_commit
 from cluster.secrets import without_secrets
+from cluster.tracking.address import RunAddress
 from cluster.tracking.outbox import Note, Outbox
 from cluster.tracking.store import StoreError, database_file, http_settings, open_client, patiently, refuse
 
@@ -47,26 +48,19 @@ Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunAddress):
     """One MLflow run, written by one process at a time.
 
     What the store cannot take now waits in a folder and is told later, in order: by the next call, at the end, or when
     the same command runs again. A picture is kept as PNG in base64.
-
-    Attributes:
-        uri: tracking URI.
-        run_id: of an existing run.
-        waiting: folder for what waits; empty where nobody would come back to it: then the store is waited for.
-        patience: seconds to wait for a store that is away, at a run's end, and wherever nothing is kept.
     """
 
-    uri: str
-    run_id: str
-    waiting: str = ""
-    patience: float = 480.0
+    def __reduce__(self) -> tuple[type[RunAddress], tuple[str, str, str, float]]:
+        return RunAddress, (self.uri, self.run_id, self.waiting, self.patience)  # another process opens it for itself
 
-    def __reduce__(self) -> tuple[type[Run], tuple[str, str, str, float]]:
-        return Run, (self.uri, self.run_id, self.waiting, self.patience)  # another process looks for itself
+    def open(self) -> Run:
+        """Itself."""
+        return self
 
     @property
     def client(self) -> MlflowClient:

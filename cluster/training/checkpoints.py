@@ -21,6 +21,7 @@ from bld_core.training.checkpoint import (
     average_name,
     check_state,
     model_faults,
+    on_host,
     read_meta,
     read_model_config,
     read_state,
@@ -28,7 +29,6 @@ from bld_core.training.checkpoint import (
     read_weights,
     said_by_first,
     save_model,
-    snapshot,
 )
 from bld_core.training.loop import TrainingConfig, TrainState
 from cluster.config.experiment import Experiment
@@ -87,15 +87,14 @@ class Keeper:
         if self._thread is not None:
             self._thread.join(None if kind is None or issubclass(kind, Exception) else _HURRY_S)
 
-    def keep(self, state: TrainState, positions: list[list[int]], metrics: dict[str, float]) -> None:
-        """Copy the state, and begin to write it, with the workers' positions in the data and the last metrics.
+    def keep(self, saved: SavedState) -> None:
+        """Begin to write a copy of the state; `wait` before it is made, so that there is one at a time.
 
         Raises:
             FullError: no space for it, or for the checkpoint before; or another reason why that was not written.
         """
         self.wait()
-        url = files.join(self._folder, checkpoint_name(state.step))
-        saved = snapshot(state, {"positions": positions, "metrics": metrics})
+        url = files.join(self._folder, checkpoint_name(saved.meta["step"]))
         files.check_space(saved.sizes(url))  # a full disk is told at once, not a checkpoint later
         self._thread = threading.Thread(target=self._write, args=(url, saved), daemon=True)
         self._thread.start()
@@ -174,12 +173,17 @@ def _give_up(label: str, url: str, fault: str) -> None:
     sys.stderr.write(f"{label}: {fault}{aside}\n")
 
 
-def keep_snapshot(folder: str, state: TrainState) -> None:
-    """Write the averages that averages of other lengths are made of, as they are now, beneath a stage's folder."""
+def keep_snapshot(folder: str, state: TrainState, worker: Worker) -> None:
+    """Write the averages that averages of other lengths are made of, as they are now, beneath a stage's folder.
+
+    Rank 0 writes; where weights are shared out, every worker has a part.
+    """
     for average in state.averages:
         if isinstance(average, PowerEma):
-            url = files.join(folder, SNAPSHOTS, f"{state.step:07d}-{average.length:g}")
-            save_model(url, average.weights, {"step": state.step, "length": average.length})
+            weights = on_host(average.weights)
+            if worker.rank == 0:
+                url = files.join(folder, SNAPSHOTS, f"{state.step:07d}-{average.length:g}")
+                save_model(url, weights, {"step": state.step, "length": average.length})
 
 
 def candidates(

@@ -1,4 +1,4 @@
-"""Ray Train: a TorchTrainer around the work of each training worker, with DistributedDataParallel."""
+"""Ray Train: a TorchTrainer around the work of each training worker, whose weights are copies or shared out."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ray.train.torch import TorchConfig
 
 from bld_core.errors import UserError
 from bld_core.storage import files
+from bld_core.training.sharding import shard
 from cluster.nodes.watch import died
 from cluster.ray_private.core import remote_bar
 from cluster.ray_private.train import PlainTrainer, death, quiet_training, quiet_training_worker
@@ -100,8 +101,10 @@ def _work(settings: dict[str, Job]) -> Exception | None:
     # Asked on a machine with GPUs, Ray names one, whether it was asked for or not.
     device = ray.train.torch.get_device() if job.task.experiment.cluster.gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    buckets = {"gradient_as_bucket_view": True}
+    training, buckets = job.task.training, {"gradient_as_bucket_view": True}
     wrap = partial(ray.train.torch.prepare_model, move_to_device=device, parallel_strategy_kwargs=buckets)
+    if training.fsdp:
+        wrap = partial(shard, device=device, reduce_precision=training.reduce_precision)
     peers = Peers(wrap, ray.train.report, Notices().new)
     return work(job, worker, peers, remote_bar())
 

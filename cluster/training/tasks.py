@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import astuple, replace
 from functools import cache
 from itertools import pairwise
@@ -121,10 +121,10 @@ class Task(ABC):
         """Samples that this worker has left out of its data since the first step; `skipped` accounts for new ones."""
         return 0
 
-    def choose(self, networks: Sequence[nn.Module], worker: Worker) -> int:
+    def choose(self, networks: Iterable[nn.Module], worker: Worker) -> int:
         """Which of several averages of the weights is the best; the first, where the stage has no measure of it.
 
-        All workers take part, as in `evaluate`.
+        All workers take part, as in `evaluate`. Each network counts until the next is asked for.
         """
         return 0
 
@@ -262,12 +262,11 @@ class PriorTask(Task):
             self._held_out = [codes.slice(start, stop) for start, stop in pairwise(edges)]
         return self._held_out
 
-    def choose(self, networks: Sequence[nn.Module], worker: Worker) -> int:
-        pieces, seed = self._pieces(worker.device), self.experiment.seed
-        found = worker.shared(
-            lambda piece: [self.model.bound(network, pieces[piece], seed) for network in networks], len(pieces)
-        )
-        bounds = [merge_bounds(parts).bits_per_bit for parts in zip(*found, strict=True)]
+    def choose(self, networks: Iterable[nn.Module], worker: Worker) -> int:
+        pieces, seed, bounds = self._pieces(worker.device), self.experiment.seed, list[float]()
+        for network in networks:
+            parts = worker.shared(lambda piece, of=network: self.model.bound(of, pieces[piece], seed), len(pieces))
+            bounds.append(merge_bounds(parts).bits_per_bit)
         return bounds.index(min(bounds))
 
     def evaluate(self, network: nn.Module, worker: Worker) -> Evaluation:

@@ -7,7 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed
@@ -19,14 +20,19 @@ from bld_core.errors import NonFiniteError, UserError
 from bld_core.precision import ieee_float32
 from bld_core.splitmix import key_of
 from bld_core.storage.files import FullError
+from bld_core.training.checkpoint import snapshot
 from bld_core.training.loop import Report, TrainState, make_state, train
+from bld_core.training.sharding import is_sharded, whole
 from cluster.console import Progress
 from cluster.nodes.watch import node_name
-from cluster.tracking.load import SystemLoad
-from cluster.tracking.runs import Run
+from cluster.tracking.address import RunAddress
 from cluster.training.checkpoints import Keeper, candidates, keep_snapshot, resume
 from cluster.training.history import Evaluated, keep_evaluation
 from cluster.training.tasks import Task, Worker
+
+if TYPE_CHECKING:
+    from cluster.tracking.load import SystemLoad
+    from cluster.tracking.runs import Run
 
 Told = Callable[[dict[str, float]], None]
 """Hears of each evaluation: its step and its metrics."""
@@ -55,7 +61,7 @@ class Job:
         task: what is trained.
         label: of the progress lines.
         folder: of the stage.
-        run: the MLflow run.
+        run: where the MLflow run is, which rank 0 writes.
         bar: whether a person watches the command.
         told: whether somebody hears of its evaluations, and reads them.
     """
@@ -63,7 +69,7 @@ class Job:
     task: Task
     label: str
     folder: str
-    run: Run
+    run: RunAddress
     bar: bool
     told: bool = False
 
@@ -109,10 +115,14 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
     if (critic := task.critic()) is not None:
         state.critic = make_state(*critic, peers.wrap)
     positions = resume(job.label, job.folder, state, worker)
-    run: Run | None = job.run if worker.rank == 0 else None
-    load = SystemLoad() if worker.rank == 0 else None
-    shown = bar if job.bar else None
-    progress = Progress(job.label, training.steps, state.step, shown) if worker.rank == 0 else None
+    run: Run | None = None
+    load: SystemLoad | None = None
+    progress: Progress | None = None
+    if worker.rank == 0:
+        from cluster.tracking.load import SystemLoad  # imports MLflow, which no other rank needs
+
+        run, load = job.run.open(), SystemLoad()
+        progress = Progress(job.label, training.steps, state.step, bar if job.bar else None)
     nodes = tuple(worker.said_by_all(node_name()).splitlines()) if job.told else ()
     batches = task.batches(state.step, positions, worker)
     metrics: dict[str, float] = {}
@@ -137,13 +147,13 @@ def work(job: Job, worker: Worker, peers: Peers, bar: type) -> Exception | None:
                             f"{worker.said_by_all(str(task.skipped))}; {above(task.experiment.data.max_skipped)}"
                         )
                 due = last or report.step % training.evaluate_every == 0
-                snapshot = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
-                if snapshot and worker.rank == 0:
-                    keep_snapshot(job.folder, state)
+                snaps = bool(training.ema_lengths) and (last or report.step % training.snapshot_every == 0)
+                if snaps:
+                    keep_snapshot(job.folder, state, worker)
                 if due:
-                    metrics = _evaluate(job, state, worker, nodes)
-                if due or keep or snapshot:
-                    full = _keep(state, metrics, positions, keeper, last=last) if worker.rank == 0 else ""
+                    metrics = _evaluate(job, run, state, worker, nodes)
+                if due or keep or snaps:
+                    full = _keep(state, metrics, positions, keeper, worker, peers, last=last)
                     peers.meet({"step": state.step} | metrics if job.told and due else {})
                     if full := worker.said_by_all(full):
                         return FullError(full)
@@ -179,25 +189,30 @@ def _too_many(task: Task, step: int, logged: dict[str, float]) -> bool:
     return account.too_many(task.experiment.data.max_skipped, whole=False)
 
 
-def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
-    """Evaluate the averaged weights, the best of them: each worker a part of the held-out data; rank 0 tells of it.
+def _evaluate(job: Job, run: Run | None, state: TrainState, worker: Worker, nodes: tuple[str, ...]) -> dict[str, float]:
+    """Evaluate the averaged weights, the best of them: each worker a part of the held-out data; rank 0 tells `run`.
 
     After the last step those that are made of the snapshots in the stage's folder are among them.
     """
-    task, run = job.task, job.run
+    task = job.task
     averages = candidates(state, job.folder, task.training, worker)
-    networks = [copy.deepcopy(state.module).eval() for _ in averages]
-    for network, (_, _, weights) in zip(networks, averages, strict=True):
-        network.load_state_dict(weights)
+    # One network takes their weights in turn: where they are shared out, no more of them is whole at a time.
+    network = (task.network().to(worker.device) if _sharded(state) else copy.deepcopy(state.module)).eval()
+
+    def average(number: int) -> nn.Module:
+        for name, weight in network.state_dict().items():
+            weight.copy_(whole(averages[number][2][name]))
         if worker.world > 1:  # statistics, as of batch norm, are each replica's own; those of rank 0 are kept
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        return network
+
     with torch.no_grad(), ieee_float32():
-        best = task.choose(networks, worker) if len(networks) > 1 else 0
-        metrics, pictures, per_code = task.evaluate(networks[best], worker)
+        best = task.choose(map(average, range(len(averages))), worker) if len(averages) > 1 else 0
+        metrics, pictures, per_code = task.evaluate(average(best), worker)
     name, value, _ = averages[best]
     metrics[name] = value
-    if worker.rank:
+    if run is None:
         return metrics
     run.metrics(metrics, state.step)
     for name, picture in pictures.items():
@@ -208,23 +223,47 @@ def _evaluate(job: Job, state: TrainState, worker: Worker, nodes: tuple[str, ...
 
 
 def _keep(
-    state: TrainState, metrics: dict[str, float], positions: list[list[int]], keeper: Keeper, *, last: bool
+    state: TrainState,
+    metrics: dict[str, float],
+    positions: list[list[int]],
+    keeper: Keeper,
+    worker: Worker,
+    peers: Peers,
+    *,
+    last: bool,
 ) -> str:
     """Given positions, keep a checkpoint; returns that there is no space for one, which no restart would change.
 
-    Where the disk does not tell, the write beside training finds out, which is known a meeting later, and after the
-    last step at once. It is written by us, where an upload that fails is an error: pyarrow, which Ray would copy it
-    with, closes remote files without looking whether that went well. Ray is not told of it.
+    Rank 0 writes it; where weights are shared out, every worker has a part in the copy. Where the disk does not tell,
+    the write beside training finds out, which is known a meeting later, and after the last step at once. It is written
+    by us, where an upload that fails is an error: pyarrow, which Ray would copy it with, closes remote files without
+    looking whether that went well. Ray is not told of it.
     """
+    first = worker.rank == 0
+    full = _full(keeper.wait if positions else keeper.look) if first else ""
+    if positions and _sharded(state):
+        peers.meet({})  # the first may have waited for longer than a collective may take
+    if positions and (first or _sharded(state)):
+        saved = snapshot(state, {"positions": positions, "metrics": metrics})
+        if first and not full:
+            full = _full(partial(keeper.keep, saved))
+    if first and last and not full:
+        full = _full(keeper.wait)
+    return full
+
+
+def _full(act: Callable[[], None]) -> str:
+    """Do something; returns that there is no space for it."""
     try:
-        keeper.look()
-        if positions:
-            keeper.keep(state, positions, metrics)
-        if last:
-            keeper.wait()
+        act()
     except FullError as error:
         return str(error)
     return ""
+
+
+def _sharded(state: TrainState) -> bool:
+    """Whether the workers share out the weights."""
+    return any(is_sharded(weight) for weight in state.module.parameters())
 
 
 def _gather(position: list[int], worker: Worker) -> list[list[int]]:

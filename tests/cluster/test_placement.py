@@ -18,6 +18,7 @@ import pytest
 import ray
 from ray.train import ScalingConfig
 
+import cluster.data.decoding
 import cluster.data.encode
 import cluster.data.ingest
 import cluster.ray_private.train
@@ -223,13 +224,13 @@ class PlacedEncoder(Encoder):
 
     def __init__(self, folder: Path, *arguments: Any) -> None:
         note(folder, "encoder")
-        decode = cluster.data.encode.decode_shard
+        decode = cluster.data.decoding.decode_shard
 
         def noting(*some: Any) -> Any:
             note(folder, "decode_shard")
             yield from decode(*some)
 
-        cluster.data.encode.decode_shard = noting
+        cluster.data.decoding.decode_shard = noting
         super().__init__(*arguments)
 
 

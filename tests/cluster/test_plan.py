@@ -59,4 +59,15 @@ def test_the_bottleneck_is_named() -> None:
     assert first.memory is not None
     huge = first._replace(memory=first.memory._replace(activations=10**11))
     assert "accumulate" in advice(huge, experiment, plan)
+    huge, eight = huge._replace(name="stage 2"), PlanConfig(gpu="l4", gpus=8)
+    assert "fsdp" not in advice(huge, experiment, plan), "one GPU has nobody to share weights with"
+    assert "prior_training.fsdp true" in advice(huge, experiment, eight)
+    shares = replace(experiment, prior_training=replace(experiment.prior_training, fsdp=True))
+    assert "fsdp" not in advice(huge, shares, eight)
+    alone, shared = (make_plan(each, eight)[2] for each in (experiment, shares))
+    assert alone.memory is not None
+    assert shared.memory is not None
+    assert sum(shared.memory[:4]) == pytest.approx(sum(alone.memory[:4]) / 8, rel=1e-3)
+    assert shared.memory[4:] == alone.memory[4:]
+    assert shared.written == alone.written, "a checkpoint is whole"
     assert "cluster.decode_tasks to 3" in advice(first._replace(cores=2.5), experiment, plan)

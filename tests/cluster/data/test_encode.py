@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from torch import nn
 
 from bld_core.data.images import first_images
 from bld_core.data.tensors import stack, to_float
@@ -167,6 +170,38 @@ def test_another_batch_size_changes_only_bits_that_rounding_decides(encoded: Exp
     close = ((torch.sigmoid(logits) - u).abs() <= 1e-5).permute(0, 2, 3, 1)
     changed = unpack_bits(one.bits, encoded.code_shape) != unpack_bits(other.bits, encoded.code_shape)
     assert not (changed & ~close).any()
+
+
+def test_a_compiled_encoder_is_part_of_what_its_latents_are(
+    encoded: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a compiler, so that the bits are the same; a real one rounds otherwise."""
+    asked: list[dict[str, Any]] = []
+
+    def ask(_network: nn.Module, **how: Any) -> None:
+        asked.append(how)
+
+    monkeypatch.setattr(nn.Module, "compile", ask)
+    alone = replace(encoded.cluster, workers=0, decode_tasks=0)
+    plain = replace(encoded, root=str(copy_of(encoded, tmp_path, "autoencoder")), cluster=alone)
+    compiled = replace(plain, latents=replace(plain.latents, compile=True))
+    folder = encode_latents(compiled)
+    assert asked == [{"mode": "default", "dynamic": False}], "shards take turns in several threads: no CUDA graphs"
+    one, other = (open_latents(f"{each.folder}/latents") for each in (encoded, compiled))
+    assert (one.read().packed == other.read().packed).all()
+    assert other.manifest.identity() == one.manifest.identity() | {"compile": True}
+
+    with pytest.raises(ValueError, match=r"latents.compile: True -> "):
+        encode_latents(plain)
+    mixed = replace(plain, root=str(tmp_path / "mixed"))
+    shutil.copytree(Path(plain.folder, "autoencoder"), Path(mixed.folder, "autoencoder"))
+    there = Path(encode_latents(mixed))
+    for name, data in latent_files(Path(folder)).items():
+        files.write_bytes(str(there / name), data)
+    (there / "manifest.json").unlink()
+    capsys.readouterr()
+    encode_latents(mixed)
+    assert capsys.readouterr().out.count("was made from another shard, or in another way") == 5
 
 
 # --- Verified -------------------------------------------------------------------------------------------------------

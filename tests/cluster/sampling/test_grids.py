@@ -19,6 +19,7 @@ from cluster.evaluation.export import samples_npz
 from cluster.evaluation.neighbours import Finder, Nearest
 from cluster.evaluation.references import Space, check_space, make_references, spaces_of
 from cluster.evaluation.sample_metrics import over_seeds
+from cluster.runtime import ClusterConfig
 from cluster.sampling.sampler import balanced_labels, bound_pieces, drawn_labels
 
 
@@ -77,7 +78,7 @@ def test_an_npz_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_neighbours_are_those_of_all_shards_together(digits: dict[str, str]) -> None:
     data = small_digits(digits)
-    experiment = Experiment(data=data)
+    experiment = Experiment(data=data, cluster=ClusterConfig(workers=0, decode_tasks=0))
     train = stack(first_images(data.train, data, 10**6))
     queries = torch.cat([train[700:702], stack(first_images(data.validation, data, 3))])
     finder = Finder(experiment, None, queries, 4)

@@ -29,11 +29,13 @@ from bld_core.splitmix import key_of
 from bld_core.storage import files
 from bld_core.storage.records import write_record
 from bld_core.trained import load_autoencoder, load_prior, read_autoencoder
-from bld_core.training.checkpoint import read_model_config
+from bld_core.training.checkpoint import read_model_config, read_weights
 from bld_core.training.loop import Batch, Objective
+from bld_core.training.sharding import is_sharded
 from cluster.config.artifacts import open_codes
 from cluster.config.experiment import Experiment
 from cluster.stages import open_stage
+from cluster.tracking.address import RunAddress
 from cluster.tracking.runs import Run
 from cluster.training import replicas
 from cluster.training import train as cluster_train
@@ -82,6 +84,61 @@ def test_two_workers_hold_the_same_weights_and_follow_the_curve_of_one(finished:
     assert (one - other).abs().max() <= 1e-4
 
 
+class SharesTask(PriorTask):
+    """Stage 2, each worker of which sees that it has a part of the weights alone."""
+
+    def network(self) -> nn.Module:
+        self.built = super().network()
+        return self.built
+
+    def position(self) -> list[int]:
+        assert self.training.fsdp == all(is_sharded(weight) for weight in self.built.parameters())
+        return super().position()
+
+
+@pytest.mark.long
+def test_weights_that_two_workers_share_out_follow_the_curve_of_one_that_may_go_on_from_them(
+    finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_train, "PriorTask", SharesTask)
+    training = replace(finished.prior_training, ema_decay=[0.9, 0.5], checkpoint_every=10)
+    alone = replace(finished, root=str(tmp_path / "alone"), prior_training=training)
+    shared = replace(
+        alone,
+        root=str(tmp_path / "shared"),
+        cluster=replace(finished.cluster, workers=2),
+        prior_training=replace(training, fsdp=True),
+    )
+    for each in (alone, shared):
+        train_prior(each, source=finished.folder)
+    (steps, losses), (also, others) = (zip(*curve_of(each, "prior"), strict=True) for each in (alone, shared))
+    assert steps == also == (*range(1, 21),)
+    torch.testing.assert_close(torch.tensor(others), torch.tensor(losses), rtol=0, atol=1e-4)
+    ends = check_weights_are_close(alone, shared)
+
+    folder = Path(shared.folder, "prior")
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-0000020")
+    train_prior(replace(alone, root=shared.root), source=finished.folder)
+    assert check_weights_are_close(alone, shared) != ends, (
+        "the other half was taken by one worker, which rounds otherwise"
+    )
+
+
+def check_weights_are_close(one: Experiment, other: Experiment) -> str:
+    """Two finished priors of one training; the hash of the other."""
+    configs = [read_model_config(f"{each.folder}/prior/final") for each in (one, other)]
+    assert configs[0]["metrics"] == pytest.approx(configs[1]["metrics"], abs=1e-3)
+    pairs = [
+        read_weights(f"{each.folder}/prior/final", config["hash"])
+        for each, config in zip((one, other), configs, strict=True)
+    ]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, weight in pairs[0].items():
+        torch.testing.assert_close(pairs[1][name], weight, rtol=0, atol=1e-3, msg=name)
+    return configs[1]["hash"]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_replica_takes_a_gpu_only_where_one_is_asked_for(
     gpu: bool, encoded: Experiment, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +163,7 @@ def test_a_replica_takes_a_gpu_only_where_one_is_asked_for(
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(replicas, "work", work)
     task = PriorTask(replace(encoded, cluster=replace(encoded.cluster, gpu=gpu)), "", open_codes(encoded.folder))
-    replicas._work({"job": Job(task, "prior", "", Run("", ""), bar=False)})
+    replicas._work({"job": Job(task, "prior", "", RunAddress("", ""), bar=False)})
     assert [str(worker.device) for worker in found] == ["cuda:0" if gpu else "cpu"]
 
 
@@ -116,7 +173,7 @@ def test_a_training_in_its_commands_process_takes_a_gpu_only_where_one_is_asked_
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = replace(encoded, prior_training=small_training(1), cluster=replace(encoded.cluster, decode_tasks=1, gpu=gpu))
-    job = Job(PriorTask(here, "", open_codes(encoded.folder)), "prior", str(tmp_path), Run("", ""), bar=False)
+    job = Job(PriorTask(here, "", open_codes(encoded.folder)), "prior", str(tmp_path), RunAddress("", ""), bar=False)
     if gpu:
         with pytest.raises(UserError, match=r"cluster.gpu is true, but this process, .* sees no GPU: set it to false"):
             work_alone(job, None)
