@@ -27,6 +27,9 @@ THROUGH = {
         "bld_core/autoencoder/test_losses.py::test_two_workers_use_the_weight_and_the_gradient_of_the_whole_batch"
     ),
     "cluster.console": "pipelines/test_commands.py::test_a_mistake_is_one_message_and_exit_code_2",
+    "cluster.data.decoding": (
+        "cluster/data/test_encode.py::test_an_interrupted_job_resumes_and_ends_with_the_same_bytes"
+    ),
     "cluster.data.folder": "cluster/data/test_shards.py::test_bmp_and_tiff_become_png_without_loss",
     "cluster.ray_private.autoscaler": (
         "cluster/test_admission.py::test_a_node_that_comes_ends_the_waiting_and_where_none_is_to_come_nothing_waits"
