@@ -325,7 +325,7 @@ assert "torch" not in sys.modules
 
 
 def test_what_trains_loads_no_mlflow() -> None:
-    """Of a training's workers and its controller, the first alone writes to it: a second of a core for each other."""
+    """Of a training's workers and its controller, the first worker alone writes to it, and imports it then."""
     run("""
 import sys
 import cluster.training.replicas

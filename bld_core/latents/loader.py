@@ -144,7 +144,7 @@ class _Feed:
             if following != visit.shards:
                 self._ahead = {tuple(following): self._reader.submit(self._latents.read, following)}
         elif self._on_device is None and _has_room(self._device, self._codes):
-            self._on_device = torch.from_numpy(np.require(self._codes.packed, requirements="W")).to(self._device)
+            self._on_device = torch.from_numpy(self._codes.packed).to(self._device)
             self._codes = replace(self._codes, packed=self._codes.packed[:0].copy())
         self._visit = visit
         self._labels = to_device(torch.from_numpy(self._codes.labels[visit.order]), self._device)

@@ -34,7 +34,7 @@ class PackedCodes:
     """Rows of an encoded data set, in the memory of the host.
 
     Attributes:
-        packed: uint8 (rows, h*w*c/8), perhaps read-only.
+        packed: uint8 (rows, h*w*c/8).
         labels: int64 (rows,); -1 is none.
         keys: sample key of each row, strings.
         shape: (h, w, c).
@@ -126,10 +126,6 @@ class Latents:
             UserError: a file differs from the manifest.
         """
         chosen = self.shards if shards is None else [self.shards[shard] for shard in shards]
-        if len(chosen) == 1:  # of a set that streams: nothing is copied, and no threads are started
-            table = self._read_file(chosen[0])
-            packed = _rows(table["bits"].combine_chunks(), self.width)
-            return PackedCodes(packed, table["label"].to_numpy().astype(np.int64), table["key"], self.shape)
         ends = list(itertools.accumulate(shard.rows for shard in chosen))
         packed = np.empty((ends[-1], self.width), np.uint8)
         labels = np.empty(ends[-1], np.int64)
